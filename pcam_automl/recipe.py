@@ -1,0 +1,249 @@
+"""Recipe: one complete training with nothing left open. Reads YAML; trains nothing and knows no search.
+
+A trial is a recipe, the winner is a recipe, a model bundle carries its recipe. Fields are flat, so that every one
+of them can be pinned with ``--set field=value`` or varied by a search space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pcam_automl.errors import RecipeError, did_you_mean
+from pcam_automl.files import sha256_of_json
+
+PATCH_PX = 96
+CENTRE_PX = 32
+"""Only the centre 32x32 decides the label (PatchCamelyon, Veeling et al. 2018)."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Recipe(BaseModel):
+    """One complete training. Frozen, validated, hashable, readable as YAML; see the fields for units and ranges."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    backbone: str = Field("resnet18", min_length=1, description="a timm model name")
+    pretrained: bool = Field(False, description="start from pretrained weights; where they lie is a setting of the run")
+    crop_size: int = Field(64, ge=CENTRE_PX, le=PATCH_PX, description="side of the centre crop in px, even")
+    input_size: int | None = Field(None, ge=CENTRE_PX, le=384, description="the crop is resized to this side; None keeps it")
+    dropout: Fraction = Field(0.0, description="dropout before the classifier")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="0.1 trains towards 0.05 and 0.95")
+
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    lr: Positive = Field(1e-3, description="peak learning rate")
+    weight_decay: NonNegative = Field(1e-2, description="decoupled for adamw, L2 else; not on biases and norms")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="adam's first beta; sgd's and rmsprop's momentum")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="adam's second beta; rmsprop's alpha")
+    eps: Positive = 1e-8
+    clip_norm: NonNegative = Field(1.0, description="gradient norm limit; 0 is no limit")
+    ema: float = Field(0.99, ge=0.0, lt=1.0, description="decay of the weight average a step; 0 is none")
+
+    schedule: Literal["wsd", "one_cycle", "constant"] = Field("one_cycle", description="wsd: warm-up, stable, decay")
+    warmup: Fraction = Field(0.1, description="share of the training that warms up")
+    decay: Fraction = Field(0.2, description="share of the training in the last decay (wsd)")
+    frozen: Fraction = Field(0.0, description="first share of the training with only the classifier trainable")
+
+    batch_size: int = Field(64, ge=2, le=8192, description="training images a step")
+    epochs: Positive | None = Field(None, description="passes over the training patches; give this or views")
+    views: int | None = Field(None, ge=1, description="training images seen in all; give this or epochs")
+    seed: int = Field(0, ge=0, lt=2**31)
+    exclude_ids: tuple[str, ...] = Field((), description="patch ids never trained or validated on")
+
+    augment: Fraction = Field(0.5, description="scales every magnitude below; flips and quarter turns stay on while > 0")
+    flips: bool = True
+    quarter_turns: bool = True
+    rotation_deg: float = Field(20.0, ge=0.0, le=180.0, description="+- degrees")
+    shift_px: float = Field(8.0, ge=0.0, le=32.0, description="+- px; the centre 32x32 always stays inside the crop")
+    zoom: float = Field(0.2, ge=0.0, lt=1.0, description="scale 1 +- zoom")
+    brightness: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- brightness")
+    contrast: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- contrast")
+    saturation: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- saturation")
+    hue: float = Field(0.05, ge=0.0, le=0.5, description="+- turns of the colour circle")
+    stain: float = Field(0.1, ge=0.0, lt=1.0, description="haematoxylin, eosin, residual each times 1 +- stain, plus +- stain / 10")
+    blur: float = Field(0.5, ge=0.0, le=1.0, description="up to this share of a 3x3 binomial blur is mixed in")
+
+    @field_validator("crop_size", "input_size")
+    @classmethod
+    def _even(cls, value: int | None) -> int | None:
+        if value is not None and value % 2:
+            raise ValueError(f"must be even, got {value} (did you mean {value + 1}?)")
+        return value
+
+    @field_validator("exclude_ids")
+    @classmethod
+    def _sorted_ids(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(value)))
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.epochs is not None and self.views is not None:
+            raise ValueError(f"epochs and views exclude each other, got epochs={self.epochs} and views={self.views}")
+        if self.warmup + self.decay > 1.0:
+            raise ValueError(f"warmup + decay must be at most 1, got {self.warmup} + {self.decay}")
+        return self
+
+    @property
+    def network_px(self) -> int:
+        """Side in px of what the network sees."""
+        return self.input_size or self.crop_size
+
+    def n_views(self, n_train: int) -> int:
+        """Training images this recipe sees on ``n_train`` patches; 5 epochs where it names no budget."""
+        if self.views is not None:
+            return self.views
+        return max(1, math.ceil((5.0 if self.epochs is None else self.epochs) * n_train))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over every field."""
+        return sha256_of_json(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """Every field, in order, as YAML that :func:`load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def build_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """A recipe from its fields; all faults are reported together.
+
+    Args:
+        fields: field name to value; fields left out keep their defaults.
+        where: what to call the origin in the message.
+
+    Raises:
+        RecipeError: unknown fields, values out of range, contradictions.
+    """
+    try:
+        return Recipe.model_validate(dict(fields))
+    except ValidationError as fault:
+        raise RecipeError("; ".join(validation_faults(fault, where, Recipe.model_fields))) from None
+
+
+def validation_faults(fault: ValidationError, where: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """One readable line for each fault: ``recipe.lr must be greater than 0, got -1``."""
+    lines = []
+    for error in fault.errors():
+        key = ".".join([where, *(str(part) for part in error["loc"])])
+        if error["type"] == "extra_forbidden":
+            lines.append(f"{key} is not a known field{did_you_mean(str(error['loc'][-1]), known)}")
+        elif error["type"] == "missing":
+            lines.append(f"{key} is required")
+        elif error["type"] == "value_error":
+            lines.append(f"{key} {error['msg'].removeprefix('Value error, ')}")
+        else:
+            rule = error["msg"].replace("Input should be", "must be", 1).replace("Input should", "must", 1)
+            value = error["input"]
+            nearest = did_you_mean(value, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")) \
+                if error["type"] == "literal_error" and isinstance(value, str) else ""
+            lines.append(f"{key} {rule}, got {value!r}{nearest}")
+    return lines
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping by the safe loader, a repeated key being a fault; an empty text is an empty mapping.
+
+    Raises:
+        RecipeError: not YAML, a repeated key, or not a mapping.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            if repeated := sorted({str(key) for key in keys if keys.count(key) > 1}):
+                raise RecipeError(f"{where}: {', '.join(repeated)} given twice; keep one")
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as fault:
+        line = " ".join(str(fault).split())
+        raise RecipeError(f"{where} is not valid YAML: {line[:300]}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise RecipeError(f"{where} must be a mapping of names to values, got {type(value).__name__}")
+    return value
+
+
+def load_recipe(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, apply overrides, validate.
+
+    Raises:
+        RecipeError: the file is missing, unreadable or invalid.
+    """
+    fields = parse_yaml(read_config_text(path), path.name)
+    return build_recipe(merge_fields(fields, overrides or {}), where=path.stem)
+
+
+def read_config_text(path: Path, limit_bytes: int = 1 << 20) -> str:
+    """A small UTF-8 text file.
+
+    Raises:
+        RecipeError: missing, a folder, larger than ``limit_bytes``, unreadable or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit_bytes + 1)
+        if len(raw) > limit_bytes:
+            raise RecipeError(f"{path} is larger than {limit_bytes} bytes; that is not a recipe or a search space")
+        return raw.decode("utf-8")
+    except OSError as fault:
+        raise RecipeError(f"{path} cannot be read ({fault.strerror})") from None
+    except UnicodeDecodeError as fault:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {fault.start})") from None
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["lr=1e-3", "flips=false"]`` to typed values, as YAML would read them; all faults reported together.
+
+    Raises:
+        RecipeError: no ``=``, an unknown field, the same field twice with two values.
+    """
+    fields: dict[str, Any] = {}
+    faults = []
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        name = name.strip()
+        if not sign:
+            faults.append(f"--set wants field=value, got {text!r}")
+            continue
+        if name not in Recipe.model_fields:
+            faults.append(f"--set {name}: not a field of a recipe{did_you_mean(name, Recipe.model_fields)}")
+            continue
+        parsed = parse_scalar(value)
+        if name in fields and fields[name] != parsed:
+            faults.append(f"--set {name} given twice, as {fields[name]!r} and {parsed!r}; keep one")
+        fields[name] = parsed
+    if faults:
+        raise RecipeError("; ".join(faults))
+    return fields
+
+
+def parse_scalar(text: str) -> Any:
+    """One value as YAML reads it, and ``1e-3`` (a string to YAML 1.1) as the float it means."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def merge_fields(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``overrides`` over ``fields``; naming ``epochs`` drops an inherited ``views`` and the reverse."""
+    merged = dict(fields)
+    for name, rival in (("epochs", "views"), ("views", "epochs")):
+        if overrides.get(name) is not None and rival not in overrides:
+            merged.pop(rival, None)
+    merged.update(overrides)
+    return merged
