@@ -1,0 +1,101 @@
+"""Store rows to device batches, and which patch each training view shows. Augments nothing (see augment.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pcam_automl.counter import key_of, permutation
+from pcam_automl.data.store import PatchStore
+
+RESIDENT_SHARE = 0.6
+"""Share of the free device memory that the resident pack may take; the rest is for the network."""
+
+
+class Patches(Protocol):
+    """Row numbers of a store to uint8 batches (B, 3, S, S) on a device."""
+
+    device: torch.device
+
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """rows: (B,) int64 row numbers of the store -> (B, 3, S, S) uint8, channels last in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResidentPatches:
+    """All patches on the device: (N, S, S, 3) uint8. On a CPU that is the memory map itself, not a copy."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def gather(self, rows: np.ndarray) -> Tensor:
+        index = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return self.tensor.index_select(0, index).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class HostPatches:
+    """Patches stay in the memory map; each batch is copied to the device from pinned memory."""
+
+    tensor: Tensor
+    device: torch.device
+
+    def gather(self, rows: np.ndarray) -> Tensor:
+        batch = self.tensor.index_select(0, torch.from_numpy(rows)).pin_memory()
+        return batch.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+def open_patches(store: PatchStore, device: torch.device) -> Patches:
+    """The store's patches, resident on ``device`` where they fit, else gathered from the memory map batch by batch."""
+    # Copy-on-write, since torch warns about read-only arrays; nothing writes to it.
+    mapped = torch.from_numpy(np.load(store.root / "patches.npy", mmap_mode="c", allow_pickle=False))
+    if device.type == "cpu":
+        return ResidentPatches(mapped, device)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if mapped.nbytes <= RESIDENT_SHARE * free_bytes:  # uint8: 6.1 GB for Kaggle's train set
+        return ResidentPatches(mapped.to(device), device)
+    return HostPatches(mapped, device)
+
+
+@dataclass(frozen=True)
+class ViewStream:
+    """Which store row each training view shows: one fresh permutation of the subset an epoch.
+
+    Attributes:
+        key: the lineage's 64-bit key; equal keys give equal streams on every machine.
+        rows: (n,) int64 store rows of the subset.
+        first_view: the view index at which this stream starts.
+    """
+
+    key: int
+    rows: np.ndarray
+    first_view: int
+
+    def rows_of(self, first: int, last: int) -> np.ndarray:
+        """Store rows of the views [first, last): (last - first,) int64. Any cut of the stream gives the same rows."""
+        n = len(self.rows)
+        begin, end = first - self.first_view, last - self.first_view
+        pieces = []
+        for epoch in range(begin // n, (end - 1) // n + 1):
+            order = self._epoch(epoch)
+            pieces.append(order[max(begin - epoch * n, 0) : end - epoch * n])
+        return np.concatenate(pieces)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        cached: dict[int, np.ndarray] = self.__dict__.setdefault("_epochs", {})
+        if epoch not in cached:
+            cached.clear()  # the hot loop walks forward: one epoch in memory is enough
+            cached[epoch] = self.rows[permutation(key_of(self.key, "epoch", self.first_view, epoch), n=len(self.rows))]
+        return cached[epoch]
+
+
+def in_batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """``rows`` in order, ``size`` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

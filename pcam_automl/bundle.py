@@ -1,0 +1,108 @@
+"""ModelBundle: weights as safetensors and everything else as JSON. Loading never unpickles; predicts nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pcam_automl import __version__
+from pcam_automl.errors import BundleError, RecipeError
+from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
+from pcam_automl.models.factory import Normalisation, build_network
+from pcam_automl.models.weights import Weights
+from pcam_automl.recipe import Recipe, build_recipe
+
+FORMAT = "pcam-automl bundle 1"
+WEIGHTS = "model.safetensors"
+CARD = "bundle.json"
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A trained model: what it takes to predict, and where it came from.
+
+    Attributes:
+        recipe: the training that made it; crop and input size are read from here.
+        normalisation: channel means and deviations its network expects.
+        state: tensor name to value.
+        metrics: figures of the training, e.g. ``auc`` and on what it was measured.
+        provenance: data, split, study, versions, seconds.
+    """
+
+    recipe: Recipe
+    normalisation: Normalisation
+    state: dict[str, Tensor]
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """The network with its weights, on the CPU, in evaluation mode.
+
+        Raises:
+            BundleError: the weights do not fit the architecture that this timm builds.
+        """
+        bare = self.recipe.model_copy(update={"pretrained": False})
+        network = build_network(bare, Weights("none"), seed=0)
+        try:
+            network.load_state_dict(self.state)
+        except RuntimeError as fault:
+            line = " ".join(str(fault).split())[:200]
+            raise BundleError(f"the bundle's weights do not fit {self.recipe.backbone} as this timm builds it: {line}") from None
+        return network.eval()
+
+
+def write_bundle(folder: Path, bundle: ModelBundle) -> None:
+    """Write ``model.safetensors`` and ``bundle.json``, the folder whole or not at all.
+
+    Raises:
+        DataError: the disk is full or the folder is read-only.
+    """
+    from safetensors.torch import save_file
+
+    with folder_written_whole(folder) as partial:
+        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}, partial / WEIGHTS)
+        write_json(
+            partial / CARD,
+            {
+                "format": FORMAT,
+                "pcam_automl": __version__,
+                "recipe": bundle.recipe.model_dump(mode="json"),
+                "normalisation": {"mean": bundle.normalisation.mean, "std": bundle.normalisation.std},
+                "weights_sha256": sha256_of_file(partial / WEIGHTS),
+                "metrics": bundle.metrics,
+                "provenance": bundle.provenance,
+            },
+        )
+
+
+def load_bundle(folder: Path) -> ModelBundle:
+    """Read a bundle, its checksum verified.
+
+    Raises:
+        BundleError: not a bundle, of another version, incomplete or changed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    card_file, weights_file = folder / CARD, folder / WEIGHTS
+    if not card_file.is_file():
+        raise BundleError(f"{folder} is not a model bundle: {CARD} is missing; give the folder that train or finalize wrote")
+    try:
+        card = json.loads(card_file.read_text(encoding="utf-8"))
+        if not isinstance(card, dict) or card.get("format") != FORMAT:
+            found = card.get("format") if isinstance(card, dict) else type(card).__name__
+            raise BundleError(f"{card_file} has format {found!r}, this version reads {FORMAT!r}")
+        recipe = build_recipe(card["recipe"], where="bundle.recipe")
+        mean, std = (tuple(float(v) for v in card["normalisation"][name]) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise BundleError(f"{card_file}: normalisation must be three means and three positive deviations, got {mean} and {std}")
+        if sha256_of_file(weights_file) != card["weights_sha256"]:
+            raise BundleError(f"{weights_file} has changed since the bundle was written (its SHA-256 differs)")
+        state = load_file(weights_file)
+        return ModelBundle(recipe, Normalisation(mean, std), state, dict(card["metrics"]), dict(card["provenance"]))  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecipeError) as fault:
+        raise BundleError(f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})") from None

@@ -1,0 +1,246 @@
+"""The command line: names, options and help. Bodies live in commands/ and are imported when they run.
+
+Importing this module must stay quick: no torch, optuna, pandas or numpy at the top.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcam_automl import __version__
+from pcam_automl.errors import Interrupted, PcamError
+
+app = typer.Typer(
+    name="pcam-automl", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="AutoML for PatchCamelyon / Histopathologic Cancer Detection: search, inspect, finalize.\n\n"
+         "Start: [bold]pcam-automl quickstart[/bold] (no data needed), or "
+         "[bold]pcam-automl search --data FOLDER --trials 50[/bold], then [bold]dashboard[/bold], then [bold]finalize[/bold].",
+)
+
+Data = Annotated[Path | None, typer.Option("--data", help="Raw folder or prepared pack. Else PCAM_AUTOML_DATA, the study's own, ./data/pack or ./histopathologic-cancer-detection.", metavar="PATH")]
+Groups = Annotated[Path | None, typer.Option("--groups", help="CSV id,group: the slide of each patch. train_groups.csv beside the labels is used unasked.", metavar="CSV")]
+Domains = Annotated[Path | None, typer.Option("--domains", help="CSV id,domain: the scanner or centre of each patch.", metavar="CSV")]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME")]
+Storage = Annotated[str | None, typer.Option("--storage", help="sqlite:///FILE, postgresql://... or mysql://... Else PCAM_AUTOML_STORAGE, else sqlite:///studies/pcam.db.", metavar="URL")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Pin a recipe field, e.g. --set crop_size=64; repeatable.", metavar="FIELD=VALUE")]
+Threshold = Annotated[float | None, typer.Option("--threshold", help="Also write 0/1 labels at this probability.", metavar="T")]
+WeightsFrom = Annotated[str | None, typer.Option("--weights", help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model.", metavar="auto|hub|none|DIR")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pcam-automl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of faults.")] = False,
+) -> None:
+    if debug:
+        os.environ["PCAM_AUTOML_DEBUG"] = "1"
+
+
+@app.command()
+def prepare(
+    raw: Annotated[Path, typer.Argument(help="Kaggle folder, class folders (0/, 1/) or PCam HDF5 folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the pack.", metavar="DIR")],
+    groups: Groups = None,
+    domains: Domains = None,
+    sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission of another name or place.", metavar="CSV")] = None,
+    keep_outliers: Annotated[bool, typer.Option("--keep-outliers", help="Train on all-dark and all-bright patches, too.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-read the source and compare every patch.")] = False,
+    json: Json = False,
+) -> None:
+    """Check a raw source and pack it into memory-mapped arrays."""
+    from pcam_automl.commands.data import run_prepare
+
+    run_prepare(raw, out, groups=groups, domains=domains, sample=sample, keep_outliers=keep_outliers, check=verify, as_json=json)
+
+
+@app.command()
+def search(
+    trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="Total of finished trials (complete and pruned); the same command again does only what is missing.", metavar="N")],
+    data: Data = None,
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    space: Annotated[str | None, typer.Option("--space", help="Search space: default, quick, or a YAML file.", metavar="FILE")] = None,
+    set_: Sets = None,
+    weights: WeightsFrom = None,
+    timeout: Annotated[str | None, typer.Option("--timeout", help="No new trial starts after this time: 90s, 30m, 1h30m.", metavar="TIME")] = None,
+    holdout: Annotated[float | None, typer.Option("--holdout", help="Share of the slides that nothing reads before finalize, in [0, 0.5].", metavar="F")] = None,
+    views: Annotated[int | None, typer.Option("--views", min=64, help="Training images of a whole trial; by default the device's speed decides.", metavar="N")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
+    pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")] = None,
+    groups: Groups = None,
+    domains: Domains = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Search training recipes with Optuna; every result is stored as it comes."""
+    from pcam_automl.config import parse_duration
+    from pcam_automl.recipe import parse_assignments
+
+    pins = parse_assignments(set_ or [])
+    timeout_s = None if timeout is None else parse_duration(timeout)
+    from pcam_automl.commands.search import run_search
+    from pcam_automl.search.study import Asked
+
+    asked = Asked(data=data, groups=groups, domains=domains, space=space, pins=pins, weights=weights, holdout=holdout, seed=seed,
+                  sampler=sampler, pruner=pruner, views=views, device=device)
+    run_search(study, storage, asked, n_trials=trials, timeout_s=timeout_s, as_json=json)
+
+
+@app.command()
+def status(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
+    """Trials by state, the best trial and its recipe, what mattered, seconds spent."""
+    from pcam_automl.commands.search import run_status
+
+    run_status(study, storage, as_json=json)
+
+
+@app.command()
+def dashboard(
+    storage: Storage = None,
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8080,
+    host: Annotated[str, typer.Option("--host", help="Address to bind; the dashboard has no login.")] = "127.0.0.1",
+) -> None:
+    """optuna-dashboard over the same storage, on this machine only unless told otherwise."""
+    from pcam_automl.commands.search import run_dashboard
+
+    run_dashboard(storage, host=host, port=port)
+
+
+@app.command()
+def finalize(
+    study: StudyName = "pcam",
+    trial: Annotated[str, typer.Option("--trial", help="best, or a trial's number.", metavar="best|N")] = "best",
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for model/, submission.csv and submission.json; studies/<study>/final by default.", metavar="DIR")] = None,
+    threshold: Threshold = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training patches; by default four times a trial's views, 3 to 20 epochs.")] = None,
+    storage: Storage = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Retrain the best trial on all the data and write the checked submission."""
+    from pcam_automl.commands.models import run_finalize
+
+    run_finalize(study, storage, which=trial, data=data, out=out, threshold=threshold, epochs=epochs, device=device, as_json=json)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option("--model", help="Bundle folder that train or finalize wrote.", metavar="DIR")],
+    input: Annotated[list[Path], typer.Option("--input", help="Image folder or file; repeatable.", metavar="PATH")],
+    out: Annotated[Path, typer.Option("--out", help="CSV to write: id,label.", metavar="CSV")],
+    files: Annotated[list[Path] | None, typer.Argument(help="More image files.")] = None,
+    threshold: Threshold = None,
+    one_view: Annotated[bool, typer.Option("--one-view", help="The centre view only instead of the mean of eight (8x faster).")] = False,
+    device: Device = "auto",
+) -> None:
+    """Probabilities, and labels if asked, for image files."""
+    from pcam_automl.commands.models import run_predict
+
+    run_predict(model, [*input, *(files or [])], out, threshold=threshold, device=device, all_views=not one_view)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the model bundle.", metavar="DIR")],
+    data: Data = None,
+    set_: Sets = None,
+    weights: WeightsFrom = None,
+    groups: Groups = None,
+    domains: Domains = None,
+    fold: Annotated[int, typer.Option("--fold", min=0, max=4, help="Validation fold.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split; the training's is --set seed=N.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train one recipe, validated on the split, as a bundle."""
+    from pcam_automl.recipe import parse_assignments
+
+    pins = parse_assignments(set_ or [])
+    from pcam_automl.commands.models import run_train
+
+    run_train(recipe, data=data, out=out, pins=pins, groups=groups, domains=domains, weights=weights, device=device, fold=fold, seed=seed, as_json=json)
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    patches: Annotated[int, typer.Option("--patches", help="Number of patches, train and test together.", metavar="N")] = 6000,
+    slides: Annotated[int, typer.Option("--slides", help="Number of slides.", metavar="S")] = 24,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Write a synthetic set in the Kaggle layout, with groups, domains, masks and test labels."""
+    from pcam_automl.commands.data import run_synth
+
+    run_synth(out, n_patches=patches, n_slides=slides, seed=seed)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything it makes; an existing run in it goes on.", metavar="DIR")] = Path("studies/quickstart"),
+    patches: Annotated[int, typer.Option("--patches", help="Number of synthetic patches.")] = 5000,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Number of trials.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    device: Device = "auto",
+) -> None:
+    """The whole path on a synthetic set: synth, prepare, search, finalize, score."""
+    from pcam_automl.commands.quickstart import run_quickstart
+
+    run_quickstart(out, n_patches=patches, n_trials=trials, seed=seed, device=device)
+
+
+@app.command()
+def score(
+    submission: Annotated[Path, typer.Argument(help="CSV id,label with probabilities.")],
+    labels: Annotated[Path, typer.Option("--labels", help="CSV id,label with the truth.", metavar="CSV")],
+    groups: Groups = None,
+    threshold: Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="For the accuracy.")] = 0.5,
+    json: Json = False,
+) -> None:
+    """AUC of a submission against true labels, with its interval."""
+    from pcam_automl.commands.models import run_score
+
+    run_score(submission, labels, groups=groups, threshold=threshold, as_json=json)
+
+
+@app.command("check-submission")
+def check_submission(
+    submission: Annotated[Path, typer.Argument(help="CSV to check.")],
+    sample: Annotated[Path, typer.Option("--sample", help="Sample submission with the ids that are wanted, in order.", metavar="CSV")],
+) -> None:
+    """Check ids, order, NaN and range of a submission against the sample."""
+    from pcam_automl.commands.models import run_check_submission
+
+    run_check_submission(submission, sample)
+
+
+def main() -> None:
+    """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
+    try:
+        app()
+    except (PcamError, MemoryError) as fault:
+        if os.environ.get("PCAM_AUTOML_DEBUG"):
+            raise
+        word = "" if isinstance(fault, Interrupted) else "error: "
+        print(f"{word}{fault}" if isinstance(fault, PcamError) else "error: out of memory", file=sys.stderr)
+        sys.exit(fault.exit_code if isinstance(fault, PcamError) else 1)
+
+
+if __name__ == "__main__":
+    main()

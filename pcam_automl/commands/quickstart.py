@@ -1,0 +1,50 @@
+"""`quickstart`: synth, prepare, search, finalize, score, in one folder. The same functions as the single commands."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pcam_automl import terminal
+from pcam_automl.commands.data import run_prepare, run_synth
+from pcam_automl.commands.models import run_finalize, run_score
+from pcam_automl.commands.search import run_search
+from pcam_automl.errors import SearchFailed
+from pcam_automl.search.study import Asked
+
+N_SLIDES = 24
+LEAST_AUC = 0.90
+STUDY = "quickstart"
+FINAL_EPOCHS = 8.0
+
+
+def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, device: str) -> None:
+    """Everything that a user does with real data, on a synthetic set; asserts a test AUC of at least 0.90.
+
+    Raises:
+        SearchFailed: the test AUC is lower.
+    """
+    began = time.monotonic()
+    raw, pack, url = out / "synthetic", out / "pack", f"sqlite:///{out / 'study.db'}"
+    _step(1, f"synth: {n_patches:,} H&E-like patches of {N_SLIDES} slides and two scanners")
+    if not (raw / "train_labels.csv").exists():
+        run_synth(raw, n_patches=n_patches, n_slides=N_SLIDES, seed=seed)
+    _step(2, "prepare: check and pack them")
+    run_prepare(raw, pack, groups=None, domains=None, sample=None, keep_outliers=False, check=False, as_json=False)
+    _step(3, f"search: {n_trials} trials, from scratch, validated on slides that training does not see")
+    asked = Asked(data=pack, space="quick", weights="none", seed=seed, device=device)
+    run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=None, as_json=False)
+    _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
+    final = run_finalize(STUDY, url, which="best", data=None, out=None, threshold=None, epochs=FINAL_EPOCHS, device=device, as_json=False)
+    _step(5, "score: the submission against the test labels, which nothing has read so far")
+    assert final.submission is not None
+    score = run_score(final.submission, raw / "test_labels.csv", groups=raw / "test_groups.csv", threshold=0.5, as_json=False)
+    terminal.result(f"submission: {final.submission}")
+    terminal.result(f"dashboard:  pcam-automl dashboard --storage {url}")
+    terminal.say(f"done in {terminal.duration(time.monotonic() - began)}")
+    if score < LEAST_AUC:
+        raise SearchFailed(f"quickstart: test AUC {score:.4f} is below {LEAST_AUC}; please report this with the output above")
+
+
+def _step(number: int, text: str) -> None:
+    terminal.err.rule(f"[bold]{number}/5[/bold] {text}", align="left")

@@ -1,0 +1,114 @@
+"""Settings of a run: where studies, storages and data are found, and what a study remembers. Opens nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pcam_automl.errors import DataError, InputError, StudyError
+
+DEFAULT_STUDY = "pcam"
+DEFAULT_STORAGE = "sqlite:///studies/pcam.db"
+DATA_PLACES = ("data/pack", "histopathologic-cancer-detection")
+HOW_TO_GET_DATA = (
+    "get it with `kaggle competitions download -c histopathologic-cancer-detection` and unzip it, then give --data FOLDER; "
+    "or try `pcam-automl quickstart`, which needs none"
+)
+
+
+def storage_url(given: str | None) -> str:
+    """``--storage``, else ``PCAM_AUTOML_STORAGE``, else the default SQLite file under ``studies/``."""
+    return given or os.environ.get("PCAM_AUTOML_STORAGE") or DEFAULT_STORAGE
+
+
+def studies_folder(url: str) -> Path:
+    """Where studies of this storage keep their files: beside the SQLite file, else ``./studies``. Absolute."""
+    if url.startswith("sqlite:///"):
+        return Path(url.removeprefix("sqlite:///").partition("?")[0]).expanduser().resolve().parent
+    return Path("studies").resolve()
+
+
+def check_study_name(name: str) -> str:
+    """A study's name is a folder's name, too.
+
+    Raises:
+        StudyError: empty, too long, or with characters that a folder should not have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == "packs":
+        raise StudyError(f"--study must be 1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit (and not 'packs'), got {name!r}")
+    return name
+
+
+def find_data(given: Path | None, remembered: str | None = None) -> Path:
+    """``--data``, else ``PCAM_AUTOML_DATA``, else what the study remembers, else the usual places.
+
+    Raises:
+        DataError: it does not exist, or there is none; the message says how to get the data.
+    """
+    named = given or (Path(text) if (text := os.environ.get("PCAM_AUTOML_DATA")) else None) or (Path(remembered) if remembered else None)
+    if named is not None:
+        path = named.expanduser().resolve()
+        if not path.exists():
+            raise DataError(f"data: {path} does not exist; {HOW_TO_GET_DATA}")
+        return path
+    for place in DATA_PLACES:
+        if Path(place).is_dir():
+            return Path(place).resolve()
+    raise DataError(f"no data: neither --data, PCAM_AUTOML_DATA, the study, nor ./{' or ./'.join(DATA_PLACES)} names any; {HOW_TO_GET_DATA}")
+
+
+def parse_duration(text: str) -> float:
+    """``90``, ``90s``, ``30m``, ``1h30m``, ``2d`` to seconds.
+
+    Raises:
+        InputError: anything else, or nothing at all.
+    """
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "": 1.0}
+    parts = re.fullmatch(r"\s*((?:\d+(?:\.\d+)?[dhms])*)(\d+(?:\.\d+)?)?\s*", text.lower())
+    pairs = re.findall(r"(\d+(?:\.\d+)?)([dhms]?)", text.lower()) if parts else []
+    seconds = sum(float(number) * units[unit] for number, unit in pairs)
+    if seconds <= 0:
+        raise InputError(f"a duration must be positive and look like 90s, 30m or 1h30m, got {text!r}")
+    return seconds
+
+
+class StudySettings(BaseModel):
+    """What a study remembers, written once when it is created; every worker and later command reads it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    data: str
+    pack: str
+    pack_hash: str
+    split_hash: str
+    seed: Annotated[int, Field(ge=0)]
+    holdout: float
+    weights: str
+    space: str
+    pins: dict[str, Any]
+    sampler: str
+    pruner: str
+    rungs: tuple[tuple[int, int], ...]
+    n_score: int
+    cap_s: float | None
+    plan: dict[str, Any]
+    versions: dict[str, str]
+
+
+def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: str) -> None:
+    """Every option given (not None) must equal what the study remembers.
+
+    Raises:
+        StudyError: names every contradiction with both values.
+    """
+    faults = [
+        f"--{name} is {value!r}, the study has {remembered[name]!r}"
+        for name, value in asked.items() if value is not None and value != remembered[name]
+    ]
+    if faults:
+        raise StudyError(f"study {study!r} was created otherwise: {'; '.join(faults)}; leave the option out, or take another --study name")

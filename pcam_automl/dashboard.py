@@ -1,0 +1,42 @@
+"""optuna-dashboard over the studies' storage. It has no login: loopback unless told otherwise."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from pcam_automl.errors import InputError
+
+
+def check_port(host: str, port: int) -> None:
+    """Say in one line that the address cannot be bound, before a study is loaded.
+
+    Raises:
+        InputError: the port is out of range or taken, or the host is not this machine's.
+    """
+    if not 0 < port < 65536:
+        raise InputError(f"--port must be in [1, 65535], got {port}")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as fault:
+        raise InputError(f"--port {port} on {host} cannot be used ({fault.strerror}); choose another with --port") from None
+
+
+def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
+    """Serve until interrupted.
+
+    Args:
+        url: the storage's.
+        host: address to bind.
+        port: in [1, 65535].
+        artifacts: folder of the studies' artifacts.
+    """
+    import optuna_dashboard
+    from optuna.artifacts import FileSystemArtifactStore
+
+    from pcam_automl.search.storage import open_storage
+
+    check_port(host, port)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    optuna_dashboard.run_server(open_storage(url), host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts))

@@ -1,0 +1,313 @@
+"""Builds a pack from a source, and compares the two again. Judges no patch itself and opens no pack for training."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcam_automl.data.h5 import open_dataset, plain_h5
+from pcam_automl.data.images import PatchFault, read_patch, read_patches
+from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, n_workers_for, run_tasks
+from pcam_automl.data.quality import complete_flags, findings, pixel_digests, write_sheet
+from pcam_automl.data.sources import PatchSource, fingerprint
+from pcam_automl.data.store import FORMAT, TEST, VERSION, Flag, PatchStore, Progress, content_hash, open_store
+from pcam_automl.data.template import Template
+from pcam_automl.errors import DataError, first_few
+from pcam_automl.files import folder_written_whole, write_faults, write_json
+from pcam_automl.recipe import PATCH_PX
+
+_N_PROBED = 64
+_PART_NAMES = ("train", "valid", "test")
+
+
+def pack(
+    source: PatchSource,
+    out: Path,
+    *,
+    keep_outliers: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PatchStore:
+    """Read every patch of ``source`` once and write the pack folder ``out``, whole or not at all.
+
+    Training patches that cannot be read, or are of another shape than the rest, are left out (row kept, zeros);
+    so are all-dark and all-bright ones. Test patches are never left out.
+
+    Args:
+        source: what to read.
+        out: the pack's folder; an older pack there is replaced when the new one is complete.
+        keep_outliers: train on all-dark and all-bright patches, too.
+        workers: processes; None takes one a core (at most 8) and none for small sets.
+        progress: called with (patches done, patches in all) in this process.
+
+    Raises:
+        DataError: no training patch is usable, an HDF5 file is corrupt, or ``out`` cannot be written.
+    """
+    out = Path(out)
+    _check_target(source, out)
+    stamp = fingerprint(source)
+    with folder_written_whole(out) as folder, ExitStack() as stack:
+        h5 = _h5_files(source, folder, stack)
+        shape, templates = _probe(source, h5)
+        job = _prepare_files(folder, source, shape, templates)
+        arrays, faults = _measure_all(source, h5, job, workers, progress)
+        stack.close()
+        arrays["flags"] = complete_flags(
+            arrays["flags"], arrays["digest"], source.label, source.part, keep_outliers=keep_outliers
+        )
+        if not np.any((source.part != TEST) & ((arrays["flags"] & (Flag.UNREADABLE | Flag.WRONG_SHAPE)) == 0)):
+            row, reason = next(iter(faults.items()))
+            raise DataError(
+                f"none of the training patches in {source.root} can be used; the first: {source.ids[row]}: {reason}"
+            )
+        _write_pack(folder, source, job, arrays, faults, stamp=stamp, keep_outliers=keep_outliers)
+    return open_store(out)
+
+
+def verify(
+    store: PatchStore, source: PatchSource, *, workers: int | None = None, progress: Progress | None = None
+) -> int:
+    """Read the source again and compare it, and the pack's own pixels, with the digests in the pack.
+
+    Returns:
+        The number of patches compared.
+
+    Raises:
+        DataError: something differs (all of it is named), or a file of the source is corrupt as a whole.
+    """
+    pairs = (("ids", store.ids, source.ids), ("labels", store.label, source.label), ("parts", store.part, source.part))
+    lines = [f"other {name} in the source" for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
+    damaged: list[str] = []
+    for first in range(0, len(store), CHUNK_PATCHES):
+        rows = slice(first, first + CHUNK_PATCHES)
+        digest = pixel_digests(np.ascontiguousarray(store.patches[rows]))
+        sound = (store.flags[rows] & (Flag.UNREADABLE | Flag.WRONG_SHAPE)) == 0
+        damaged += store.ids[rows][sound & (digest != store.digest[rows]).any(axis=1)].tolist()
+    if damaged:
+        lines.append(f"{len(damaged)} patches in the pack are damaged: {first_few(damaged)}")
+    if not np.array_equal(store.ids, source.ids):
+        absent = sorted(set(store.ids.tolist()) ^ set(source.ids.tolist()))
+        lines[0] += f" ({first_few(absent)})" if absent else " (their order)"
+    else:
+        with write_faults(store.root.parent), ExitStack() as stack:
+            h5 = _h5_files(source, store.root.parent, stack)
+            job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0)
+            arrays, _ = _measure_all(source, h5, job, workers, progress)
+        if changed := store.ids[(arrays["digest"] != store.digest).any(axis=1)].tolist():
+            lines.append(f"{len(changed)} patches of the source are not what was packed: {first_few(changed)}")
+    if lines:
+        raise DataError(f"{store.root} does not match {source.root}: {'; '.join(lines)}; pack it again")
+    return len(store)
+
+
+def _check_target(source: PatchSource, out: Path) -> None:
+    resolved, root = out.resolve(), source.root.resolve()
+    if resolved == root or resolved in root.parents:
+        raise DataError(f"the pack cannot be written to {out}: the raw data lie there; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose a folder for --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "store.json").is_file():
+        raise DataError(f"{out} holds other things than a pack; choose an empty or new folder for --out")
+
+
+def _h5_files(source: PatchSource, beside: Path, stack: ExitStack) -> dict[int, tuple[Path, Path | None]]:
+    """Part code to plain HDF5 files of pixels and masks; inflated copies live until ``stack`` closes."""
+    files: dict[int, tuple[Path, Path | None]] = {}
+    with_masks = all(part.mask for part in source.h5.values())
+    for code, part in source.h5.items():
+        x = stack.enter_context(plain_h5(source.root / part.x, beside))
+        mask = stack.enter_context(plain_h5(source.root / part.mask, beside)) if part.mask and with_masks else None
+        for path, name in ((x, "x"), (mask, "mask")):
+            if path is None:
+                continue
+            with open_dataset(path, name) as data:
+                if len(data) != part.n_patches:
+                    raise DataError(f"{source.root / part.x}: {len(data)} rows of {name}, but {part.n_patches} labels")
+        files[code] = (x, mask)
+    return files
+
+
+def _probe(
+    source: PatchSource, h5: dict[int, tuple[Path, Path | None]]
+) -> tuple[tuple[int, int], tuple[Template, ...]]:
+    """The (H, W) of most training patches (96 where it is even), and the headers to expect."""
+    if h5:
+        shapes = {}
+        for x, _ in h5.values():
+            with open_dataset(x, "x") as data:
+                shapes[x.name] = (int(data.shape[1]), int(data.shape[2]))
+        if len(set(shapes.values())) > 1:
+            raise DataError(f"{source.root}: patches differ in size between files: {shapes}")
+        return next(iter(shapes.values())), ()
+    train = np.flatnonzero(source.part != TEST)
+    probed = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), _N_PROBED)).astype(int))]
+    counts: Counter[tuple[int, int]] = Counter()
+    for row in probed:
+        image = read_patch(source.root / str(source.files[row]))
+        if not isinstance(image, PatchFault) and image.shape[0] == image.shape[1] >= 3:
+            counts[image.shape[:2]] += 1
+    shape = max(counts, key=lambda found: (counts[found], found == (PATCH_PX, PATCH_PX)), default=(PATCH_PX, PATCH_PX))
+    templates: list[Template] = []
+    names = [str(source.files[row]) for row in probed[:8]]
+    read_patches(source.root, names, np.empty((len(names), *shape, 3), np.uint8), templates)
+    return shape, tuple(templates)
+
+
+def _prepare_files(folder: Path, source: PatchSource, shape: tuple[int, int], templates: tuple[Template, ...]) -> Job:
+    """Write the ``.npy`` headers of the large arrays and give them their final size."""
+    n = len(source)
+    with_masks = bool(source.h5) and all(part.mask for part in source.h5.values())
+    patches_at = _write_npy_header(folder / "patches.npy", (n, *shape, 3))
+    masks_at = _write_npy_header(folder / "masks.npy", (n, *shape)) if with_masks else 0
+    masks = folder / "masks.npy" if with_masks else None
+    return Job(shape, templates, folder / "patches.npy", patches_at, masks, masks_at)
+
+
+def _write_npy_header(path: Path, shape: tuple[int, ...]) -> int:
+    """Write the header, give the file its final size; returns the byte where the data begin."""
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        file.truncate(start + int(np.prod(shape, dtype=np.int64)))
+    return start
+
+
+def _tasks(source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> Iterator[Task]:
+    bounds = [0, *(np.flatnonzero(np.diff(source.part)) + 1).tolist(), len(source)]
+    for begin, end in pairwise(bounds):
+        for first in range(begin, end, CHUNK_PATCHES):
+            n = min(CHUNK_PATCHES, end - first)
+            if h5:
+                x, mask = h5[int(source.part[first])]
+                yield Task(first, n, source.root, (), x, mask, int(source.files[first]))
+            else:
+                yield Task(first, n, source.root, tuple(source.files[first : first + n].tolist()))
+
+
+def _measure_all(
+    source: PatchSource,
+    h5: dict[int, tuple[Path, Path | None]],
+    job: Job,
+    workers: int | None,
+    progress: Progress | None,
+) -> tuple[dict[str, NDArray[Any]], dict[int, str]]:
+    """Run every task; the small arrays over all rows, and row -> reason of the faulty ones."""
+    n = len(source)
+    arrays: dict[str, NDArray[Any]] = {
+        "flags": np.zeros(n, np.uint16),
+        "stats": np.zeros((n, 6), np.float32),
+        "sharpness": np.zeros(n, np.float32),
+        "digest": np.zeros((n, 16), np.uint8),
+    }
+    faults: dict[int, str] = {}
+    n_done = 0
+    with closing(run_tasks(_tasks(source, h5), job, n_workers_for(n, workers))) as results:
+        for done in results:
+            for name, values in arrays.items():
+                values[done.first : done.first + len(done.flags)] = getattr(done, name)
+            faults.update(done.faults)
+            n_done += len(done.flags)
+            if progress is not None:
+                progress(n_done, n)
+    return arrays, dict(sorted(faults.items()))
+
+
+def _codes(names: NDArray[np.str_]) -> tuple[NDArray[np.int32], list[str]]:
+    """Names to codes in sorted order; the empty name is -1."""
+    distinct, codes = np.unique(names, return_inverse=True)
+    known = [str(name) for name in distinct if name]
+    offset = len(distinct) - len(known)
+    return (codes - offset).astype(np.int32), known
+
+
+def _write_pack(
+    folder: Path,
+    source: PatchSource,
+    job: Job,
+    arrays: dict[str, NDArray[Any]],
+    faults: dict[int, str],
+    *,
+    stamp: str,
+    keep_outliers: bool,
+) -> None:
+    """The small arrays, ``store.json``, ``table.csv`` and the picture sheet."""
+    group, group_names = _codes(source.group)
+    domain, domain_names = _codes(source.domain)
+    arrays |= {"ids": source.ids, "label": source.label, "group": group, "domain": domain, "part": source.part}
+    for name, values in arrays.items():
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array(file, values, allow_pickle=False)
+    masks = None if job.masks is None else np.lib.format.open_memmap(job.masks, mode="r")
+    digest = content_hash(
+        shape=job.shape, arrays=arrays, group_names=group_names, domain_names=domain_names, masks=masks
+    )
+    mean, deviation = _channel_moments(source, arrays)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "content_hash": digest,
+        "n_patches": len(source),
+        "shape": list(job.shape),
+        "files": {path.stem: path.stat().st_size for path in sorted(folder.glob("*.npy"))},
+        "group_names": group_names,
+        "domain_names": domain_names,
+        "channel_mean": mean,
+        "channel_std": deviation,
+        "counts": {str(flag.name).lower(): int(np.count_nonzero(arrays["flags"] & flag)) for flag in Flag},
+        "faults": {str(row): reason for row, reason in faults.items()},
+        "source": {
+            "kind": source.kind,
+            "root": str(source.root.resolve()),
+            "fingerprint": stamp,
+            "keep_outliers": keep_outliers,
+            "notes": list(source.notes),
+            "missing_test_ids": list(source.missing_test_ids),
+        },
+    }
+    write_json(folder / "store.json", header)
+    _write_table(folder / "table.csv", source, arrays)
+    store = open_store(folder)
+    if len(rows := findings(store).rows):
+        write_sheet(store, rows, folder / "findings.png")
+
+
+def _channel_moments(source: PatchSource, arrays: dict[str, NDArray[Any]]) -> tuple[list[float], list[float]]:
+    """Means and deviations of all pixels of the development patches, from the patches' own; zeros if there are none."""
+    use = (source.part != TEST) & (source.label >= 0) & ((arrays["flags"] & Flag.LEFT_OUT) == 0)
+    if not use.any():
+        return [0.0] * 3, [0.0] * 3
+    stats = arrays["stats"][use].astype(np.float64)
+    mean = stats[:, :3].mean(axis=0)
+    deviation = np.sqrt(np.maximum((stats[:, 3:] ** 2 + stats[:, :3] ** 2).mean(axis=0) - mean**2, 0.0))
+    return mean.round(6).tolist(), deviation.round(6).tolist()
+
+
+def _write_table(path: Path, source: PatchSource, arrays: dict[str, NDArray[Any]]) -> None:
+    """One line a patch, for people; nothing reads it back."""
+    words = {int(value): Flag(int(value)) for value in np.unique(arrays["flags"])}
+    named = {value: "+".join(str(flag.name).lower() for flag in flags) for value, flags in words.items()}
+    colours = (arrays["stats"][:, :3] * 255).round().astype(int).tolist()
+    rows = zip(
+        source.ids.tolist(),
+        source.label.tolist(),
+        source.group.tolist(),
+        source.domain.tolist(),
+        (_PART_NAMES[code] for code in source.part.tolist()),
+        (named[value] for value in arrays["flags"].tolist()),
+        colours,
+        arrays["sharpness"].round().astype(int).tolist(),
+        strict=True,
+    )
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", "label", "group", "domain", "part", "flags", "red", "green", "blue", "sharpness"])
+        table.writerows((*row[:6], *row[6], row[7]) for row in rows)

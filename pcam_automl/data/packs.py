@@ -1,0 +1,56 @@
+"""Finding the pack of a data folder, building it once where there is none. Reads no image itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pcam_automl.data.pack import pack
+from pcam_automl.data.sources import fingerprint, open_source
+from pcam_automl.data.store import PatchStore, is_pack, open_store
+from pcam_automl.errors import DataError
+from pcam_automl.files import locked
+
+PackCall = Callable[[int, int], None]
+"""Told of progress while packing: (patches done, patches in all)."""
+
+
+def find_pack(
+    path: Path,
+    packs: Path,
+    *,
+    groups: Path | None = None,
+    domains: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    call: PackCall | None = None,
+) -> PatchStore:
+    """The store of ``path``: itself if it is a pack, else the one packed from it earlier, else a new one.
+
+    A raw folder is recognised by its fingerprint (relative names, sizes, times), so a changed folder is packed anew.
+
+    Args:
+        path: a pack or a raw folder.
+        packs: where packs of raw folders are kept, by fingerprint.
+        groups: CSV ``id,group``.
+        domains: CSV ``id,domain``.
+        say: told of notes, once each.
+        call: progress while packing.
+
+    Raises:
+        DataError: the data is at fault, or ``groups`` / ``domains`` are given for a finished pack.
+    """
+    if is_pack(path):
+        if groups is not None or domains is not None:
+            raise DataError(f"{path} is a finished pack: --groups and --domains are given when it is made (pcam-automl prepare RAW --groups ...)")
+        return open_store(path)
+    source = open_source(path, groups=groups, domains=domains)
+    for note in source.notes:
+        say(note)
+    target = packs / fingerprint(source)[:16]
+    if is_pack(target):
+        return open_store(target)
+    with locked(packs / f".{target.name}.lock", busy=f"another process is packing {path} into {target}; wait for it, then repeat the command"):
+        if is_pack(target):
+            return open_store(target)
+        say(f"packing {len(source.ids):,} patches once into {target}")
+        return pack(source, target, progress=call)

@@ -1,0 +1,238 @@
+"""What is wrong with a patch: measures, flags, the report, the picture sheet. Reads no files, decides no splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcam_automl.data.store import TEST, Flag, PatchStore
+from pcam_automl.errors import first_few
+from pcam_automl.files import written_whole
+
+DARK_MAX = 10
+"""A patch whose brightest byte is below this is all dark."""
+BRIGHT_MIN = 245
+"""A patch whose darkest byte is above this is all bright."""
+BLUR_VARIANCE = 50.0
+"""Below this variance of the Laplacian a patch is called blurred."""
+
+_GREEN = 1
+_SUB_BATCH = 16  # 0.4 MB of pixels: float copies stay in the cache
+_FAULTY = Flag.UNREADABLE | Flag.WRONG_SHAPE
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of B patches."""
+
+    stats: NDArray[np.float32]
+    """(B, 6) channel means, then deviations, in [0, 1]."""
+    sharpness: NDArray[np.float32]
+    """(B,) variance of the 4-neighbour Laplacian of the green channel, in grey levels squared."""
+    digest: NDArray[np.uint8]
+    """(B, 16) first half of the SHA-256 of the pixels."""
+    flags: NDArray[np.uint16]
+    """(B,) DARK, BRIGHT and BLURRED."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the checks of a pack found."""
+
+    by_flag: dict[str, tuple[str, ...]]
+    """Flag name in lower case to "id" or "id (reason)" of every patch that has it; only flags that occur."""
+    n_test: dict[str, int]
+    """How many of them are test patches."""
+    rows: NDArray[np.int64]
+    """Rows of the store worth a look: left out, dark, bright, faulty or contradicting."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Patches by flag name."""
+        return {name: len(named) for name, named in self.by_flag.items()}
+
+    def lines(self) -> list[str]:
+        """One sentence a finding, for people; each names the first patches."""
+        texts = []
+        for name, named in self.by_flag.items():
+            n_test = self.n_test[name]
+            where = f" ({n_test} of them test patches, never left out)" if n_test else ""
+            noun = "patch" if len(named) == 1 else "patches"
+            shown = first_few(named, 20 if name == "left_out" else 5)
+            texts.append(f"{len(named)} {noun} {_SENTENCES[name]}{where}: {shown}")
+        return texts
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"findings": {"dark": ["id", ...], ...}}``, every patch named."""
+        return {"findings": {name: list(named) for name, named in self.by_flag.items()}}
+
+
+def measure(patches: NDArray[np.uint8]) -> Measures:
+    """Measure (B, H, W, 3) uint8 patches, H and W at least 3; about 35 us a patch of 96x96, half of it the digest."""
+    n, height, width, _ = patches.shape
+    stats = np.empty((n, 6), np.float32)
+    sharpness = np.empty(n, np.float32)
+    digest = np.empty((n, 16), np.uint8)
+    flags = np.zeros(n, np.uint16)
+    flat = patches.reshape(n, -1)
+    for first in range(0, n, _SUB_BATCH):
+        part = slice(first, first + _SUB_BATCH)
+        stats[part] = _channel_stats(patches[part].reshape(-1, height, width * 3))
+        sharpness[part] = _laplacian_variance(patches[part])
+        flags[part] |= np.where(flat[part].max(axis=1) < DARK_MAX, Flag.DARK, 0).astype(np.uint16)
+        flags[part] |= np.where(flat[part].min(axis=1) > BRIGHT_MIN, Flag.BRIGHT, 0).astype(np.uint16)
+        digest[part] = pixel_digests(patches[part])
+    flags[(sharpness < BLUR_VARIANCE) & (flags == 0)] |= np.uint16(Flag.BLURRED)
+    return Measures(stats, sharpness, digest, flags)
+
+
+def pixel_digests(patches: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(B, 16) first halves of the SHA-256 of each of (B, H, W, 3) C-contiguous patches; 15 us a patch of 96x96."""
+    digests = b"".join([hashlib.sha256(patch.data).digest()[:16] for patch in patches.reshape(len(patches), -1)])
+    return np.frombuffer(digests, np.uint8).reshape(-1, 16)
+
+
+def _channel_stats(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(B, H, W * 3) to (B, 6); the sums are exact integers up to 256 px a column, so equal patches have equal stats."""
+    n, height, width3 = rows.shape
+    sums = (
+        rows.sum(axis=1, dtype=np.uint16 if height <= 257 else np.uint32)
+        .reshape(n, -1, 3)
+        .sum(axis=1, dtype=np.float64)
+    )
+    values = rows.astype(np.float32)
+    squares = np.einsum("bhw,bhw->bw", values, values).reshape(n, -1, 3).sum(axis=1, dtype=np.float64)
+    n_px = height * width3 / 3
+    mean = sums / n_px
+    deviation = np.sqrt(np.maximum(squares / n_px - mean**2, 0.0))
+    return (np.concatenate([mean, deviation], axis=1) / 255.0).astype(np.float32)
+
+
+def _laplacian_variance(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Of the green channel, where both stains absorb most; 2.5 us a patch to extract, a weighted grey would take 7."""
+    green = patches[..., _GREEN].astype(np.int16)
+    laplacian = green[:, 1:-1, 1:-1] * 4
+    laplacian -= green[:, :-2, 1:-1]
+    laplacian -= green[:, 2:, 1:-1]
+    laplacian -= green[:, 1:-1, :-2]
+    laplacian -= green[:, 1:-1, 2:]
+    values = laplacian.reshape(len(green), -1).astype(np.float32)
+    mean = values.sum(axis=1).astype(np.float64) / values.shape[1]
+    variance: NDArray[np.float32] = (np.einsum("bi,bi->b", values, values) / values.shape[1] - mean**2).astype(
+        np.float32
+    )
+    return variance
+
+
+def complete_flags(
+    flags: NDArray[np.uint16],
+    digest: NDArray[np.uint8],
+    label: NDArray[np.int8],
+    part: NDArray[np.int8],
+    *,
+    keep_outliers: bool,
+) -> NDArray[np.uint16]:
+    """Add what only the whole set shows: duplicates, contradictions, and what is left out of training.
+
+    Args:
+        flags: (N,) with DARK, BRIGHT, BLURRED, UNREADABLE, WRONG_SHAPE set.
+        digest: (N, 16) as in :class:`~pcam_automl.data.store.PatchStore`.
+        label: (N,) 0, 1 or -1.
+        part: (N,) TRAIN, VALID or TEST.
+        keep_outliers: do not leave out dark and bright patches.
+
+    Returns:
+        (N,) uint16. Test patches are never left out, contradicting duplicates neither.
+    """
+    flags = flags.copy()
+    faulty = (flags & _FAULTY) != 0
+    sound = np.flatnonzero(~faulty)
+    keys = np.ascontiguousarray(digest[sound]).view("V16").ravel()
+    _, cluster, size = np.unique(keys, return_inverse=True, return_counts=True)
+    shared = size[cluster] > 1
+    flags[sound[shared]] |= np.uint16(Flag.DUPLICATE)
+    known = label[sound] >= 0
+    in_train = part[sound] != TEST
+    positive = _any_in(cluster, known & in_train & (label[sound] == 1), len(size))
+    negative = _any_in(cluster, known & in_train & (label[sound] == 0), len(size))
+    flags[sound[(positive & negative)[cluster] & in_train]] |= np.uint16(Flag.CONTRADICTING)
+    both = _any_in(cluster, in_train, len(size)) & _any_in(cluster, ~in_train, len(size))
+    flags[sound[both[cluster]]] |= np.uint16(Flag.IN_TRAIN_AND_TEST)
+    outlier = (flags & (Flag.DARK | Flag.BRIGHT)) != 0
+    flags[(part != TEST) & (faulty | (outlier & (not keep_outliers)))] |= np.uint16(Flag.LEFT_OUT)
+    return flags
+
+
+def _any_in(cluster: NDArray[np.intp], which: NDArray[np.bool_], n_clusters: int) -> NDArray[np.bool_]:
+    found = np.zeros(n_clusters, dtype=bool)
+    found[cluster[which]] = True
+    return found
+
+
+_SENTENCES = {
+    "unreadable": "unreadable",
+    "wrong_shape": "of another size or kind than the rest",
+    "dark": f"all dark (max < {DARK_MAX})",
+    "bright": f"all bright (min > {BRIGHT_MIN})",
+    "blurred": f"blurred (Laplacian variance < {BLUR_VARIANCE:g}; reported only)",
+    "duplicate": "exact copies of one another (they share a fold; reported only)",
+    "contradicting": "exact copies with contradicting labels (kept in one fold; see exclude_ids of a recipe)",
+    "in_train_and_test": "found in both train and test (kept; a score on them flatters)",
+    "left_out": "left out of training",
+}
+
+
+def findings(store: PatchStore) -> Findings:
+    """Everything that is flagged in a pack, the least usable first."""
+    flags = np.asarray(store.flags)
+    by_flag: dict[str, tuple[str, ...]] = {}
+    n_test: dict[str, int] = {}
+    for name in _SENTENCES:
+        hits = np.flatnonzero(flags & Flag[name.upper()])
+        if len(hits):
+            by_flag[name] = tuple(_named(store, row) for row in hits.tolist())
+            n_test[name] = int(np.count_nonzero(store.part[hits] == TEST))
+    worth = Flag.LEFT_OUT | Flag.DARK | Flag.BRIGHT | Flag.UNREADABLE | Flag.WRONG_SHAPE | Flag.CONTRADICTING
+    return Findings(by_flag, n_test, np.flatnonzero(flags & worth).astype(np.int64))
+
+
+def _named(store: PatchStore, row: int) -> str:
+    reason = store.faults.get(row)
+    return f"{store.ids[row]} ({reason})" if reason else str(store.ids[row])
+
+
+def write_sheet(store: PatchStore, rows: Sequence[int] | NDArray[np.int64], path: Path, *, limit: int = 120) -> None:
+    """A PNG of the named patches, eight in a line, with id and flags under each; the first ``limit`` of them.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    shown = [int(row) for row in rows[:limit]]
+    side, gap, text_px, n_columns = 96, 16, 44, 8
+    n_lines = max(1, -(-len(shown) // n_columns))
+    sheet = Image.new("RGB", (n_columns * (side + gap) + gap, n_lines * (side + gap + text_px) + gap), (228, 228, 232))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
+    for place, row in enumerate(shown):
+        x = gap + place % n_columns * (side + gap)
+        y = gap + place // n_columns * (side + gap + text_px)
+        sheet.paste(Image.fromarray(np.asarray(store.patches[row])).resize((side, side)), (x, y))
+        draw.rectangle((x - 1, y - 1, x + side, y + side), outline=(120, 120, 130))
+        draw.multiline_text((x, y + side + 3), _caption(store, row), fill=(30, 30, 40), font=font, spacing=1)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        sheet.save(file, format="PNG")
+
+
+def _caption(store: PatchStore, row: int) -> str:
+    name = str(store.ids[row])
+    flags = Flag(int(store.flags[row])) & ~Flag.LEFT_OUT
+    words = " ".join(str(flag.name).lower() for flag in flags)
+    text = "\n".join(name[first : first + 18] for first in range(0, min(len(name), 54), 18))
+    return f"{text}\n{words[:24]}".encode("ascii", "replace").decode()

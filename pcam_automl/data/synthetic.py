@@ -1,0 +1,436 @@
+"""A synthetic lymph-node set in the Kaggle layout: draws H&E-like patches slide by slide. Reads no images.
+
+The patches are built in optical density, as a stain is: haematoxylin (nuclei) and eosin (cytoplasm, fibres) fields times
+the slide's own stain vectors, then the scanner's white point, sharpness and noise. Sizes are those of PatchCamelyon at
+about 1 um a pixel. Tumour nuclei differ from the large normal ("reactive") nuclei by shape, chromatin and nucleolus, not
+by colour, so that colour statistics alone do not solve the set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from pcam_automl.errors import DataError
+from pcam_automl.files import folder_written_whole, write_faults
+from pcam_automl.recipe import CENTRE_PX, PATCH_PX
+
+MIN_SLIDES = 8
+MIN_PATCHES_A_SLIDE = 10
+POSITIVE_SHARE = 0.4
+TEST_SHARE = 0.2
+
+_CHUNK = 32  # patches drawn at a time: the windows of their nuclei stay in the cache
+_N_THREADS = 2  # numpy frees the interpreter for most of the work
+_LOW, _HIGH = (PATCH_PX - CENTRE_PX) // 2, (PATCH_PX + CENTRE_PX) // 2
+_PLAIN, _TUMOUR_OUTSIDE, _TUMOUR_CENTRE = 0, 1, 2
+
+_DOMAINS = ("scanner_a", "scanner_b")
+_LOBES = ((0.45, 2, 3.0), (0.35, 3, 5.0), (0.2, 5, 11.0))  # share of the irregularity, order, phase
+_MARGIN = 16  # nuclei lie up to so many px outside the patch
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Slide:
+    """One slide: where it belongs and how it looks."""
+
+    name: str
+    test: bool
+    domain: int
+    n_patches: int
+    n_positive: int
+    vectors: Floats  # (2, 3) optical density of haematoxylin and eosin in red, green, blue
+    white: Floats  # (3,) background intensity in [0, 1]
+    blur: float  # weight of either neighbour in the scanner's three-tap blur
+    noise: float  # deviation of the sensor noise, of 1
+    cellularity: float  # how densely lymphocytes lie
+
+
+@dataclass(frozen=True)
+class _Nuclei:
+    """Nuclei to draw, m of them; lengths in px."""
+
+    patch: NDArray[np.int64]
+    x: Floats
+    y: Floats
+    length: Floats  # half axis along `angle`
+    width: Floats  # half axis across
+    angle: Floats
+    density: Floats  # haematoxylin at the rim
+    pale: Floats  # share of it missing inside
+    wobble: Floats  # amplitude of the outline's irregularity, of the radius
+    nucleolus: Floats  # haematoxylin of the nucleolus
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Ranges from which the nuclei of a kind are drawn; meanings as in `_Nuclei`."""
+
+    length_px: tuple[float, float]
+    aspect: tuple[float, float]
+    density: tuple[float, float]
+    pale: tuple[float, float]
+    wobble: tuple[float, float] = (0.0, 0.0)
+    nucleolus: tuple[float, float] = (0.0, 0.0)
+
+
+_LYMPHOCYTE = _Look((3.0, 3.9), (0.8, 1.0), (1.3, 1.8), (0.0, 0.15))
+_SPINDLE = _Look((5.0, 7.0), (0.25, 0.4), (1.0, 1.5), (0.0, 0.15))
+_REACTIVE = _Look((4.8, 7.0), (0.7, 1.0), (0.8, 1.45), (0.2, 0.6), (0.0, 0.05), (0.0, 0.2))
+_TUMOUR = _Look((5.4, 8.0), (0.6, 0.95), (0.8, 1.45), (0.25, 0.7), (0.12, 0.26), (0.6, 1.2))
+
+
+def write_synthetic(
+    out: Path, *, n_patches: int, n_slides: int, seed: int, progress: Progress | None = None
+) -> None:
+    """Write a synthetic set: the same arguments give the same bytes.
+
+    A patch is positive if a tumour nucleus touches its centre 32x32 (about 40 %); four of ten negatives hold tumour
+    outside the centre. Test slides (a fifth of the patches) are none of the training slides; the second domain has a
+    quarter of the training slides and half of the test slides.
+
+    Args:
+        out: a folder that does not exist or is empty. Gets ``train/`` and ``test/`` (uncompressed RGB TIFFs),
+            ``masks/train`` and ``masks/test`` (PNG, 255 = tumour nucleus), ``train_labels.csv``, ``sample_submission.csv``,
+            ``train_groups.csv``, ``train_domains.csv`` and their ``test_`` counterparts.
+        n_patches: training and test patches together, at least 10 a slide.
+        n_slides: training and test slides together, at least 8.
+        seed: of every draw, at least 0.
+        progress: called with (patches written, patches in all).
+
+    Raises:
+        DataError: an argument is out of range, or ``out`` is not an empty folder.
+    """
+    _check(out, n_patches, n_slides, seed)
+    slides = _plan_slides(n_patches, n_slides, seed)
+    tasks = [
+        (number, chunk, begin, slide)
+        for number, slide in enumerate(slides)
+        for chunk, begin in enumerate(range(0, slide.n_patches, _CHUNK))
+    ]
+    kinds = [_plan_kinds(np.random.default_rng([seed, 1, number]), slide) for number, slide in enumerate(slides)]
+    offsets = np.cumsum([0, *(slide.n_patches for slide in slides)])
+    ids = [hashlib.sha1(f"pcam_automl synthetic {seed} {index}".encode()).hexdigest() for index in range(n_patches)]
+    with folder_written_whole(out) as folder:
+        for name in ("train", "test", "masks/train", "masks/test"):
+            (folder / name).mkdir(parents=True)
+
+        def work(number: int, chunk: int, begin: int, slide: _Slide) -> int:
+            part = kinds[number][begin : begin + _CHUNK]
+            patches, masks = _draw_patches(np.random.default_rng([seed, 2, number, chunk]), slide, part)
+            first = int(offsets[number]) + begin
+            with write_faults(out):
+                _write_images(folder, "test" if slide.test else "train", ids[first : first + len(part)], patches, masks)
+            return len(part)
+
+        done = 0
+        with ThreadPoolExecutor(_N_THREADS) as pool:
+            for future in as_completed([pool.submit(work, *task) for task in tasks]):
+                done += future.result()
+                if progress is not None:
+                    progress(done, n_patches)
+        _write_tables(folder, slides, kinds, ids)
+
+
+def _check(out: Path, n_patches: int, n_slides: int, seed: int) -> None:
+    if n_slides < MIN_SLIDES:
+        raise DataError(f"slides must be at least {MIN_SLIDES} (training and test, two scanners), got {n_slides}")
+    if n_patches < MIN_PATCHES_A_SLIDE * n_slides:
+        raise DataError(
+            f"patches must be at least {MIN_PATCHES_A_SLIDE} a slide, that is {MIN_PATCHES_A_SLIDE * n_slides} for"
+            f" {n_slides} slides, got {n_patches}; ask for more patches or fewer slides"
+        )
+    if seed < 0:
+        raise DataError(f"seed must be 0 or more, got {seed}")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; name a folder for the synthetic set")
+    if out.is_dir() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty; name a new folder for the synthetic set or empty this one")
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def _shares(total: int, weights: NDArray[np.float64], least: int) -> NDArray[np.int64]:
+    """``total`` split in proportion to ``weights``, each share at least ``least`` (largest remainders)."""
+    free = total - least * len(weights)
+    exact = free * weights / weights.sum()
+    share = np.floor(exact).astype(np.int64)
+    share[np.argsort(share - exact, kind="stable")[: free - share.sum()]] += 1
+    return share + least
+
+
+def _plan_slides(n_patches: int, n_slides: int, seed: int) -> list[_Slide]:
+    rng = np.random.default_rng([seed, 0])
+    n_test = max(2, round(n_slides / 4))
+    n_train = n_slides - n_test
+    test = np.arange(n_slides) >= n_train
+    rare = np.r_[np.arange(n_train) < -(-n_train // 4), np.arange(n_test) < n_test // 2]
+    n_test_patches = round(TEST_SHARE * n_patches)
+    weight = rng.uniform(0.7, 1.3, n_slides)
+    least = MIN_PATCHES_A_SLIDE // 2
+    size = np.r_[
+        _shares(n_patches - n_test_patches, weight[~test], least), _shares(n_test_patches, weight[test], least)
+    ]
+    share = rng.uniform(-0.12, 0.12, n_slides)
+    for part in (test, ~test):
+        share[part] += POSITIVE_SHARE - np.average(share[part], weights=size[part])
+    names = rng.permutation(n_slides)
+    return [
+        _plan_slide(rng, f"slide_{names[i]:03d}", bool(test[i]), int(rare[i]), int(size[i]), float(share[i]))
+        for i in range(n_slides)
+    ]
+
+
+def _plan_slide(rng: np.random.Generator, name: str, test: bool, domain: int, size: int, share: float) -> _Slide:
+    # read off genuine Kaggle patches: one scanner gives violet nuclei on pink, the other brown-black ones on salmon
+    stains = ([[0.66, 0.92, 0.30], [0.17, 0.62, 0.14]], [[0.60, 0.78, 0.56], [0.16, 0.52, 0.36]])[domain]
+    white = ([0.92, 0.91, 0.94], [0.985, 0.97, 0.955])[domain]
+    vectors = np.array(stains) * rng.normal(1.0, 0.07, (2, 3)) * rng.normal(1.0, 0.12, (2, 1))
+    return _Slide(
+        name=name,
+        test=test,
+        domain=domain,
+        n_patches=size,
+        n_positive=min(size - 1, max(1, round(share * size))),
+        vectors=vectors.astype(np.float32),
+        white=(np.array(white) * rng.normal(1.0, 0.015)).clip(0.0, 1.0).astype(np.float32),
+        blur=float((0.10, 0.17)[domain] + rng.uniform(-0.03, 0.03)),
+        noise=float((0.012, 0.018)[domain] * rng.uniform(0.8, 1.2)),
+        cellularity=float(rng.uniform(0.65, 0.95)),
+    )
+
+
+def _plan_kinds(rng: np.random.Generator, slide: _Slide) -> NDArray[np.int64]:
+    """What each patch of the slide shows, in random order."""
+    kinds = np.full(slide.n_patches, _PLAIN)
+    kinds[: slide.n_positive] = _TUMOUR_CENTRE
+    kinds[slide.n_positive :][: round(0.4 * (slide.n_patches - slide.n_positive))] = _TUMOUR_OUTSIDE
+    return rng.permutation(kinds)
+
+
+# ------------------------------------------------------------------------------------------------------- the drawing
+
+
+def _noise(rng: np.random.Generator, n: int, along_px: float, across_px: float, angle: Floats | None = None) -> Floats:
+    """Smooth random fields (n, 96, 96) of mean 0 and deviation 1; ``angle`` (n,) turns their grain."""
+    fy, fx = np.fft.fftfreq(PATCH_PX)[:, None], np.fft.rfftfreq(PATCH_PX)[None]
+    turn = np.zeros((n, 1, 1)) if angle is None else angle[:, None, None]
+    u, v = fx * np.cos(turn) + fy * np.sin(turn), fy * np.cos(turn) - fx * np.sin(turn)
+    keep = np.exp(-2 * np.pi**2 * ((along_px * u) ** 2 + (across_px * v) ** 2)).astype(np.float32)
+    spectrum = np.fft.rfft2(rng.standard_normal((n, PATCH_PX, PATCH_PX), dtype=np.float32))
+    field = np.fft.irfft2(spectrum * keep, s=(PATCH_PX, PATCH_PX)).astype(np.float32)
+    field -= field.mean(axis=(1, 2), keepdims=True)
+    field /= field.std(axis=(1, 2), keepdims=True)
+    return field
+
+
+def _sites(rng: np.random.Generator, n: int, spacing: float, jitter: float) -> Floats:
+    """Places for nuclei, (n, sites, 2) as x, y in px, on a jittered hexagonal grid reaching past the edge."""
+    rows, columns = np.arange(-1, PATCH_PX / (spacing * 0.866) + 2), np.arange(-1, PATCH_PX / spacing + 2)
+    y, x = np.meshgrid(rows, columns, indexing="ij")
+    grid = np.stack([(x + (y % 2) / 2) * spacing, y * spacing * 0.866], axis=-1).reshape(1, -1, 2)
+    offset = rng.uniform(-spacing, 0, (n, 1, 2))
+    return np.asarray(grid + offset + rng.uniform(-jitter, jitter, (n, grid.shape[1], 2)) * spacing, np.float32)
+
+
+def _nest(rng: np.random.Generator, sites: Floats, allowed: Bools, low_px: float, high_px: float) -> Bools:
+    """In each patch a nest of sites, low to high px in radius, round one allowed site that it always holds."""
+    n, rows = len(sites), np.arange(len(sites))
+    target = np.argmax(rng.random(allowed.shape) * allowed, axis=1)
+    size = rng.uniform(low_px, high_px, n)
+    turn, way = rng.uniform(0.0, 2 * np.pi, n), size * rng.uniform(0.0, 0.8, n)
+    middle = sites[rows, target] + (way * np.stack([np.cos(turn), np.sin(turn)])).T
+    away = np.hypot(*np.moveaxis(sites - middle[:, None], 2, 0))
+    nest = (away < size[:, None] * rng.uniform(0.8, 1.2, away.shape)) & (rng.random(away.shape) < 0.93)
+    nest[rows, target] = True
+    return np.asarray(nest)
+
+
+def _nuclei(rng: np.random.Generator, sites: Floats, chosen: Bools, angle: Floats | None, look: _Look) -> _Nuclei:
+    patch, site = np.nonzero(chosen)
+    m = len(patch)
+
+    def draw(low_high: tuple[float, float]) -> Floats:
+        return rng.uniform(*low_high, m).astype(np.float32)
+
+    def alike(low_high: tuple[float, float]) -> Floats:  # nuclei of one patch look alike
+        return rng.uniform(*low_high, len(sites)).astype(np.float32)[patch] * draw((0.75, 1.25))
+
+    length = draw(look.length_px)
+    turn = draw((0.0, 2 * np.pi)) if angle is None else angle[patch] + draw((-0.25, 0.25))
+    return _Nuclei(
+        patch=patch,
+        x=sites[patch, site, 0],
+        y=sites[patch, site, 1],
+        length=length,
+        width=length * draw(look.aspect),
+        angle=turn,
+        density=alike(look.density),
+        pale=alike(look.pale),
+        wobble=draw(look.wobble),
+        nucleolus=draw(look.nucleolus),
+    )
+
+
+def _draw(n: int, nuclei: _Nuclei, soft_px: float = 1.2) -> tuple[Floats, Floats]:
+    """Cover in [0, 1] and haematoxylin of the nuclei, both (n, 96, 96)."""
+    half = int(np.ceil(np.max(nuclei.length * (1 + nuclei.wobble), initial=1.0) + soft_px))
+    pad, step = half + _MARGIN, np.arange(-half, half + 1)
+    column, row = np.floor(nuclei.x).astype(np.int64), np.floor(nuclei.y).astype(np.int64)
+    dx = (step + (column - nuclei.x)[:, None]).astype(np.float32)[:, None, :]  # (m, 1, window)
+    dy = (step + (row - nuclei.y)[:, None]).astype(np.float32)[:, :, None]  # (m, window, 1)
+    length, width, angle, density, pale, wobble, nucleolus = (
+        values[:, None, None]
+        for values in (nuclei.length, nuclei.width, nuclei.angle, nuclei.density, nuclei.pale, nuclei.wobble, nuclei.nucleolus)
+    )
+    cos, sin = np.cos(angle), np.sin(angle)
+    u, v = (dx * cos + dy * sin) / length, (dy * cos - dx * sin) / width  # (m, window, window)
+    way = np.sqrt(u * u + v * v)
+    spot = np.float32(0.0)
+    if nuclei.wobble.any():  # lobes of order 2, 3 and 5; their phases follow from the nucleus' own angle
+        z = (u + 1j * v) / np.maximum(way, 1e-3)
+        lobes = sum(share * (z**k * np.exp(1j * phase * angle)).real for share, k, phase in _LOBES)
+        way /= 1 + wobble * lobes
+        at_u, at_v = 0.3 * np.cos(7 * angle), 0.3 * np.sin(7 * angle)
+        spot = nucleolus * np.exp(-(((u - at_u) * length) ** 2 + ((v - at_v) * width) ** 2) / (2 * 1.15**2))
+    cover = ((1 - way) * np.sqrt(length * width) / soft_px + 0.5).clip(0, 1)
+    value = cover * (density * (1 - pale * (1 - way.clip(0, 1) ** 4)) + spot)
+    side = PATCH_PX + 2 * pad
+    at = ((nuclei.patch * side + row + pad) * side + column + pad)[:, None, None] + step[:, None] * side + step
+    canvas = np.zeros((2, n * side * side), np.float32)
+    np.maximum.at(canvas[0], at.ravel(), cover.ravel())
+    np.maximum.at(canvas[1], at.ravel(), value.ravel())
+    covers, values = canvas.reshape(2, n, side, side)[:, :, pad : pad + PATCH_PX, pad : pad + PATCH_PX]
+    return covers, values
+
+
+def _at_sites(field: Floats, sites: Floats) -> Floats:
+    """The field (n, 96, 96) at the sites (n, sites, 2), nearest pixel."""
+    column, row = np.moveaxis(sites.round().astype(np.int64).clip(0, PATCH_PX - 1), 2, 0)
+    return field[np.arange(len(field))[:, None], row, column]
+
+
+def _big_nuclei(rng: np.random.Generator, kinds: NDArray[np.int64]) -> tuple[_Nuclei, _Nuclei]:
+    """The tumour nuclei and the reactive ones. Kinds: none, outside the centre only, touching the centre."""
+    n = len(kinds)
+    sites = _sites(rng, n, 13.0, 0.2)
+    off = np.abs(sites - (PATCH_PX - 1) / 2)
+    to_centre = np.hypot(*np.moveaxis((off - (CENTRE_PX - 1) / 2).clip(0), 2, 0))
+    reach = _TUMOUR.length_px[1] * (1 + _TUMOUR.wobble[1]) + 1
+    outside, middle = to_centre > reach, off.max(axis=2) < CENTRE_PX / 2 - 1
+    centre = (kinds == _TUMOUR_CENTRE)[:, None]
+    target = np.where(centre, middle, outside & (off.max(axis=2) < PATCH_PX / 2 - 4))
+    tumour = _nest(rng, sites, target, 3.0, 34.0) & (kinds != _PLAIN)[:, None] & (centre | outside)
+    # most negatives hold a reactive nest where a positive has its tumour, else the mere presence of large nuclei would tell
+    present = rng.random((n, 1)) < np.where(centre, 0.2, 0.95)
+    reactive = _nest(rng, sites, middle, 3.0, 34.0) & present & ~tumour
+    return _nuclei(rng, sites, tumour, None, _TUMOUR), _nuclei(rng, sites, reactive, None, _REACTIVE)
+
+
+def _fat(rng: np.random.Generator, n: int) -> Floats:
+    """Fat cells, 1 inside and 0 outside, in a fifth of the patches."""
+    y, x = np.mgrid[:PATCH_PX, :PATCH_PX].astype(np.float32)
+    fat = np.zeros((n, PATCH_PX, PATCH_PX), np.float32)
+    some = rng.random(n) < 0.2
+    for _ in range(3):
+        at = rng.uniform(-20, PATCH_PX + 20, (2, n, 1, 1)).astype(np.float32)
+        radius = np.where(some, rng.uniform(10, 32, n), -9.0).astype(np.float32)[:, None, None]
+        fat = np.maximum(fat, ((radius - np.hypot(x - at[0], y - at[1])) / 1.5 + 0.5).clip(0, 1))
+    return fat
+
+
+def _draw_patches(rng: np.random.Generator, slide: _Slide, kinds: NDArray[np.int64]) -> tuple[Bytes, Bytes]:
+    """Patches (n, 96, 96, 3) and masks of their tumour nuclei (n, 96, 96), 0 or 255."""
+    n = len(kinds)
+    angle = rng.uniform(0, np.pi, n).astype(np.float32)
+    tumour, reactive = _big_nuclei(rng, kinds)
+    stroma = 1 / (1 + np.exp(-3 * (_noise(rng, n, 16, 16) + rng.normal(-1.2, 1.2, (n, 1, 1)).astype(np.float32))))
+    fibre, grain = _noise(rng, n, 12, 0.9, angle), _noise(rng, n, 0.8, 0.8)
+    loose = 1 / (1 + np.exp(-3 * (_noise(rng, n, 2.2, 2.2) + rng.uniform(0.2, 1.6, (n, 1, 1)).astype(np.float32))))
+    fat = _fat(rng, n)
+    tissue = (1 - fat) * np.maximum(loose, stroma * (0.75 + 0.25 * np.tanh(fibre + 0.5)))
+
+    body = np.zeros_like(tissue)  # cytoplasm of the large cells
+    for cells in (tumour, reactive):
+        around = replace(cells, length=cells.length * 1.25 + 2.5, width=cells.width * 1.25 + 2.5, nucleolus=cells.nucleolus * 0)
+        body = np.maximum(body, _draw(n, around, soft_px=4.0)[0])
+    tissue = np.maximum(tissue, body)
+
+    small = _sites(rng, n, 7.6, 0.28)
+    fibrous = _at_sites(stroma, small) > 0.5
+    free = (_at_sites(body, small) < 0.3) & (_at_sites(fat, small) < 0.3)
+    dice = rng.random(free.shape)
+    crowd = slide.cellularity * rng.uniform(0.35, 1.0, (n, 1))
+    small_nuclei = [
+        _nuclei(rng, small, free & ~fibrous & (dice < crowd), None, _LYMPHOCYTE),
+        _nuclei(rng, small, free & fibrous & (dice < 0.25), angle, _SPINDLE),
+    ]
+    cover, blue = np.zeros_like(tissue), np.zeros_like(tissue)
+    for cells in (*small_nuclei, reactive, tumour):
+        of_cover, of_blue = _draw(n, cells)
+        low, high = (0.12, 0.3) if cells is tumour else (0.05, 0.22)
+        clumps = rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+        cover, blue = np.maximum(cover, of_cover), np.maximum(blue, of_blue * (1 + clumps * grain))
+        if cells is tumour:
+            masks = np.where(of_cover > 0.5, 255, 0).astype(np.uint8)
+    pink = tissue * (0.42 + 0.5 * stroma * (1 + 0.35 * fibre) + 0.08 * grain)
+    pink += body * rng.uniform(0.0, 0.45, (n, 1, 1)).astype(np.float32)
+    stain = np.stack([blue + 0.14 * tissue, (pink * (1 - 0.5 * cover)).clip(0)], axis=-1)
+    stain *= rng.uniform(0.75, 1.3, (n, 1, 1, 2)).astype(np.float32)  # thickness of the section and uptake of each stain
+    light = slide.white * np.exp(-stain @ slide.vectors)
+    for axis in (1, 2):
+        ahead, behind = np.roll(light, 1, axis), np.roll(light, -1, axis)
+        light = light * (1 - 2 * slide.blur) + slide.blur * (ahead + behind)
+    light += slide.noise * rng.standard_normal(light.shape, dtype=np.float32)
+    return (light * 255).round().clip(0, 255).astype(np.uint8), masks
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def _tiff_head(image: Bytes) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, image, photometric="rgb", metadata=None, software=False, rowsperstrip=PATCH_PX)
+    raw = file.getvalue()
+    assert raw.endswith(image.tobytes())
+    return raw[: len(raw) - image.nbytes]
+
+
+def _write_images(folder: Path, part: str, ids: list[str], patches: Bytes, masks: Bytes) -> None:
+    head = _tiff_head(patches[0])  # one strip of one size: every file has the same header, as Kaggle's have
+    for name, patch, mask in zip(ids, patches, masks, strict=True):
+        (folder / part / f"{name}.tif").write_bytes(head + patch.tobytes())
+        Image.fromarray(mask).save(folder / "masks" / part / f"{name}.png", compress_level=1)
+
+
+def _write_tables(folder: Path, slides: list[_Slide], kinds: list[NDArray[np.int64]], ids: list[str]) -> None:
+    sizes = [slide.n_patches for slide in slides]
+    table = pd.DataFrame(
+        {
+            "id": ids,
+            "label": (np.concatenate(kinds) == _TUMOUR_CENTRE).astype(int),
+            "group": np.repeat([slide.name for slide in slides], sizes),
+            "domain": np.repeat([_DOMAINS[slide.domain] for slide in slides], sizes),
+            "test": np.repeat([slide.test for slide in slides], sizes),
+        }
+    ).sort_values("id")
+    for part, rows in (("train", table[~table["test"]]), ("test", table[table["test"]])):
+        for column, name in (("label", "labels"), ("group", "groups"), ("domain", "domains")):
+            rows[["id", column]].to_csv(folder / f"{part}_{name}.csv", index=False)
+    table[table["test"]].assign(label=0)[["id", "label"]].to_csv(folder / "sample_submission.csv", index=False)

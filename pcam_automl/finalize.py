@@ -1,0 +1,187 @@
+"""The winner retrained on all labelled patches, then the test set's submission. Searches nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from pcam_automl.batches import open_patches
+from pcam_automl.bundle import load_bundle
+from pcam_automl.data.store import Flag, PatchStore
+from pcam_automl.errors import DataError, StudyError, first_few
+from pcam_automl.files import write_json
+from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.predict import build_predictor
+from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.search.study import OpenStudy
+from pcam_automl.submission import check_threshold, write_submission
+from pcam_automl.train import TrainWatch, train_to_bundle
+from pcam_automl.training.compute import Compute
+
+VIEWS_FACTOR = 4
+LEAST_EPOCHS, MOST_EPOCHS = 3.0, 20.0
+"""The final training sees four times the views of a whole trial, but at least 3 and at most 20 epochs."""
+
+
+@dataclass
+class FinalWatch:
+    """What finalize tells the one who shows it; ``train`` is for the training."""
+
+    train: TrainWatch = field(default_factory=TrainWatch)
+    plan: Callable[[FrozenTrial, Recipe, int, Path], None] = lambda trial, recipe, n_train, out: None
+    predicting: Callable[[int, str], None] = lambda n, what: None
+    predicted: Callable[[int], None] = lambda n: None
+
+
+@dataclass(frozen=True)
+class FinalResult:
+    """What finalize made.
+
+    Attributes:
+        out: folder with ``model/`` (the bundle), ``submission.csv`` and ``submission.json``.
+        submission: the checked file, None where the data has no test patches.
+        trial: the trial that was retrained.
+        auc: on the holdout, else the trial's validation AUC.
+        auc_on: which of the two.
+        auc_95: its interval; None for the trial's.
+        seconds: wall clock of this run.
+        notes: test patches that could not be read.
+    """
+
+    out: Path
+    submission: Path | None
+    trial: int
+    auc: float
+    auc_on: str
+    auc_95: tuple[float, float] | None
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
+    """``best`` or a trial's number; only complete trials can be chosen.
+
+    Raises:
+        StudyError: no finished trial, no such number, or a trial that did not complete.
+    """
+    trials = study.get_trials(deepcopy=False)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    if which == "best":
+        if not complete:
+            raise StudyError(f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first")
+        return max(complete, key=lambda t: (t.value, -t.number))
+    if not which.isdigit():
+        raise StudyError(f"--trial must be best or a trial's number, got {which!r}")
+    if int(which) >= len(trials):
+        raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
+    trial = trials[int(which)]
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or "recipe" not in trial.user_attrs:
+        raise StudyError(f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best")
+    return trial
+
+
+def final_recipe(trial: FrozenTrial, n_train: int, epochs: float | None) -> Recipe:
+    """The trial's recipe for the whole data: one cycle over ``epochs``, the views of a trial times four otherwise."""
+    searched = build_recipe(json.loads(trial.user_attrs["recipe"]), where=f"trial {trial.number}")
+    if epochs is None:
+        epochs = min(max(VIEWS_FACTOR * searched.n_views(n_train) / n_train, LEAST_EPOCHS), MOST_EPOCHS)
+    fields = merge_fields(searched.model_dump(), {"epochs": round(epochs, 4), "schedule": "one_cycle"})
+    return build_recipe(fields, where="finalize")
+
+
+def check_test_set(store: PatchStore) -> None:
+    """A submission must be possible before hours of training are spent on it.
+
+    Raises:
+        DataError: ids of the sample submission have no image.
+    """
+    missing = list(store.source.get("missing_test_ids", ()))
+    if missing:
+        raise DataError(f"{len(missing)} ids of the sample submission have no test image ({first_few(missing)}); "
+                        "complete the test folder, or give prepare a --sample that lists what is there")
+
+
+def finalize(opened: OpenStudy, *, which: str = "best", out: Path | None = None, threshold: float | None = None, epochs: float | None = None,
+             device: torch.device, watch: FinalWatch | None = None) -> FinalResult:
+    """Retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
+
+    Args:
+        opened: the study with its data.
+        which: ``best`` or a trial's number.
+        out: folder to fill; ``studies/<study>/final`` by default.
+        threshold: also write 0/1 labels at this probability.
+        epochs: passes over the training patches; None derives them from the trial.
+        device: where to train.
+        watch: progress.
+
+    Raises:
+        StudyError, DataError: nothing to finalize, or the test set is incomplete, before any training.
+    """
+    watch, began = watch or FinalWatch(), time.perf_counter()
+    check_threshold(threshold)
+    trial = choose_trial(opened.study, which)
+    store, split = opened.store, opened.split
+    check_test_set(store)
+    out = (out or opened.folder / "final").resolve()
+    rows = split.order
+    recipe = final_recipe(trial, len(rows), epochs)
+    watch.plan(trial, recipe, len(rows), out)
+    provenance = {"study": opened.name, "trial": trial.number, "trial_auc": trial.value, "split_hash": split.hash, "holdout": opened.settings.holdout}
+    model = out / "model"
+    if not _is_done(model, recipe, store):
+        train_to_bundle(recipe, store, train_rows=rows, score_rows=np.zeros(0, np.int64), weights=opened.weights, device=device,
+                        speed=opened.speed_book, out=model, provenance=provenance, watch=watch.train)
+    return _predict(opened, trial, model, out, threshold, watch, began)
+
+
+def _is_done(model: Path, recipe: Recipe, store: PatchStore) -> bool:
+    """Whether the folder already holds this recipe trained on this pack."""
+    if not (model / "bundle.json").is_file():
+        return False
+    bundle = load_bundle(model)
+    return bundle.recipe == recipe and bundle.provenance.get("pack_hash") == store.content_hash
+
+
+def _predict(opened: OpenStudy, trial: FrozenTrial, model: Path, out: Path, threshold: float | None, watch: FinalWatch, began: float) -> FinalResult:
+    bundle = load_bundle(model)
+    compute = Compute(**bundle.provenance["compute"])
+    predictor = build_predictor(bundle, compute)
+    store = opened.store
+    patches = open_patches(store, torch.device(compute.device))
+    score, on, interval = float(trial.value or float("nan")), f"validation fold, trial {trial.number}", None
+    holdout, test = opened.split.holdout_rows(), store.test_rows()
+    if len(holdout):
+        watch.predicting(len(holdout), "holdout")
+        probs = predictor.rows(patches, holdout, stop=watch.train.stop, progress=watch.predicted)
+        score, on = auc(store.label[holdout], probs), f"holdout of {len(holdout)} patches"
+        interval = auc_interval(store.label[holdout], probs, np.asarray(store.group)[holdout])
+    submission, notes = None, _unreadable_notes(store, test)
+    provenance: dict[str, Any] = {**bundle.provenance, "auc": score, "auc_on": on, "auc_95": interval, "threshold": threshold, "notes": list(notes),
+                                  "recipe": bundle.recipe.model_dump(mode="json"), "n_test": len(test), "test_time_views": 8}
+    if len(test):
+        watch.predicting(len(test), "test")
+        probs = predictor.rows(patches, test, stop=watch.train.stop, progress=watch.predicted)
+        unreadable = _unreadable(store, test)
+        probs[unreadable] = float((store.label[opened.split.order] == 1).mean())  # nothing to see: the share of positives
+        submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
+    else:
+        write_json(out / "submission.json", provenance)
+    return FinalResult(out, submission, trial.number, score, on, interval, time.perf_counter() - began, notes)
+
+
+def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:
+    return (store.flags[rows] & int(Flag.UNREADABLE | Flag.WRONG_SHAPE)) != 0
+
+
+def _unreadable_notes(store: PatchStore, rows: np.ndarray) -> tuple[str, ...]:
+    ids = store.ids[rows[_unreadable(store, rows)]].tolist() if len(rows) else []
+    return (f"{len(ids)} test patches cannot be read and get the share of positives as their probability ({first_few(ids)})",) if ids else ()

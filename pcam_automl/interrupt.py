@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM as an orderly end. Stores nothing itself."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pcam_automl.errors import Interrupted
+
+
+class StopSignal:
+    """Turns the first signal into :class:`Interrupted` at the next safe point, the second into one at once.
+
+    A *safe point* is a call of :meth:`check` inside ``with stop.deferred():``; outside such a block a signal raises at once.
+    """
+
+    def __init__(self, how_to_go_on: str) -> None:
+        self.how_to_go_on = how_to_go_on
+        self._signum: int | None = None
+        self._deferring = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self._signum is not None:
+            raise Interrupted(f"interrupted by {signal.Signals(self._signum).name}; {self.how_to_go_on}", self._signum)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, the first signal waits for :meth:`check`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        first, self._signum = self._signum is None, signum
+        if not (first and self._deferring):
+            self.check()
+
+
+@contextmanager
+def stop_signal(how_to_go_on: str) -> Iterator[StopSignal]:
+    """Handle SIGINT and SIGTERM for the block; the earlier handlers come back after it.
+
+    Args:
+        how_to_go_on: what the message says after "interrupted", e.g. the command that continues.
+    """
+    stop = StopSignal(how_to_go_on)
+    earlier = {signum: signal.signal(signum, stop._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,106 @@
+"""Probabilities from a bundle, for rows of a pack or for image files. Writes no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pcam_automl.augment import centre_view
+from pcam_automl.batches import Patches
+from pcam_automl.bundle import ModelBundle
+from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
+from pcam_automl.errors import DataError
+from pcam_automl.training.compute import Compute
+from pcam_automl.training.scoring import EVAL_BATCH, logits_of_rows, logits_of_view
+
+
+def probs_of_logits(logits: np.ndarray) -> np.ndarray:
+    """Sigmoid in float64: (n,) in (0, 1), without overflow."""
+    x = logits.astype(np.float64)
+    return np.where(x >= 0, 1.0 / (1.0 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1.0 + np.exp(-np.abs(x))))
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A bundle's network, placed on a device.
+
+    Attributes:
+        bundle: recipe and normalisation.
+        network: in evaluation mode.
+        compute: device, precision, layout.
+        all_views: average the eight views of the dihedral group.
+    """
+
+    bundle: ModelBundle
+    network: nn.Module
+    compute: Compute
+    all_views: bool = True
+
+    def rows(self, patches: Patches, rows: np.ndarray, *, stop: Callable[[], None] = lambda: None,
+             progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
+        """Probabilities (n,) of store rows."""
+        recipe = self.bundle.recipe
+        logits = logits_of_rows(
+            self.network, patches, rows, crop_size=recipe.crop_size, out_px=recipe.network_px,
+            normalisation=self.bundle.normalisation, compute=self.compute, all_views=self.all_views, stop=stop, progress=progress,
+        )
+        return probs_of_logits(logits)
+
+    @torch.inference_mode()
+    def images(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities (B,) of patches (B, 96, 96, 3) uint8."""
+        recipe, norm = self.bundle.recipe, self.bundle.normalisation
+        batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
+        view = centre_view(batch, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
+        return probs_of_logits(logits_of_view(self.network, view, self.compute, all_views=self.all_views).cpu().numpy())
+
+
+def build_predictor(bundle: ModelBundle, compute: Compute, *, all_views: bool = True) -> Predictor:
+    """Place the bundle's network on the device."""
+    return Predictor(bundle, compute.place(bundle.build()).eval(), compute, all_views)
+
+
+def list_images(inputs: Sequence[Path]) -> list[Path]:
+    """Image files named, and those directly inside folders named, sorted within each folder.
+
+    Raises:
+        DataError: something does not exist, a folder holds no image, or two files have one id (stem).
+    """
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+            if not found:
+                raise DataError(f"--input {path}: no image in that folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise DataError(f"--input {path} does not exist")
+    stems: dict[str, Path] = {}
+    for file in files:
+        if file.stem in stems:
+            raise DataError(f"--input: {stems[file.stem]} and {file} have the same id {file.stem!r}; ids must differ")
+        stems[file.stem] = file
+    return files
+
+
+def predict_files(predictor: Predictor, files: Sequence[Path], *, side_px: int = 96) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
+    """Batches of (ids, probabilities, faults); a file that cannot be read is named in ``faults`` and left out.
+
+    Host memory stays at one batch, however many files there are.
+    """
+    for start in range(0, len(files), EVAL_BATCH):
+        ids, images, faults = [], [], []
+        for file in files[start : start + EVAL_BATCH]:
+            try:
+                images.append(read_patch(file, shape=(side_px, side_px)))
+                ids.append(file.stem)
+            except PatchFault as fault:
+                faults.append(f"{file.name}: {fault}")
+        yield ids, predictor.images(np.stack(images)) if images else np.zeros(0), faults

@@ -1,0 +1,1 @@
+"""The search: space, storage, slots, sampler, pruner, study, objective. optuna is imported only here."""

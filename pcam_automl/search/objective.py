@@ -1,0 +1,188 @@
+"""One trial: a suggested recipe trained rung by rung, pruned and recorded. Chooses no slot (see worker.py)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import Trial
+
+from pcam_automl.batches import Patches, open_patches
+from pcam_automl.counter import key_of
+from pcam_automl.errors import Interrupted, TrainingDiverged
+from pcam_automl.models.factory import build_network, n_parameters, normalisation, smallest_input
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.search.plan import scaled, trial_seconds
+from pcam_automl.search.slots import Slot
+from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy, default_recipe
+from pcam_automl.training.compute import Compute, device_name
+from pcam_automl.training.engine import Rung, RungResult, Training, TrainingData, fit, peak_memory_bytes, total_views
+from pcam_automl.training.speed import SpeedBook
+from pcam_automl.versions import versions
+
+
+@dataclass
+class Watch:
+    """What the objective tells the one who shows it: the trial begins, views pass, a rung is scored."""
+
+    begins: Callable[[int, Recipe, int], None] = lambda number, recipe, views: None
+    views: Callable[[int], None] = lambda n: None
+    rung: Callable[[int, RungResult], None] = lambda number, result: None
+    note: Callable[[str], None] = lambda text: None
+
+
+@dataclass
+class Objective:
+    """Optuna's objective over an open study.
+
+    Attributes:
+        opened: the study and its data.
+        device: where to train.
+        slot: the claimed slot, set by the worker before each trial.
+        stop: called at every step; raises :class:`Interrupted`.
+        interrupted: the interruption that ended the last trial, for the worker.
+        begun: called once the trial's number and lineage are known.
+    """
+
+    opened: OpenStudy
+    device: torch.device
+    stop: Callable[[], None] = lambda: None
+    watch: Watch = field(default_factory=Watch)
+    begun: Callable[[Slot, int, str], None] = lambda slot, number, lineage: None
+    slot: Slot | None = None
+    interrupted: Interrupted | None = None
+
+    def __post_init__(self) -> None:
+        self._patches: Patches = open_patches(self.opened.store, self.device)
+        self._speed: SpeedBook = self.opened.speed_book
+        split = self.opened.split
+        self._train_rows = split.train_order(VALIDATION_FOLD)
+        self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
+
+    def __call__(self, trial: Trial) -> float:
+        """Train, report every rung at its planned views, return the last AUC.
+
+        Raises:
+            optuna.TrialPruned: the pruner said so, or the training diverged.
+        """
+        assert self.slot is not None
+        self.interrupted = None
+        lineage = self.slot.lineage or f"{trial.number}"
+        self.begun(self.slot, trial.number, lineage)
+        began = time.perf_counter()
+        for name, value in {
+            "slot": self.slot.number,
+            "lineage": lineage,
+            "split_hash": self.opened.split.hash,
+            "device": device_name(self.device),
+            "versions": versions(),
+        }.items():
+            trial.set_user_attr(name, value)
+        reason = "complete"
+        try:
+            return self._train(trial, lineage)
+        except optuna.TrialPruned as pruned:
+            reason = str(pruned)
+            raise
+        except TrainingDiverged as fault:
+            reason = f"diverged: {fault}"
+            raise optuna.TrialPruned(reason) from fault
+        except Interrupted as fault:
+            reason, self.interrupted = "interrupted", fault
+            raise
+        except Exception as fault:
+            reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
+            raise
+        finally:
+            trial.set_user_attr("reason", reason)
+            trial.set_user_attr("seconds", round(time.perf_counter() - began, 3))
+            trial.set_user_attr("peak_memory_bytes", peak_memory_bytes(self.device))
+            self._release()
+
+    def _train(self, trial: Trial, lineage: str) -> float:
+        recipe, compute, rungs = self._settle(trial, lineage)
+        training = self._build(recipe, compute)
+        trial.set_user_attr("n_parameters", n_parameters(training.network))
+        self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
+        folder = self.opened.folder / "checkpoints" / lineage
+        planned = self.opened.rungs
+        score = float("nan")
+        for result in fit(
+            training, rungs, checkpoints=folder, note=self.watch.note, stop=self.stop, progress=self.watch.views
+        ):
+            assert result.auc is not None
+            score = result.auc
+            trial.report(score, step=planned[result.rung].views)
+            trial.set_user_attr("rungs", [asdict(done) for done in training.results])
+            trial.set_user_attr("images_per_s", round(result.images_per_s, 1))
+            trial.set_user_attr("micro_batch", training.micro_batch)
+            self.watch.rung(trial.number, result)
+            if result.rung < len(rungs) - 1 and trial.should_prune():
+                raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
+        return score
+
+    def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
+        """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""
+        opened, settings = self.opened, self.opened.settings
+        defaults = default_recipe(bool(opened.space.base["pretrained"])).model_dump()
+        seed = key_of(settings.seed, "lineage", lineage) % 2**31
+        recipe = opened.space.suggest(trial, {**defaults, "epochs": None, "seed": seed}, smallest_input=smallest_input)
+        earlier = self._earlier(lineage, trial.number)
+        if earlier is not None:
+            recipe = build_recipe(json.loads(earlier["recipe"]))
+            compute = Compute(**{**earlier["compute"], "device": str(self.device)})
+        else:
+            compute = self._speed.compute_for(recipe, self.device)
+            share = self._share(recipe)
+            recipe = recipe.model_copy(update={"views": scaled(opened.rungs, share)[-1].views, "epochs": None})
+        rungs = scaled(opened.rungs, recipe.n_views(0) / opened.rungs[-1].views)
+        trial.set_user_attr("recipe", recipe.model_dump_json())
+        trial.set_user_attr("compute", compute.to_json())
+        trial.set_user_attr("views_share", round(rungs[-1].views / opened.rungs[-1].views, 4))
+        return recipe, compute, rungs
+
+    def _share(self, recipe: Recipe) -> float:
+        """1, or the share of the views that fits into the study's seconds for a trial on this device."""
+        cap_s = self.opened.settings.cap_s
+        if cap_s is None:
+            return 1.0
+        rate = self._speed.images_per_s(recipe, self.device)
+        return min(1.0, cap_s / trial_seconds(recipe, self.opened.rungs, self.opened.settings.n_score, rate))
+
+    def _earlier(self, lineage: str, number: int) -> dict[str, Any] | None:
+        """User attributes of the lineage's last row before this one, if it got as far as a recipe."""
+        for other in reversed(self.opened.study.get_trials(deepcopy=False)):
+            attrs = other.user_attrs
+            if other.number != number and attrs.get("lineage") == lineage and "recipe" in attrs and "compute" in attrs:
+                return attrs
+        return None
+
+    def _build(self, recipe: Recipe, compute: Compute) -> Training:
+        network = build_network(recipe, self.opened.weights, seed=recipe.seed)
+        data = training_data(self.opened.store, self._patches, recipe, self._train_rows, self._score_rows)
+        return Training(recipe, network, data, compute, key=key_of(recipe.seed, "views"))
+
+    def _release(self) -> None:
+        """Give the device's memory back before the next trial."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def training_data(
+    store: Any, patches: Patches, recipe: Recipe, train_rows: np.ndarray, score_rows: np.ndarray
+) -> TrainingData:
+    """Rows of the store for a recipe: its ``exclude_ids`` are left out, the normalisation is its backbone's."""
+    if recipe.exclude_ids:
+        excluded = np.isin(store.ids, list(recipe.exclude_ids))
+        train_rows, score_rows = train_rows[~excluded[train_rows]], score_rows[~excluded[score_rows]]
+    return TrainingData(patches, np.asarray(store.label), train_rows, score_rows, normalisation(recipe.backbone))

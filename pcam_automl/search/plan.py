@@ -1,0 +1,135 @@
+"""How much a trial trains: rung sizes from the measured speed of the device. Runs no trial."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from pcam_automl.errors import RecipeError
+from pcam_automl.models.factory import smallest_input
+from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.search.space import SearchSpace
+from pcam_automl.training.engine import Rung, stable_views
+from pcam_automl.training.speed import SpeedBook
+
+ETA = 3
+N_RUNGS = 3
+TYPICAL_TRIAL_S = 30.0
+"""A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views."""
+CAP_S = 60.0
+SLOWEST_SHARE = 0.2
+"""A backbone that could see less than this share of the planned views within CAP_S is left out of the search."""
+EVAL_SPEEDUP = 2.5
+"""Scoring is about this much faster than training, per image (forward only: a third of the arithmetic)."""
+MOST_EPOCHS = 20
+LEAST_VIEWS = 1_800
+SCORE_LIMIT = {"cpu": 4_000, "cuda": 20_000}
+SCORE_SHARE = 0.06
+"""Share of a typical trial that the scoring of one rung may take."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial of the study does.
+
+    Attributes:
+        rungs: views and subset of each rung; the last is a whole training.
+        n_score: validation patches that a rung is scored on.
+        cap_s: seconds that a trial may take by the measured speed of its network; None is no limit.
+        images_per_s: backbone to training images a second at ``planned_px``.
+        dropped: backbones left out, with the reason.
+        planned_px: network side that the speeds were measured at.
+    """
+
+    rungs: tuple[Rung, ...]
+    n_score: int
+    cap_s: float | None
+    images_per_s: dict[str, float]
+    dropped: dict[str, str]
+    planned_px: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_per_s: float) -> float:
+    """Expected seconds of a whole trial: every rung's stable part and decay branch, and its scoring."""
+    views = rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
+    return (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
+
+
+def build_rungs(views: int, n_train: int) -> tuple[Rung, ...]:
+    """Three rungs at 1/9, 1/3 and all of the views; each draws from as many patches as it has views, at most all."""
+    sizes = [max(1, views // ETA**power) for power in range(N_RUNGS - 1, -1, -1)]
+    return tuple(Rung(size, min(n_train, size)) for size in sizes)
+
+
+def scaled(rungs: tuple[Rung, ...], share: float) -> tuple[Rung, ...]:
+    """The same rungs with fewer views each, for a network that is too slow for all of them."""
+    return tuple(
+        Rung(max(1, round(rung.views * share)), min(rung.subset, max(1, round(rung.views * share)))) for rung in rungs
+    )
+
+
+def make_plan(
+    space: SearchSpace,
+    default: Recipe,
+    *,
+    n_train: int,
+    n_valid: int,
+    device: torch.device,
+    speed: SpeedBook,
+    views: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Measure the space's backbones and set the rungs.
+
+    Args:
+        space: its backbones are timed.
+        default: what the fields outside the space are.
+        n_train: labelled patches outside the validation fold.
+        n_valid: labelled patches in the validation fold.
+        device: where the trials will run.
+        speed: remembered measurements.
+        views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
+            space, lifts the limit on a trial's seconds.
+        progress: told which backbone is being timed.
+    """
+    fields = merge_fields(default.model_dump(), dict(space.base))
+    asked = views if views is not None else _asked_views(fields, space, n_train)
+    rates, planned_px = {}, fields["input_size"] or (64 if "crop_size" in space.parameters else fields["crop_size"])
+    for name in space.choices("backbone") or [fields["backbone"]]:
+        progress(f"timing {name}")
+        px = max(planned_px, smallest_input(name))
+        recipe = build_recipe(merge_fields(fields, {"backbone": name, "input_size": px}))
+        rates[name] = speed.images_per_s(recipe, device)
+    typical = statistics.median(rates.values())
+    whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
+    limit = SCORE_LIMIT[device.type]
+    n_score = min(n_valid, limit, max(500, int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)))
+    rungs = build_rungs(whole, n_train)
+    cap_s = CAP_S if asked is None else None
+    dropped = {}
+    if cap_s is not None:
+        for name, rate in rates.items():
+            seconds = trial_seconds(default, rungs, n_score, rate)
+            if seconds * SLOWEST_SHARE > cap_s:
+                dropped[name] = (
+                    f"a trial would take {seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"
+                )
+        if len(dropped) == len(rates):
+            raise RecipeError(
+                f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
+            )
+    return Plan(rungs, n_score, cap_s, rates, dropped, planned_px)
+
+
+def _asked_views(fields: dict[str, Any], space: SearchSpace, n_train: int) -> int | None:
+    """Views that the space or ``--set`` fix by ``views`` or ``epochs``; None where neither is named."""
+    if not {"views", "epochs"} & set(space.base):
+        return None
+    return build_recipe(fields).n_views(n_train)

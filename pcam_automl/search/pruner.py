@@ -1,0 +1,123 @@
+"""Pruners: who stops at a rung. Pure functions of the reported values; trains nothing and stores nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial
+
+from pcam_automl.errors import RecipeError, did_you_mean
+
+PrunerName = Literal["asha", "hyperband", "median", "none"]
+LINEAGE = "lineage"
+"""The trial's user attribute that names its lineage: retries of one recipe share it."""
+
+
+class SuccessiveHalving(BasePruner):
+    """Asynchronous successive halving with one bracket (ASHA, Li et al. 2020, arXiv:1810.05934), without promotion.
+
+    At the step it reported last, a trial goes on if its value is among the best ``max(1, floor(n / eta))`` of the
+    ``n`` values reported there, one a lineage. Trials that run, were pruned, failed or finished all count; NaN is
+    worst and never goes on. Nothing is pruned at the last rung, nor while fewer than ``eta`` values are there.
+    Optuna's own SuccessiveHalvingPruner also prunes at the last rung and keeps notes in system attributes, which
+    retried trials copy.
+
+    Args:
+        rungs: the steps at which trials report, ascending, at least one.
+        eta: one in ``eta`` goes on, at least 2.
+    """
+
+    def __init__(self, rungs: Sequence[int], eta: int = 3) -> None:
+        self.rungs = _checked_rungs(rungs)
+        if eta < 2:
+            raise ValueError(f"eta must be at least 2, got {eta}")
+        self.eta = eta
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial ends here; see the class."""
+        step = trial.last_step
+        if step is None or step >= self.rungs[-1]:
+            return False
+        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+        own = _score(trial.intermediate_values[step], sign)
+        others = values_at(step, [t for t in study.get_trials(deepcopy=False) if t.number != trial.number], trial)
+        scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)
+        if len(scores) < self.eta:
+            return False
+        n_kept = max(1, len(scores) // self.eta)
+        return own == -math.inf or own < scores[n_kept - 1]
+
+
+def values_at(step: int, trials: Sequence[FrozenTrial], own: FrozenTrial) -> list[float]:
+    """The values that other lineages than ``own``'s reported at ``step``; of each lineage its latest trial's."""
+    latest: dict[str, tuple[int, float]] = {}
+    mine = _lineage(own)
+    for trial in trials:
+        lineage = _lineage(trial)
+        if lineage == mine or step not in trial.intermediate_values:
+            continue
+        latest[lineage] = max(latest.get(lineage, (-1, 0.0)), (trial.number, trial.intermediate_values[step]))
+    return [value for _, value in latest.values()]
+
+
+def _lineage(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get(LINEAGE, f"trial {trial.number}"))
+
+
+def _score(value: float, sign: float) -> float:
+    return -math.inf if math.isnan(value) else sign * value
+
+
+class _FinishingHyperband(HyperbandPruner):
+    """Optuna's Hyperband that lets a fully trained trial be complete."""
+
+    def __init__(self, rungs: tuple[int, ...]) -> None:
+        super().__init__(min_resource=rungs[0], max_resource=rungs[-1], reduction_factor=3)
+        self._last_rung = rungs[-1]
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return (trial.last_step or 0) < self._last_rung and bool(super().prune(study, trial))
+
+
+class _FinishingMedian(MedianPruner):
+    """Optuna's median rule that lets a fully trained trial be complete."""
+
+    def __init__(self, rungs: tuple[int, ...]) -> None:
+        super().__init__(n_startup_trials=5)
+        self._last_rung = rungs[-1]
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return (trial.last_step or 0) < self._last_rung and bool(super().prune(study, trial))
+
+
+def build_pruner(name: str, *, rungs: Sequence[int]) -> BasePruner:
+    """The pruner of that name for trials that report at ``rungs`` (ascending steps, the last one the whole budget).
+
+    ``hyperband`` spends at least 40 trials on start-up and is for studies far beyond 50.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    steps = _checked_rungs(rungs)
+    if name == "asha":
+        return SuccessiveHalving(steps)
+    if name == "hyperband":
+        return _FinishingHyperband(steps)
+    if name == "median":
+        return _FinishingMedian(steps)
+    if name == "none":
+        return NopPruner()
+    known = get_args(PrunerName)
+    raise RecipeError(f"pruner must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
+
+
+def _checked_rungs(rungs: Sequence[int]) -> tuple[int, ...]:
+    steps = tuple(rungs)
+    if not steps or steps[0] < 1 or any(a >= b for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"rungs must be ascending positive steps, got {steps}")
+    return steps

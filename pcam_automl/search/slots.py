@@ -1,0 +1,244 @@
+"""Slots: the exact total of a study, however many processes work on it. Knows no recipes and starts no trials.
+
+A slot is a lineage's place in the study's budget of N. Optuna's own count overshoots: ``MaxTrialsCallback(20)`` with
+six workers made 25 trials. Every change below is one statement guarded by the state it starts from, so it is atomic on
+SQLite, PostgreSQL and MariaDB without locks of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from pcam_automl.errors import StudyError
+from pcam_automl.search.storage import retry_transient
+
+State = Literal["claimed", "done", "open"]
+
+_METADATA = sa.MetaData()
+_TABLE = sa.Table(
+    "pcam_automl_slots",
+    _METADATA,
+    sa.Column("study_name", sa.String(512), primary_key=True),  # 512 as in Optuna's own table
+    sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("lineage", sa.String(255), nullable=True),
+    sa.Column("trial_number", sa.Integer, nullable=True),
+    sa.Column("owner", sa.String(255), nullable=True),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("updated_at", sa.BigInteger, nullable=False),  # whole seconds since 1970, UTC
+    sa.UniqueConstraint("study_name", "trial_number", name="pcam_automl_slots_trial"),
+)
+_C = _TABLE.c
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the budget as it was when read. ``attempts`` counts claims, the current one included."""
+
+    number: int
+    state: State
+    lineage: str | None
+    trial_number: int | None
+    owner: str | None
+    attempts: int
+    updated_at: int
+
+
+def owner_of_this_process() -> str:
+    """``host[/pid namespace]:pid:start``: names this process and no later one with the same pid."""
+    return f"{_host()}:{os.getpid()}:{_started(os.getpid()) or ''}"
+
+
+def owner_alive(owner: str) -> bool | None:
+    """Whether the process that ``owner`` names still runs; None on another host or in another container: unknown."""
+    host, _, rest = owner.partition(":")
+    pid_text, _, start = rest.partition(":")
+    if host != _host() or not pid_text.isdecimal():
+        return None
+    pid = int(pid_text)
+    try:
+        os.kill(pid, 0)
+    except OSError as fault:
+        if fault.errno == errno.ESRCH:
+            return False
+        if fault.errno != errno.EPERM:  # EPERM: it runs, under another user
+            raise
+    except OverflowError:
+        return False
+    now = _started(pid)
+    if now is None or not start:
+        return now != "dead"
+    return now == start
+
+
+def _host() -> str:
+    """Host name and PID namespace: containers that share a host name do not see each other's processes."""
+    name = socket.gethostname().replace(":", "_")
+    try:
+        return f"{name}/{Path('/proc/self/ns/pid').readlink().name.strip('pid:[]')}"
+    except OSError:
+        return name
+
+
+def _started(pid: int) -> str | None:
+    """Boot id and start tick of a process; ``dead`` once it is a zombie; None where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return None
+    return "dead" if fields[0] in "ZX" else f"{boot}-{fields[19]}"
+
+
+class Slots:
+    """The slots of one study.
+
+    Args:
+        engine: of the database that holds the study; the table is made where it is missing.
+        study_name: the study's name.
+    """
+
+    def __init__(self, engine: sa.Engine, study_name: str) -> None:
+        self.engine = engine
+        self.study_name = study_name
+        try:
+            retry_transient(lambda: _METADATA.create_all(engine))
+        except sa.exc.DBAPIError:
+            if not sa.inspect(engine).has_table(_TABLE.name):  # else another process made it at the same moment
+                raise
+
+    def claim(self, n_total: int, owner: str) -> Slot | None:
+        """A slot for the caller, or None when ``n_total`` slots are claimed or done.
+
+        Open slots come first, lowest number first, with the lineage to be continued where they have one.
+        """
+        while True:
+            slots = self.all()
+            reopened = [slot for slot in slots if slot.state == "open" and slot.number < n_total]
+            # After a lowered total, slots at or above it already fill the places of as many open ones below.
+            beyond = sum(slot.state != "open" for slot in slots if slot.number >= n_total)
+            if len(reopened) > beyond:
+                number = reopened[0].number
+                values = {"state": "claimed", "owner": owner, "attempts": _C.attempts + 1}
+                if not self._update(number, values, _C.state == "open"):
+                    continue  # another process was quicker
+            else:
+                number = slots[-1].number + 1 if slots else 0
+                if number >= n_total:
+                    return None
+                if not self._insert(number, state="claimed", owner=owner, attempts=1):
+                    continue
+            found = self._read(number)
+            if found is not None and found.owner == owner:
+                return found
+
+    def started(self, slot: Slot, trial_number: int, lineage: str) -> bool:
+        """Note which trial and lineage fill the caller's slot; False if the slot is no longer the caller's."""
+        return self._update(slot.number, {"trial_number": trial_number, "lineage": lineage}, *_held_by(slot))
+
+    def finish(self, slot: Slot) -> bool:
+        """The slot's lineage is complete or pruned. False if the slot is no longer the caller's."""
+        return self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot))
+
+    def reopen(self, slot: Slot, *, keep_lineage: bool) -> bool:
+        """Give the slot back: with its lineage, to be continued, or without, for a new recipe.
+
+        Returns:
+            False if the slot is no longer the caller's.
+        """
+        values: dict[str, Any] = {"state": "open", "owner": None}
+        if not keep_lineage:
+            values |= {"lineage": None, "trial_number": None}
+        return self._update(slot.number, values, *_held_by(slot))
+
+    def reap(self, is_alive: Callable[[str], bool | None] = owner_alive) -> list[Slot]:
+        """Reopen, with their lineage, the claims whose owner is certainly dead; those slots as they were before."""
+        dead = [s for s in self.all() if s.state == "claimed" and s.owner and is_alive(s.owner) is False]
+        return [slot for slot in dead if self.reopen(slot, keep_lineage=True)]
+
+    def adopt(self, done_trial_numbers: Iterable[int]) -> int:
+        """Reconcile with trials that finished without their slot being told: made elsewhere, or killed just after.
+
+        Args:
+            done_trial_numbers: numbers of all complete and pruned trials of the study.
+
+        Returns:
+            How many slots became done.
+        """
+        n_adopted = 0
+        slots = self.all()
+        of_trial = {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
+        for trial_number in sorted(set(done_trial_numbers)):
+            while trial_number not in of_trial:
+                number = slots[-1].number + 1 if slots else 0
+                n_adopted += self._insert(number, state="done", trial_number=trial_number, attempts=1)
+                slots = self._select(_C.slot >= number)  # ours, or what other processes put there meanwhile
+                if not slots:
+                    slots = self.all()
+                of_trial |= {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
+            slot = of_trial[trial_number]
+            if slot.state != "done":
+                values = {"state": "done", "owner": None}
+                n_adopted += self._update(slot.number, values, _C.state != "done", _C.trial_number == trial_number)
+        return n_adopted
+
+    def clear(self) -> None:
+        """Forget every slot of the study: for a study that is deleted, or made anew under an old name."""
+        self._run(sa.delete(_TABLE).where(_C.study_name == self.study_name))
+
+    def counts(self) -> dict[State, int]:
+        """Number of slots in each state."""
+        states = [slot.state for slot in self.all()]
+        return {"claimed": states.count("claimed"), "done": states.count("done"), "open": states.count("open")}
+
+    def all(self) -> list[Slot]:
+        """Every slot, by number."""
+        return self._select()
+
+    def _read(self, number: int) -> Slot | None:
+        return next(iter(self._select(_C.slot == number)), None)
+
+    def _select(self, *conditions: sa.ColumnElement[bool]) -> list[Slot]:
+        columns = (_C.slot, _C.state, _C.lineage, _C.trial_number, _C.owner, _C.attempts, _C.updated_at)
+        query = sa.select(*columns).where(_C.study_name == self.study_name, *conditions).order_by(_C.slot)
+
+        def rows() -> list[Slot]:
+            with self.engine.connect() as connection:
+                return [Slot(*row) for row in connection.execute(query)]
+
+        return retry_transient(rows)
+
+    def _update(self, number: int, values: dict[str, Any], *conditions: sa.ColumnElement[bool]) -> bool:
+        where = (_C.study_name == self.study_name, _C.slot == number, *conditions)
+        return self._run(sa.update(_TABLE).where(*where).values(updated_at=int(time.time()), **values)) == 1
+
+    def _insert(self, number: int, **values: Any) -> bool:
+        """False if that number, or that trial, has a slot already."""
+        row = {"study_name": self.study_name, "slot": number, "updated_at": int(time.time()), **values}
+        try:
+            self._run(sa.insert(_TABLE).values(**row))
+        except sa.exc.IntegrityError:
+            return False
+        except sa.exc.DataError as fault:
+            raise StudyError(f"study name {self.study_name[:40]!r}... must have at most 512 characters") from fault
+        return True
+
+    def _run(self, statement: sa.Insert | sa.Update | sa.Delete) -> int:
+        def changed() -> int:
+            with self.engine.begin() as connection:
+                return connection.execute(statement).rowcount
+
+        return retry_transient(changed)
+
+
+def _held_by(slot: Slot) -> tuple[sa.ColumnElement[bool], ...]:
+    return (_C.state == "claimed", _C.owner == slot.owner, _C.attempts == slot.attempts)

@@ -1,0 +1,229 @@
+"""Search spaces: YAML to dimensions, a trial to a Recipe and back. Runs no trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+from optuna.trial import BaseTrial
+from pydantic import ValidationError
+
+from pcam_automl.configs_folder import find_config
+from pcam_automl.errors import RecipeError, did_you_mean, first_few
+from pcam_automl.files import sha256_of_json
+from pcam_automl.recipe import Recipe, build_recipe, merge_fields, parse_yaml, read_config_text, validation_faults
+from pcam_automl.search.dimension import (
+    FIELDS,
+    UPSCALE,
+    Parameter,
+    build_parameter,
+    check_conditions,
+    checked_value,
+    is_number,
+    read_parameter,
+)
+
+_KEYS = ("base", "parameters")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a study varies (``parameters``, by name, in the order of suggestion) and what it fixes (``base``)."""
+
+    base: Mapping[str, Any]
+    parameters: Mapping[str, Parameter]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the fixed fields and the parameters in their order."""
+        return sha256_of_json([self._base_file(), [[name, p.to_file()] for name, p in self.parameters.items()]])
+
+    def to_yaml(self) -> str:
+        """YAML that :func:`parse_space` reads back to an equal space."""
+        parameters = {name: parameter.to_file() for name, parameter in self.parameters.items()}
+        return yaml.safe_dump({"base": self._base_file(), "parameters": parameters}, sort_keys=False)
+
+    def _base_file(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.base.items()}
+
+    def choices(self, field: str) -> tuple[Any, ...]:
+        """The values a choice can take; of a fixed field its one value; empty for a range or an unnamed field."""
+        if field in self.parameters:
+            return self.parameters[field].choices
+        return (self.base[field],) if field in self.base else ()
+
+    def pinned(self, pins: Mapping[str, Any]) -> SearchSpace:
+        """The space with these fields fixed and no longer searched. A pinned ``input_size`` ends ``upscale``, too.
+
+        Raises:
+            RecipeError: unknown fields or values out of range, all reported together.
+        """
+        faults: list[str] = []
+        fixed = {name: checked_value(name, value, "--set", faults) for name, value in pins.items()}
+        _raise(faults)
+        gone = set(fixed)
+        gone |= {UPSCALE} if "input_size" in fixed else set()
+        gone |= {"input_size"} if UPSCALE in fixed else set()
+        for name, rival in (("epochs", "views"), ("views", "epochs")):
+            gone |= {rival} if fixed.get(name) is not None and rival not in fixed else set()
+        base = {name: value for name, value in merge_fields(self.base, fixed).items() if name not in gone - set(fixed)}
+        space = SearchSpace(base, {name: p for name, p in self.parameters.items() if name not in gone})
+        _raise(_contradictions(space, "--set"))
+        return space
+
+    def without_choices(self, field: str, names: Collection[str]) -> SearchSpace:
+        """The space without these values of a choice (backbones whose weights are missing, say).
+
+        Raises:
+            RecipeError: none would be left, or the field is fixed to one of them.
+        """
+        if field in self.base and self.base[field] in names:
+            raise RecipeError(
+                f"{field} is fixed to {self.base[field]!r}, which cannot be used here; choose another one"
+            )
+        parameters = {}
+        for name, parameter in self.parameters.items():
+            if name == field:
+                left = tuple(choice for choice in parameter.choices if choice not in names)
+                if not left:
+                    raise RecipeError(
+                        f"no {field} is left in the space; none of {first_few(parameter.choices)} can be used here"
+                    )
+                parameters[name] = replace(parameter, choices=left)
+                continue
+            when = tuple(
+                (n, tuple(v for v in allowed if n != field or v not in names)) for n, allowed in parameter.when
+            )
+            if all(allowed for _, allowed in when):  # else its condition can never hold again
+                parameters[name] = replace(parameter, when=when)
+        return SearchSpace(self.base, parameters)
+
+    def suggest(
+        self, trial: BaseTrial, defaults: Mapping[str, Any], smallest_input: Callable[[str], int] | None = None
+    ) -> Recipe:
+        """Ask the trial for every active dimension and build its recipe.
+
+        Args:
+            trial: receives one ``suggest_*`` a dimension, in the space's order.
+            defaults: recipe fields for what the space neither fixes nor varies, and for dimensions whose condition
+                does not hold.
+            smallest_input: the smallest input side in px of a backbone; a smaller input is raised to it, made even.
+
+        Raises:
+            RecipeError: defaults, fixed fields and suggestions contradict each other.
+        """
+        fields = merge_fields(defaults, self.base)
+        for parameter in self.parameters.values():
+            if parameter.active(_with_recipe_defaults(fields)):
+                fields = merge_fields(fields, {parameter.name: parameter.suggest(trial)})
+        return self._recipe(fields, smallest_input)
+
+    def _recipe(self, fields: dict[str, Any], smallest_input: Callable[[str], int] | None) -> Recipe:
+        upscale = fields.pop(UPSCALE, None)
+        if upscale is not None:
+            crop_size = _with_recipe_defaults(fields)["crop_size"]
+            input_size = _even(crop_size * upscale)
+            fields["input_size"] = None if input_size == crop_size else input_size
+        recipe = build_recipe(fields, where="trial")
+        if smallest_input is None:
+            return recipe
+        least_px = smallest_input(recipe.backbone)
+        if recipe.network_px >= least_px:
+            return recipe
+        return build_recipe({**fields, "input_size": least_px + least_px % 2}, where="trial")
+
+    def params_of(self, recipe: Recipe) -> dict[str, Any]:
+        """The trial parameters that reproduce a recipe as nearly as the space allows.
+
+        A value outside a range is moved to its nearest end or step, a number that is no choice to the nearest one; a
+        name that is no choice is left out, for the sampler to fill.
+        """
+        fields = recipe.model_dump()
+        fields[UPSCALE] = recipe.network_px / recipe.crop_size
+        fields |= self.base
+        params: dict[str, Any] = {}
+        for parameter in self.parameters.values():
+            if not parameter.active(fields):
+                continue
+            if parameter.name == UPSCALE:  # of the crop that the space could give
+                fields[UPSCALE] = recipe.network_px / fields["crop_size"]
+            value = parameter.nearest(fields[parameter.name])
+            if value is not None or (parameter.kind == "choice" and None in parameter.choices):
+                params[parameter.name] = fields[parameter.name] = value
+        return params
+
+
+def load_space(name_or_path: str, *, pins: Mapping[str, Any] | None = None) -> SearchSpace:
+    """Read a shipped space by name, or a YAML file, and fix the pinned fields.
+
+    Raises:
+        RecipeError: no such file, or faults in it, all reported together.
+    """
+    path = find_config("space", name_or_path)
+    return parse_space(read_config_text(path), path.stem).pinned(pins or {})
+
+
+def parse_space(text: str, where: str) -> SearchSpace:
+    """A space from its YAML text.
+
+    Args:
+        text: a mapping with ``parameters`` and, optionally, ``base``.
+        where: what to call the text in messages.
+
+    Raises:
+        RecipeError: every fault of the text in one message.
+    """
+    raw = parse_yaml(text, where)
+    faults = [f"{where}.{key} is not a known key{did_you_mean(key, _KEYS)}" for key in raw if key not in _KEYS]
+    sections = {}
+    for key in _KEYS:
+        value = raw.get(key)
+        if value is not None and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+            faults.append(f"{where}.{key} must be a mapping of recipe fields, got {value!r}")
+        sections[key] = value if isinstance(value, dict) else {}
+    if "parameters" not in raw:
+        faults.append(f"{where}.parameters is required")
+    base_raw = {str(name): value for name, value in sections["base"].items()}
+    base = {name: checked_value(name, value, f"{where}.base", faults) for name, value in base_raw.items()}
+    files = {str(name): read_parameter(str(name), v, where, faults) for name, v in sections["parameters"].items()}
+    parameters: dict[str, Parameter] = {}
+    for name, file in files.items():
+        if name in base:
+            faults.append(f"{where}: {name} is both in base and in parameters; keep one")
+        if file is not None:
+            parameters[name] = build_parameter(name, file, f"{where}.parameters.{name}", faults)
+            check_conditions(parameters[name], files, parameters, f"{where}.parameters.{name}.when", faults)
+    _raise(faults)
+    space = SearchSpace(base, parameters)
+    _raise(_contradictions(space, where))
+    return space
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise RecipeError("; ".join(dict.fromkeys(faults)))
+
+
+def _contradictions(space: SearchSpace, where: str) -> list[str]:
+    """Faults between fields that only their largest values show (warmup + decay, epochs and views)."""
+    sized = [name for name in ("input_size", UPSCALE) if name in space.parameters or space.base.get(name) is not None]
+    faults = [f"{where}: {' and '.join(sized)} exclude each other; keep one"] if len(sized) == 2 else []
+    corner = {name: space.base[name] for name in ("warmup", "decay", "epochs", "views") if name in space.base}
+    for p in space.parameters.values():
+        if p.name in ("warmup", "decay", "epochs", "views"):
+            corner[p.name] = max(filter(is_number, p.choices), default=None) if p.kind == "choice" else p.high
+    try:
+        Recipe.model_validate(corner)
+    except ValidationError as fault:
+        faults += [line.replace(f"{where} ", f"{where}: ", 1) for line in validation_faults(fault, where, FIELDS)]
+    return faults
+
+
+def _with_recipe_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: info.default for name, info in Recipe.model_fields.items()}, UPSCALE: 1.0, **fields}
+
+
+def _even(px: float) -> int:
+    return 2 * round(px / 2)

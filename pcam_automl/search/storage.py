@@ -1,0 +1,268 @@
+"""The study database: connection, faults in one line, retries. Knows no slots; URLs are read elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from pcam_automl.errors import StudyError
+from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_S = 60
+CONNECT_TIMEOUT_S = 10
+# A database server that restarts is away for some seconds; 7 tries over half a minute.
+PAUSES_S: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 8.0, 20.0)
+
+_TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+# Serialization failure, deadlock, server shutting down or starting; MySQL's lock timeout, deadlock, lost server.
+_TRANSIENT_SQLSTATES = ("40001", "40P01", "57P01", "57P02", "57P03", "08000", "08003", "08006")
+_TRANSIENT_MYSQL = (1040, 1205, 1213, 2002, 2003, 2006, 2013, 2014)
+
+
+@contextmanager
+def quiet_experimental() -> Iterator[None]:
+    """Hide Optuna's ``ExperimentalWarning`` inside the block, and no other warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+class WalConnection(sqlite3.Connection):
+    """An SQLite connection that syncs at checkpoints only, which write-ahead logging makes safe against crashes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """Options of ``create_engine``; picklable, so that a storage that travels to another process keeps them."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": WalConnection}}
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if parsed.get_driver_name() in _TAKES_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
+        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    return options
+
+
+def _make_folder(url: str, *, create: bool) -> None:
+    path = sqlite_path(url)
+    if path is None:
+        return
+    if path.is_dir():
+        raise StudyError(
+            f"storage {safe_url(url)} is a folder; name a file in it, e.g. {safe_url(url).rstrip('/')}/pcam.db"
+        )
+    if not create and not path.exists():
+        raise StudyError(
+            f"there are no studies in {path}; start one with `pcam-automl search`, or name another --storage"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise StudyError(f"the folder {path.parent} for the studies cannot be made ({fault.strerror})") from None
+
+
+def _probe(url: str, *, write: bool) -> None:
+    """Connect once and, for SQLite, switch the file to write-ahead logging (which stays) and see if it takes writes."""
+    engine = sa.create_engine(url, **engine_options(url), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        if engine.dialect.name != "sqlite":
+            connection.execute(sa.text("SELECT 1"))
+            return
+        # The switch fails at once, without the busy timeout, while another process makes it.
+        retry_transient(lambda: connection.exec_driver_sql("PRAGMA journal_mode=WAL"), only=_is_lock)
+        if write:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql("PRAGMA user_version = 0")
+            connection.rollback()
+
+
+def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int = 300, create: bool = True) -> RetryingStorage:
+    """Open (and where needed make) the database of the studies.
+
+    Args:
+        url: SQLAlchemy URL; SQLite files get their folder, write-ahead logging and a 60 s busy timeout.
+        heartbeat_s: seconds between the signs of life of a running trial, positive.
+        grace_s: a trial without a sign of life for so many seconds is failed by the next worker, positive.
+        create: False refuses an SQLite file that does not exist instead of making it.
+
+    Raises:
+        StudyError: wrong or unreachable URL, missing driver, no rights, a foreign file, a schema of another Optuna.
+    """
+    url = normalised_url(url)
+    _make_folder(url, create=create)
+    try:
+        _probe(url, write=create)
+        return retry_transient(lambda: _build(url, heartbeat_s, grace_s), only=_is_creation_race)
+    except (sa.exc.SQLAlchemyError, StorageInternalError, ImportError) as fault:
+        raise storage_fault(url, fault) from None
+    except RuntimeError as fault:  # Optuna's word on a schema of another version
+        raise StudyError(f"storage {safe_url(url)}: {scrubbed(fault, url)}") from None
+
+
+def _build(url: str, heartbeat_s: int, grace_s: int) -> RetryingStorage:
+    with quiet_experimental():
+        return RetryingStorage(
+            url.replace("{", "{{").replace("}", "}}"),  # Optuna formats the URL as a template
+            engine_kwargs=engine_options(url),
+            heartbeat_interval=heartbeat_s,
+            grace_period=grace_s,
+        )
+
+
+def engine_of(of: Study | BaseStorage) -> sa.Engine:
+    """The SQLAlchemy engine of a study or a storage, also under the cache that Optuna puts around a study's storage.
+
+    Raises:
+        StudyError: it does not live in an SQL database.
+    """
+    storage = of._storage if isinstance(of, Study) else of
+    inner = getattr(storage, "_backend", storage)
+    if not isinstance(inner, RDBStorage):
+        raise StudyError(f"a study of this package lives in an SQL database, got {type(inner).__name__}")
+    return inner.engine
+
+
+def storage_fault(url: str, fault: Exception) -> StudyError:
+    """One line for what the database or its driver said; no password is in it."""
+    root = fault.__cause__ if isinstance(fault, StorageInternalError) and fault.__cause__ else fault
+    text = scrubbed(getattr(root, "orig", None) or root, url)
+    shown = safe_url(url)
+    if isinstance(root, ModuleNotFoundError | ImportError | sa.exc.NoSuchModuleError):
+        extra = extra_of(url)
+        return StudyError(
+            f"storage {shown} needs a driver that is not installed; run: pip install 'pcam-automl[{extra}]'"
+        )
+    if shown.startswith("sqlite"):
+        remedy = {
+            "not a database": "it is another kind of file; name another one",
+            "readonly": "change its rights or name another --storage",
+            "unable to open": "check the folder's rights or name another --storage",
+            "disk is full": "free some space and repeat the same command",
+            "locked": "another program holds it; close it and repeat the same command",
+        }
+        advice = next((words for sign, words in remedy.items() if sign in text), "see the message")
+        return StudyError(f"storage {shown} cannot be used: {text}; {advice}")
+    return StudyError(f"storage {shown} cannot be used: {text}; check host, port, user, password and database name")
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+def _database_fault(fault: BaseException) -> sa.exc.DBAPIError | None:
+    inner = fault.__cause__ if isinstance(fault, StorageInternalError) else fault
+    return inner if isinstance(inner, sa.exc.DBAPIError) else None
+
+
+def _is_lock(fault: Exception) -> bool:
+    found = _database_fault(fault)
+    return found is not None and isinstance(found.orig, sqlite3.OperationalError) and "locked" in str(found.orig)
+
+
+def _is_creation_race(fault: Exception) -> bool:
+    """Two processes that make the same tables at once: the second try finds them made."""
+    found = _database_fault(fault)
+    return found is not None and (
+        isinstance(found, sa.exc.IntegrityError) or "already exists" in str(found.orig).lower() or is_transient(fault)
+    )
+
+
+def is_transient(fault: Exception) -> bool:
+    """Whether the same statement may well succeed a little later: locks, deadlocks, a server that restarts."""
+    found = _database_fault(fault)
+    if found is None:
+        return False
+    if found.connection_invalidated or _is_lock(fault):
+        return True
+    if getattr(found.orig, "sqlstate", None) in _TRANSIENT_SQLSTATES:
+        return True
+    codes = getattr(found.orig, "args", ())
+    if codes and codes[0] in _TRANSIENT_MYSQL:
+        return True
+    text = str(found.orig).lower()
+    return isinstance(found, sa.exc.OperationalError) and ("connection refused" in text or "starting up" in text)
+
+
+def retry_transient(call: Callable[[], T], *, only: Callable[[Exception], bool] = is_transient) -> T:
+    """``call()``, again after each pause of ``PAUSES_S`` while it fails with a fault that ``only`` accepts.
+
+    Raises:
+        Exception: the last fault, unchanged.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return call()
+        except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
+            if not only(fault):
+                raise
+            logger.debug("database fault, next try in %s s: %s", pause_s, type(fault).__name__)
+        time.sleep(pause_s * random.uniform(0.5, 1.0))  # so that six workers do not come back at once
+    return call()
+
+
+class RetryingStorage(RDBStorage):
+    """Optuna's RDB storage that outlives a server's restart. Optuna itself retries the creation of trials only."""
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        tries = 0
+
+        def call() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                return super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                # An earlier try was committed although its answer was lost.
+                if tries > 1 and self.get_trial(trial_id).state == state:
+                    return True
+                raise
+
+        return retry_transient(call)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
+        try:
+            retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id))
+        except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
+            logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
+
+
+def _retried(method: Callable[..., T]) -> Callable[..., T]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> T:
+        return retry_transient(lambda: method(*args, **kwargs))
+
+    return call
+
+
+# Writes that set a value and reads may be repeated. `_set_trial_param` and `_get_trials` are what Optuna's cache calls.
+_RETRIED = """
+set_trial_param _set_trial_param set_trial_intermediate_value set_trial_user_attr set_trial_system_attr
+set_study_user_attr set_study_system_attr get_study_id_from_name get_study_name_from_id get_study_directions
+get_study_user_attrs get_study_system_attrs get_all_studies get_trial get_all_trials _get_trials
+_get_best_trial_id _get_stale_trial_ids get_trial_id_from_study_id_trial_number
+"""
+for _name in _RETRIED.split():
+    if hasattr(RDBStorage, _name):
+        setattr(RetryingStorage, _name, _retried(getattr(RDBStorage, _name)))

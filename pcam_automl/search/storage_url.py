@@ -1,0 +1,112 @@
+"""Storage URLs: the installed driver, and passwords kept out of every message. Connects to nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import sqlalchemy as sa
+
+from pcam_automl.errors import StudyError, did_you_mean
+
+# Drivers in order of preference, the extra of ours that brings the first, and the scheme that Optuna's own SQL knows.
+_SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "postgresql": ("postgres", (("psycopg", "psycopg"), ("psycopg2", "psycopg2"))),
+    "mysql": ("mysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
+}
+_ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
+_SECRET_KEYS = ("password", "passwd", "pwd", "sslpassword", "passfile", "token")
+
+
+def safe_url(url: str) -> str:
+    """``url`` with its password (also one among the query's options) as ``***``; any text is accepted."""
+    start = r"//[^:/?#]*:" if "://" in url else r"^[^:/]*:"
+    shown = re.sub(rf"({start}).*(@)", r"\1***\2", url, flags=re.DOTALL)
+    keys = "|".join(_SECRET_KEYS)
+    return re.sub(rf"([?&](?:{keys})=)[^&]*", r"\1***", shown, flags=re.IGNORECASE)
+
+
+def _secrets(url: str) -> list[str]:
+    """Every spelling of the URL's passwords, longest first."""
+    found = set(re.findall(r"//[^:/?#]*:(.*)@", url))
+    found |= set(re.findall(rf"[?&](?:{'|'.join(_SECRET_KEYS)})=([^&]*)", url, flags=re.IGNORECASE))
+    with suppress(sa.exc.ArgumentError, ValueError):  # an unreadable URL has no further secrets
+        found.add(sa.make_url(url).password or "")
+    spellings = found | {quote(text, safe="") for text in found} | {quote_plus(text) for text in found}
+    return sorted((text for text in spellings if text), key=len, reverse=True)
+
+
+def scrubbed(message: object, url: str) -> str:
+    """The message on one line, without a password and without SQLAlchemy's links and statements."""
+    text = str(message).split("\n[SQL:")[0].split("(Background on this error")[0]
+    for secret in _secrets(url):
+        text = text.replace(secret, "***")
+    return " ".join(text.split())
+
+
+def normalised_url(url: str) -> str:
+    """The URL with an installed driver named: ``postgresql://`` becomes ``postgresql+psycopg://``.
+
+    Raises:
+        StudyError: not a URL, a scheme that is not a database of ours, a missing driver, an SQLite URL without a file.
+    """
+    if "://" not in url:
+        hint = f"sqlite:///{url}" if url and ":" not in url else "sqlite:///studies/pcam.db"
+        raise StudyError(f"storage must be a database URL, got {safe_url(url)!r} (did you mean {hint!r}?)")
+    try:
+        parsed = sa.make_url(url)
+        if url.partition("?")[0].count("@") > 1:
+            raise ValueError
+    except (sa.exc.ArgumentError, ValueError):
+        raise StudyError(
+            f"storage URL {safe_url(url)!r} is not valid; write scheme://user:password@host:port/database, "
+            "with special characters of the password percent-encoded"
+        ) from None
+    scheme, plus, driver = parsed.drivername.partition("+")
+    backend = _ALIASES.get(scheme, scheme)
+    if backend == "sqlite":
+        return _checked_sqlite(parsed, url)
+    if backend not in _SERVERS:
+        known = ["sqlite", *_SERVERS]
+        raise StudyError(
+            f"storage scheme must be one of {', '.join(known)}, got {scheme!r}{did_you_mean(scheme, known)}"
+        )
+    if not parsed.database:
+        raise StudyError(f"storage URL {safe_url(url)!r} names no database; add /NAME at its end")
+    driver = driver if plus else _installed_driver(backend)
+    return parsed.set(drivername=f"{backend}+{driver}").render_as_string(hide_password=False)
+
+
+def _checked_sqlite(parsed: sa.URL, url: str) -> str:
+    if parsed.host:
+        path = f"{parsed.host}/{parsed.database or ''}"
+        raise StudyError(f"an SQLite URL has three slashes before a relative path (did you mean 'sqlite:///{path}'?)")
+    if not parsed.database or parsed.database == ":memory:" or "mode=memory" in url:
+        raise StudyError(
+            "storage sqlite in memory cannot be resumed or shared; give a file, e.g. sqlite:///studies/pcam.db"
+        )
+    return url
+
+
+def _installed_driver(backend: str) -> str:
+    extra, drivers = _SERVERS[backend]
+    for driver, module in drivers:
+        if importlib.util.find_spec(module) is not None:
+            return driver
+    raise StudyError(f"storage {backend} needs the package {drivers[0][1]}; run: pip install 'pcam-automl[{extra}]'")
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of an SQLite URL, None for a server or for SQLite's own ``file:`` addresses."""
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith("file:"):
+        return None
+    return Path(parsed.database)
+
+
+def extra_of(url: str) -> str:
+    """The extra of this package that brings the driver for the URL's database."""
+    return _SERVERS[sa.make_url(url).get_backend_name()][0]

@@ -1,0 +1,318 @@
+"""Creating and opening studies: data, split, space and settings that every worker shares. Runs no trial."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from pydantic import ValidationError
+
+from pcam_automl.config import StudySettings, check_study_name, check_unchanged, find_data, storage_url, studies_folder
+from pcam_automl.configs_folder import find_config
+from pcam_automl.data.packs import PackCall, find_pack
+from pcam_automl.data.splits import Split, load_split, make_split, write_split
+from pcam_automl.data.store import PatchStore, open_store
+from pcam_automl.errors import DataError, RecipeError, StudyError, did_you_mean, first_few
+from pcam_automl.files import write_json
+from pcam_automl.models.factory import check_backbone
+from pcam_automl.models.weights import Weights, decide_weights, parse_weights
+from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.search.plan import make_plan
+from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.space import SearchSpace, load_space, parse_space
+from pcam_automl.search.storage import open_storage, safe_url
+from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.training.engine import Rung
+from pcam_automl.training.speed import SpeedBook
+from pcam_automl.versions import versions
+
+SETTINGS_KEY = "pcam_automl"
+VALIDATION_FOLD = 0
+_WAIT_FOR_CREATOR_S = 60.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Options of ``search`` as the user gave them; None is "not given"."""
+
+    data: Path | None = None
+    groups: Path | None = None
+    domains: Path | None = None
+    space: str | None = None
+    pins: dict[str, Any] | None = None
+    weights: str | None = None
+    holdout: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    pruner: str | None = None
+    views: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class OpenStudy:
+    """A study with everything a worker needs.
+
+    Attributes:
+        study: Optuna's.
+        settings: what it remembers.
+        space: parsed from the settings.
+        store: the pack; its content hash is the study's.
+        split: folds and orders; its hash is the study's.
+        folder: ``studies/<name>``.
+        url: the storage's URL, password included; never print it.
+    """
+
+    study: optuna.Study
+    settings: StudySettings
+    space: SearchSpace
+    store: PatchStore
+    split: Split
+    folder: Path
+    url: str
+
+    @property
+    def name(self) -> str:
+        return self.study.study_name
+
+    @property
+    def weights(self) -> Weights:
+        return parse_weights(self.settings.weights)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        return tuple(Rung(views, subset) for views, subset in self.settings.rungs)
+
+    @property
+    def speed_book(self) -> SpeedBook:
+        return SpeedBook(self.folder.parent / "speed.json")
+
+
+def default_recipe(pretrained: bool) -> Recipe:
+    """The known-good recipe ``default`` in the schedule of a search."""
+    return load_recipe(find_config("recipes", "default"), overrides={"schedule": "wsd", "pretrained": pretrained})
+
+
+def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySettings]:
+    """An existing study and what it remembers; neither its data nor its split is opened.
+
+    Raises:
+        StudyError: no such study, or one that this package did not create.
+    """
+    url = storage_url(url)
+    check_study_name(name)
+    storage = open_storage(url)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        known = optuna.get_all_study_names(storage)
+        hint = f"it has {first_few(sorted(known))}" if known else "it has none yet; `pcam-automl search` makes one"
+        raise StudyError(f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}") from None
+    return study, _settings_of(study)
+
+
+def _settings_of(study: optuna.Study) -> StudySettings:
+    """Settings of a study; waits while another process is still creating it."""
+    deadline = time.monotonic() + _WAIT_FOR_CREATOR_S
+    while (text := study.user_attrs.get(SETTINGS_KEY)) is None:
+        if study.user_attrs.get(f"{SETTINGS_KEY}:creating") is None or time.monotonic() > deadline:
+            raise StudyError(
+                f"study {study.study_name!r} was not made by pcam-automl search (it has no settings); take another --study name"
+            )
+        time.sleep(0.5)
+    try:
+        return StudySettings.model_validate(json.loads(text))
+    except (ValidationError, ValueError) as fault:
+        raise StudyError(
+            f"study {study.study_name!r} was written by another version of pcam-automl ({str(fault)[:120]}); use that version, or another --study name"
+        ) from None
+
+
+def open_study(
+    name: str,
+    url: str | None,
+    asked: Asked | None = None,
+    *,
+    say: Say = lambda text: None,
+    pack_call: PackCall | None = None,
+) -> OpenStudy:
+    """Open an existing study with its data; what is asked must agree with what it remembers.
+
+    Raises:
+        StudyError, DataError: no such study, a contradiction, or data that changed.
+    """
+    asked = asked or Asked()
+    study, settings = load_study(name, url)
+    _check_asked(settings, asked, name)
+    folder = studies_folder(storage_url(url)) / name
+    store = _open_store(settings, asked, folder, say, pack_call)
+    split_file = folder / "split.npz"
+    split = (
+        load_split(split_file)
+        if split_file.is_file()
+        else make_split(store, seed=settings.seed, holdout=settings.holdout)
+    )
+    if split.hash != settings.split_hash:
+        raise StudyError(
+            f"the split of study {name!r} changed: {split.hash[:12]} here, {settings.split_hash[:12]} in the study; restore {split_file}"
+        )
+    if not split_file.is_file():
+        write_split(split, split_file)
+    return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url))
+
+
+def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
+    remembered = settings.model_dump()
+    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner")}
+    if asked.views is not None:
+        given["views"], remembered["views"] = asked.views, settings.rungs[-1][0]
+    if asked.weights not in (None, "auto"):
+        given["weights"] = (
+            asked.weights if asked.weights in ("hub", "none") else str(Path(str(asked.weights)).expanduser().resolve())
+        )
+    if asked.pins:
+        given["set"], remembered["set"] = asked.pins, {key: settings.pins.get(key) for key in asked.pins}
+    if asked.space is not None:
+        given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
+    check_unchanged(remembered, given, name)
+
+
+def _open_store(
+    settings: StudySettings, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
+) -> PatchStore:
+    """The study's pack: where it was, or packed again from the raw data, or the one that was asked for."""
+    remembered = Path(settings.pack)
+    if asked.data is None and asked.groups is None and asked.domains is None and remembered.is_dir():
+        store = open_store(remembered)
+    else:
+        path = find_data(asked.data, settings.data)
+        store = find_pack(
+            path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
+        )
+    if store.content_hash != settings.pack_hash:
+        raise DataError(
+            f"the data changed since the study began: pack {store.content_hash[:12]} at {store.root}, the study has {settings.pack_hash[:12]}; "
+            "give the data it began with, or take another --study name"
+        )
+    return store
+
+
+def create_or_open_study(
+    name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None
+) -> OpenStudy:
+    """Open the study, or create it from what is asked and the defaults.
+
+    Raises:
+        StudyError, DataError, RecipeError, InputError: anything at fault, before a trial starts.
+    """
+    url = storage_url(url)
+    check_study_name(name)
+    storage = open_storage(url)
+    if name in optuna.get_all_study_names(storage):
+        return open_study(name, url, asked, say=say, pack_call=pack_call)
+    folder = studies_folder(url) / name
+    settings, split = _decide(name, asked, folder, say, pack_call)
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+    except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
+        return open_study(name, url, asked, say=say, pack_call=pack_call)
+    study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
+    study.set_metric_names(["validation ROC AUC"])
+    write_split(split, folder / "split.npz")
+    write_json(folder / "settings.json", settings.model_dump(mode="json"))
+    study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
+    return open_study(name, url, say=say, pack_call=pack_call)
+
+
+def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
+    """Everything a new study remembers."""
+    build_sampler(asked.sampler or "tpe", 0)  # a wrong name is said before the data is packed
+    use_cores()
+    device = choose_device(asked.device)
+    weights, text = decide_weights(asked.weights or "auto")
+    say(text)
+    pins = dict(asked.pins or {})
+    space_name = asked.space or "default"
+    space = load_space(space_name, pins={**pins, "pretrained": pins.get("pretrained", weights.pretrained)})
+    path = find_data(asked.data)
+    store = find_pack(
+        path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
+    )
+    seed = asked.seed if asked.seed is not None else 0
+    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
+    for note in split.notes:
+        say(note)
+    space = drop_backbones_without_weights(space, weights, say)
+    default = default_recipe(bool(space.base["pretrained"]))
+    n_train = len(split.train_order(VALIDATION_FOLD))
+    n_valid = len(split.order) - n_train
+    plan = make_plan(
+        space,
+        default,
+        n_train=n_train,
+        n_valid=n_valid,
+        device=device,
+        views=asked.views,
+        speed=SpeedBook(folder.parent / "speed.json"),
+        progress=say,
+    )
+    if plan.dropped:
+        space = space.without_choices("backbone", list(plan.dropped))
+    rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
+    build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
+    settings = StudySettings(
+        data=str(path),
+        pack=str(store.root.resolve()),
+        pack_hash=store.content_hash,
+        split_hash=split.hash,
+        seed=seed,
+        holdout=asked.holdout or 0.0,
+        weights=str(weights),
+        space=space.to_yaml(),
+        pins=pins,
+        sampler=asked.sampler or "tpe",
+        pruner=asked.pruner or "asha",
+        rungs=rungs,
+        n_score=plan.n_score,
+        cap_s=plan.cap_s,
+        plan={
+            **plan.to_json(),
+            "device": str(device),
+            "space_name": space_name,
+            "n_train": n_train,
+            "n_valid": n_valid,
+        },
+        versions=versions(),
+    )
+    return settings, split
+
+
+def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:
+    """Check every backbone's name; leave out, by name, those that the weights folder or hub does not have.
+
+    Raises:
+        RecipeError: an unknown backbone, or none is left.
+    """
+    names = space.choices("backbone") or ([space.base["backbone"]] if "backbone" in space.base else [])
+    for name in names:
+        check_backbone(name)
+    if not space.base["pretrained"]:
+        return space
+    missing = [name for name in names if not weights.has(name)]
+    if missing and len(missing) == len(names):
+        raise RecipeError(
+            f"no backbone of the space has weights in {weights} (it wants {first_few(names)}); "
+            "name one with --set backbone=NAME, or give --weights none"
+        )
+    if missing:
+        say(f"left out, no weights in {weights}: {', '.join(missing)}")
+        return space.without_choices("backbone", missing)
+    return space

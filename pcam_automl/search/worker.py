@@ -1,0 +1,137 @@
+"""A worker: claims slots and runs trials until the study has its total. Suggests and trains through others."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from pcam_automl.errors import SearchFailed
+from pcam_automl.search.objective import Objective
+from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.sampler import PerTrialSampler
+from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.storage import engine_of
+from pcam_automl.search.study import OpenStudy, default_recipe
+
+LEAST_FAILURES_ALLOWED = 10
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class SearchEnd:
+    """How a worker's run ended: trials it finished, and why it stopped (``done``, ``timeout``, ``claimed elsewhere``)."""
+
+    n_finished: int
+    why: str
+
+
+def errors_of(trials: list[FrozenTrial]) -> list[str]:
+    """Reasons of the trials that failed by an error (not by an interruption or a lost worker)."""
+    return [
+        t.user_attrs["reason"]
+        for t in trials
+        if t.state == TrialState.FAIL and str(t.user_attrs.get("reason", "")).startswith("error: ")
+    ]
+
+
+def run_worker(
+    objective: Objective,
+    *,
+    n_trials: int,
+    timeout_s: float | None = None,
+    finished: Callable[[FrozenTrial], None] = lambda trial: None,
+) -> SearchEnd:
+    """Run trials until ``n_trials`` of the study are finished (complete or pruned), by whichever worker.
+
+    Args:
+        objective: over the open study; its ``stop`` ends the run by raising.
+        n_trials: the study's total.
+        timeout_s: no new trial starts after this many seconds; the running one finishes.
+        finished: called with each trial that this worker ended.
+
+    Raises:
+        SearchFailed: max(10, n_trials) trials failed.
+        Interrupted: after the running trial's slot was given back with its lineage.
+    """
+    opened = objective.opened
+    study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
+    study.pruner = build_pruner(opened.settings.pruner, rungs=[views for views, _ in opened.settings.rungs])
+    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
+    study.sampler = sampler
+    objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
+    began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
+    while True:
+        objective.stop()
+        if timeout_s is not None and time.monotonic() - began >= timeout_s:
+            return SearchEnd(n_finished, "timeout")
+        settle_lost(study, slots)
+        slot = slots.claim(n_trials, owner)
+        if slot is None:
+            return SearchEnd(n_finished, "done" if n_finished_of(study) >= n_trials else "claimed elsewhere")
+        objective.slot = slot
+        sampler.prescribed = prescribed(opened, slot)
+        trial = _one_trial(study, objective)
+        n_finished += _settle_slot(slots, slot, trial, objective)
+        finished(trial)
+        if objective.interrupted is not None:
+            raise objective.interrupted
+        check_failures(study, n_trials)
+
+
+def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
+    """One row through ``study.optimize`` (only there does Optuna's heartbeat run); errors end the row, not the search."""
+    ended: list[FrozenTrial] = []
+    study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
+    return ended[0]
+
+
+def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
+    """Close or give back the slot; 1 if the trial counts."""
+    if trial.state in FINISHED:
+        slots.finish(slot)
+        return 1
+    slots.reopen(slot, keep_lineage=objective.interrupted is not None)
+    return 0
+
+
+def n_finished_of(study: optuna.Study) -> int:
+    """Complete and pruned trials of the study."""
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def settle_lost(study: optuna.Study, slots: Slots) -> None:
+    """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back."""
+    slots.adopt([t.number for t in study.get_trials(deepcopy=False, states=FINISHED)])
+    for slot in slots.reap(lambda owner: owner_alive(owner) is not False):
+        if slot.trial_number is None:
+            continue
+        row = study.get_trials(deepcopy=False)[slot.trial_number]
+        if row.state == TrialState.RUNNING:
+            study._storage.set_trial_user_attr(row._trial_id, "reason", "worker lost")
+            study.tell(slot.trial_number, state=TrialState.FAIL)
+
+
+def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
+    """Parameters that the slot's next trial must take: its lineage's own, or the known-good recipe in slot 0."""
+    if slot.lineage is not None:
+        for row in reversed(opened.study.get_trials(deepcopy=False)):
+            if row.user_attrs.get("lineage") == slot.lineage and row.params:
+                return dict(row.params)
+    if slot.number == 0 and slot.attempts == 1:
+        return dict(opened.space.params_of(default_recipe(bool(opened.space.base["pretrained"]))))
+    return {}
+
+
+def check_failures(study: optuna.Study, n_trials: int) -> None:
+    """Raise SearchFailed once max(10, n_trials) trials ended in an error."""
+    errors = errors_of(study.get_trials(deepcopy=False))
+    if len(errors) >= max(LEAST_FAILURES_ALLOWED, n_trials):
+        ((commonest, n),) = collections.Counter(errors).most_common(1)
+        raise SearchFailed(
+            f"{len(errors)} trials failed, so the search stops; {n} times: {commonest.removeprefix('error: ')}"
+        )

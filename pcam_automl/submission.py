@@ -1,0 +1,75 @@
+"""Submission files: writing them in the sample's order and checking them. Predicts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pcam_automl.errors import DataError, InputError, first_few
+from pcam_automl.files import write_json, written_whole
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise InputError for a threshold outside [0, 1]."""
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise InputError(f"--threshold must be in [0, 1], got {threshold}")
+
+
+def write_probabilities(file: Path, ids: Sequence[str], probs: np.ndarray, *, threshold: float | None = None) -> None:
+    """Write ``id,label`` with probabilities; with a threshold a column ``predicted`` of 0/1 beside them."""
+    table = pd.DataFrame({"id": list(ids), "label": np.round(probs.astype(np.float64), 9)})
+    if threshold is not None:
+        table["predicted"] = (probs >= threshold).astype(int)
+    with written_whole(file) as partial:
+        table.to_csv(partial, index=False)
+
+
+def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
+    """Check a submission against the ids that are wanted, in their order; returns the number of rows.
+
+    Raises:
+        DataError: columns, ids, order, NaN, or values outside [0, 1]; all that is wrong in one line.
+    """
+    try:
+        table = pd.read_csv(file, dtype={"id": str}, keep_default_na=True, encoding="utf-8")
+    except (OSError, ValueError, UnicodeDecodeError) as fault:  # pandas' parser errors are ValueErrors
+        raise DataError(f"{file} cannot be read as a submission ({str(fault)[:120]})") from None
+    if list(table.columns) != ["id", "label"]:
+        raise DataError(f"{file}: columns must be id,label, got {','.join(map(str, table.columns))}")
+    faults = []
+    found, wanted = table["id"].astype(str).tolist(), list(sample_ids)
+    if found != wanted:
+        have, want = set(found), set(wanted)
+        if missing := [i for i in wanted if i not in have]:
+            faults.append(f"{len(missing)} ids of the sample are missing ({first_few(missing)})")
+        if strange := [i for i in found if i not in want]:
+            faults.append(f"{len(strange)} ids are not in the sample ({first_few(strange)})")
+        if len(have) < len(found):
+            faults.append(f"{len(found) - len(have)} ids are repeated")
+        if not faults:
+            faults.append("the ids are not in the sample's order")
+    values = pd.to_numeric(table["label"], errors="coerce").to_numpy(np.float64)
+    if n := int(np.isnan(values).sum()):
+        faults.append(f"{n} labels are not numbers")
+    if n := int(((values < 0) | (values > 1)).sum()):
+        faults.append(f"{n} labels are outside [0, 1]")
+    if faults:
+        raise DataError(f"{file} is not a valid submission: {'; '.join(faults)}")
+    return len(table)
+
+
+def write_submission(folder: Path, ids: Sequence[str], probs: np.ndarray, provenance: dict[str, Any], *, threshold: float | None) -> Path:
+    """Write ``submission.csv`` (checked), ``submission.json`` (provenance) and, with a threshold, ``submission_labels.csv``."""
+    file = folder / "submission.csv"
+    write_probabilities(file, ids, probs)
+    check_submission(file, ids)
+    if threshold is not None:
+        labels = pd.DataFrame({"id": list(ids), "label": (probs >= threshold).astype(int)})
+        with written_whole(folder / "submission_labels.csv") as partial:
+            labels.to_csv(partial, index=False)
+    write_json(folder / "submission.json", provenance)
+    return file

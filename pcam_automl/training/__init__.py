@@ -1,0 +1,1 @@
+"""The training engine: one recipe, rung by rung."""

@@ -1,0 +1,102 @@
+"""A training's whole state as a folder of safetensors and JSON. Never unpickles; knows no schedule.
+
+One folder holds ``model``, ``ema`` and ``optim`` safetensors and ``state.json`` (views, keys, parameter groups, memory
+format, results so far and the SHA-256 of every other file). It is filled aside and renamed as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pcam_automl.errors import BundleError
+from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
+
+FORMAT = "pcam-automl checkpoint 1"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter number>.<name>`` -> tensor."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": torch.as_tensor(value) for number, slots in state.items() for name, value in slots.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Take over what :func:`optimizer_tensors` gave; moments get the layout of their parameter."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, slots in state.items():
+        like = parameters[number]
+        for name, tensor in slots.items():
+            if tensor.shape == like.shape:
+                slots[name] = torch.empty_like(like).copy_(tensor)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors refuses channels_last and shared storage: every tensor is stored contiguous, on the CPU, on its own.
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def write_checkpoint(folder: Path, *, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write the parts (``model``, ``ema``, ``optim``) and the state, whole or not at all.
+
+    Raises:
+        DataError: the disk is full or the folder is read-only.
+    """
+    with folder_written_whole(folder) as partial:
+        sums = {}
+        for name, tensors in parts.items():
+            file = partial / f"{name}.safetensors"
+            save_file(_contiguous(tensors), file)
+            sums[file.name] = sha256_of_file(file)
+        write_json(partial / "state.json", {"format": FORMAT, "sha256": sums, **state})
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Parts and state, checksums verified.
+
+    Raises:
+        BundleError: a file is missing, changed, or of another format.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise BundleError(f"{folder} is not a checkpoint of this version ({FORMAT})")
+        parts = {}
+        for name, expected in state["sha256"].items():
+            file = folder / Path(name).name
+            if sha256_of_file(file) != expected:
+                raise BundleError(f"{file} has changed since it was written (its SHA-256 differs)")
+            parts[file.stem] = load_file(file)
+    except (OSError, ValueError, KeyError) as fault:
+        raise BundleError(f"{folder} is not a complete checkpoint ({type(fault).__name__}: {str(fault)[:100]})") from None
+    return parts, state
+
+
+def newest_checkpoint(root: Path, *, note: Any = None) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest readable checkpoint ``<root>/<number>``; unreadable ones are reported through ``note`` and passed over."""
+    numbered = sorted((int(f.name), f) for f in root.iterdir() if f.name.isdigit()) if root.is_dir() else []
+    for _, folder in reversed(numbered):
+        try:
+            return (folder, *read_checkpoint(folder))
+        except BundleError as fault:
+            if note is not None:
+                note(f"{fault}; the checkpoint before it is used")
+    return None
+
+
+def keep_newest(root: Path, n: int) -> None:
+    """Remove all but the ``n`` highest-numbered checkpoints."""
+    numbered = sorted((int(f.name), f) for f in root.iterdir() if f.name.isdigit())
+    for _, folder in numbered[:-n]:
+        shutil.rmtree(folder)

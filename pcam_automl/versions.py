@@ -1,0 +1,15 @@
+"""Versions that a result depends on. Imports none of the packages that it names."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from pcam_automl import __version__
+
+_PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Package name to version, this package's and Python's first."""
+    return {"pcam_automl": __version__, "python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+
+from pcam_automl.errors import RecipeError
+from pcam_automl.search.sampler import N_STARTUP, build_sampler
+
+MODEL_SAMPLERS = ["tpe", "gp", "qmc", "random"]
+
+
+def conditional(trial: optuna.Trial) -> float:
+    """A space with a condition, pruned and complete trials."""
+    lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+    optimizer = trial.suggest_categorical("optimizer", ["adamw", "sgd"])
+    momentum = trial.suggest_float("momentum", 0.8, 0.98) if optimizer == "sgd" else 0.9
+    value = -abs(lr - 1e-3) * 100 + momentum
+    trial.report(value, 1)
+    if trial.number % 3 == 2:
+        raise optuna.TrialPruned
+    return value
+
+
+def run(study: optuna.Study, name: str, seed: int, n_trials: int) -> list[dict[str, Any]]:
+    """Trials by a sampler built anew, as after a restart."""
+    study.sampler = build_sampler(name, seed)
+    study.optimize(conditional, n_trials=n_trials)
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize("name", MODEL_SAMPLERS)
+def test_same_seed_and_history_give_the_same_trials_however_often_restarted(name: str) -> None:
+    whole, parts = optuna.create_study(direction="maximize"), optuna.create_study(direction="maximize")
+    n_trials = 9 if name == "gp" else N_STARTUP + 4  # gp starts after 5 complete trials
+    for _ in range(n_trials):
+        run(parts, name, 7, 1)
+    assert run(whole, name, 7, n_trials) == [trial.params for trial in parts.trials]
+
+
+@pytest.mark.parametrize("name", MODEL_SAMPLERS)
+def test_restarted_sampler_does_not_repeat_its_first_trials(name: str) -> None:
+    study = optuna.create_study(direction="maximize")
+    run(study, name, 7, 3)
+    params = run(study, name, 7, 3)
+    assert len({p["lr"] for p in params}) == 6
+
+
+def test_seeds_differ_between_studies_and_trials() -> None:
+    seeds = {build_sampler("random", seed).seed_of(number) for seed in range(10) for number in range(100)}
+    assert len(seeds) == 1000
+
+
+@pytest.mark.parametrize("name", MODEL_SAMPLERS)
+@pytest.mark.parametrize("n_before", [0, N_STARTUP + 3])
+def test_next_trial_takes_the_prescribed_values_and_only_that_trial(name: str, n_before: int) -> None:
+    study = optuna.create_study(direction="maximize")
+    run(study, name, 1, n_before)
+    study.sampler = sampler = build_sampler(name, 1)
+    wanted = {"lr": 2e-3, "optimizer": "sgd", "momentum": 0.9}
+    sampler.prescribed = dict(wanted)
+    study.optimize(conditional, n_trials=2)
+    assert study.trials[n_before].params == wanted
+    assert study.trials[n_before + 1].params["lr"] != 2e-3
+    assert sampler.prescribed == {}
+
+
+@pytest.mark.parametrize("n_before", [0, N_STARTUP + 3])
+def test_prescribed_values_outside_the_space_are_left_to_the_sampler(n_before: int) -> None:
+    study = optuna.create_study(direction="maximize")
+    run(study, "tpe", 1, n_before)
+    study.sampler = sampler = build_sampler("tpe", 1)
+    sampler.prescribed = {"lr": 5.0, "optimizer": "lion", "momentum": "fast", "unasked": 3}
+    study.optimize(conditional, n_trials=1)
+    params = study.trials[-1].params
+    assert 1e-4 <= params["lr"] <= 1e-2
+    assert params["optimizer"] in ("adamw", "sgd")
+    assert "unasked" not in params
+
+
+def test_prescription_set_inside_the_objective_holds() -> None:
+    study = optuna.create_study(direction="maximize", sampler=build_sampler("tpe", 1))
+    run(study, "tpe", 1, N_STARTUP + 1)
+    sampler = study.sampler
+
+    def objective(trial: optuna.Trial) -> float:
+        sampler.prescribed = {"lr": 3e-3}
+        return conditional(trial)
+
+    study.optimize(objective, n_trials=1)
+    assert study.trials[-1].params["lr"] == 3e-3
+
+
+def test_failed_trial_ends_its_prescription() -> None:
+    study = optuna.create_study(sampler=(sampler := build_sampler("random", 1)))
+    sampler.prescribed = {"lr": 3e-3}
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("lr", 1e-4, 1e-2)
+        raise ArithmeticError
+
+    study.optimize(objective, n_trials=2, catch=(ArithmeticError,))
+    assert [trial.params["lr"] == 3e-3 for trial in study.trials] == [True, False]
+
+
+def test_tpe_learns() -> None:
+    study = optuna.create_study(direction="maximize")
+    run(study, "tpe", 3, 40)
+    late = [abs(trial.params["lr"] - 1e-3) for trial in study.trials[-15:]]
+    early = [abs(trial.params["lr"] - 1e-3) for trial in study.trials[:N_STARTUP]]
+    assert sorted(late)[7] < sorted(early)[5]
+
+
+def test_unknown_sampler_bad_seed_and_missing_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"sampler must be one of tpe, .*, got 'tpee' \(did you mean 'tpe'\?\)"):
+        build_sampler("tpee", 0)
+    with pytest.raises(RecipeError, match="seed must be at least 0, got -1"):
+        build_sampler("tpe", -1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="sampler cmaes needs cmaes; run: pip install cmaes; or use tpe"):
+        build_sampler("cmaes", 0)

@@ -1,0 +1,214 @@
+"""One case against SQLite, PostgreSQL and MariaDB; the servers by PCAM_TEST_*_URL or on their local ports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from pcam_automl.errors import StudyError
+from pcam_automl.search.slots import Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.storage import engine_of, engine_options, open_storage
+from pcam_automl.search.storage_url import normalised_url
+
+SERVERS = {
+    "postgresql": ("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"),
+    "mysql": ("PCAM_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/test"),
+}
+N_WORKERS, N_SLOTS = 6, 20
+
+
+def server_url(backend: str) -> str:
+    variable, local = SERVERS[backend]
+    url = os.environ.get(variable, local)
+    try:
+        engine_of(open_storage(url)).dispose()
+    except StudyError as fault:
+        pytest.skip(f"no {backend} here ({variable} names none): {fault}")
+    return url
+
+
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param("postgresql", marks=pytest.mark.postgres),
+        pytest.param("mysql", marks=pytest.mark.postgres),
+    ]
+)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else server_url(request.param)
+
+
+@pytest.fixture
+def slots(url: str) -> Iterator[Slots]:
+    engine = engine_of(open_storage(url))
+    own = Slots(engine, f"test-{uuid.uuid4().hex}")
+    yield own
+    own.clear()
+    engine.dispose()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Slots]:
+    engine = engine_of(open_storage(f"sqlite:///{tmp_path}/s.db"))
+    yield Slots(engine, "local")
+    engine.dispose()
+
+
+def claim_all(url: str, study_name: str, n_total: int, start: Any, out: Any) -> None:
+    """A worker: claims until nothing is left; every third slot is given back once."""
+    url = normalised_url(url)
+    engine = sa.create_engine(url, **engine_options(url))
+    mine, owner = [], f"worker-{os.getpid()}"
+    slots = Slots(engine, study_name)
+    start.wait()
+    while (slot := slots.claim(n_total, owner)) is not None:
+        if slot.number % 3 == 0 and slot.attempts == 1:
+            assert slots.reopen(slot, keep_lineage=True)
+            continue
+        assert slots.finish(slot)
+        mine.append(slot.number)
+    out.put(mine)
+    engine.dispose()
+
+
+def test_six_processes_share_exactly_twenty_slots(slots: Slots, url: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "pcam_automl.search.slots", "pymysql", "psycopg"])
+    start, out = context.Barrier(N_WORKERS), context.Queue()
+    arguments = (url, slots.study_name, N_SLOTS, start, out)
+    workers = [context.Process(target=claim_all, args=arguments) for _ in range(N_WORKERS)]
+    for worker in workers:
+        worker.start()
+    claimed = [number for _ in workers for number in out.get(timeout=120)]
+    for worker in workers:
+        worker.join()
+    assert sorted(claimed) == list(range(N_SLOTS))
+    assert slots.counts() == {"claimed": 0, "done": N_SLOTS, "open": 0}
+
+
+def test_slot_lives_from_claim_to_done(slots: Slots) -> None:
+    slot = slots.claim(2, "a:1:x")
+    assert slot is not None
+    assert (slot.number, slot.state, slot.lineage, slot.attempts) == (0, "claimed", None, 1)
+    assert slots.started(slot, 7, "lin")
+    assert slots.finish(slot)
+    (done,) = slots.all()
+    assert (done.state, done.lineage, done.trial_number, done.owner) == ("done", "lin", 7, None)
+
+
+def test_interrupted_slot_is_claimed_first_and_keeps_its_lineage(slots: Slots) -> None:
+    first, second = slots.claim(3, "a"), slots.claim(3, "b")
+    assert first is not None
+    assert second is not None
+    slots.started(first, 0, "lin")
+    slots.reopen(first, keep_lineage=True)
+    again = slots.claim(3, "c")
+    assert again is not None
+    assert (again.number, again.lineage, again.trial_number, again.attempts) == (0, "lin", 0, 2)
+
+
+def test_slot_after_an_error_starts_a_new_recipe(slots: Slots) -> None:
+    slot = slots.claim(1, "a")
+    assert slot is not None
+    slots.started(slot, 0, "lin")
+    slots.reopen(slot, keep_lineage=False)
+    again = slots.claim(1, "a")
+    assert again is not None
+    assert (again.lineage, again.trial_number) == (None, None)
+
+
+def test_claim_ends_at_the_total_and_goes_on_after_it_was_raised(slots: Slots) -> None:
+    assert [s.number for s in (slots.claim(2, "a"), slots.claim(2, "a")) if s] == [0, 1]
+    assert slots.claim(2, "a") is None
+    raised = slots.claim(3, "a")
+    assert raised is not None
+    assert raised.number == 2
+    assert slots.claim(0, "a") is None
+
+
+def test_trials_without_a_slot_count_as_done(slots: Slots) -> None:
+    assert slots.adopt([0, 1, 4]) == 3
+    assert slots.adopt([0, 1, 4]) == 0
+    slot = slots.claim(4, "a")
+    assert slot is not None
+    assert slot.number == 3
+    assert slots.claim(4, "a") is None
+
+
+def test_trial_that_finished_before_its_slot_was_told_makes_it_done(slots: Slots) -> None:
+    killed, lost = slots.claim(5, "a"), slots.claim(5, "b")
+    assert killed is not None
+    assert lost is not None
+    slots.started(killed, 0, "x")
+    slots.started(lost, 1, "y")
+    slots.reopen(lost, keep_lineage=True)
+    assert slots.adopt([0, 1]) == 2
+    assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
+    assert not slots.finish(killed)
+
+
+def test_lowered_total_is_not_exceeded_by_reopened_slots(slots: Slots) -> None:
+    held = [slot for slot in (slots.claim(5, "a") for _ in range(5)) if slot]
+    for slot in held[2:]:
+        slots.finish(slot)
+    for slot in held[:2]:
+        slots.reopen(slot, keep_lineage=True)
+    # three are done (slots 2, 3, 4): a total of 3 is reached although slots 0 and 1 are open
+    assert slots.claim(3, "a") is None
+    assert [s.number for s in (slots.claim(4, "a"), slots.claim(4, "a")) if s] == [0]
+
+
+def test_slot_that_was_taken_over_cannot_be_changed_by_its_old_owner(slots: Slots) -> None:
+    old = slots.claim(1, "a")
+    assert old is not None
+    assert [s.number for s in slots.reap(lambda owner: owner != "a")] == [0]
+    assert slots.claim(1, "a") is not None  # the same process, but another claim
+    assert not slots.finish(old)
+    assert not slots.started(old, 3, "x")
+    assert not slots.reopen(old, keep_lineage=True)
+    assert slots.counts()["claimed"] == 1
+
+
+def test_studies_do_not_see_each_others_slots(local: Slots) -> None:
+    other = Slots(local.engine, "other")
+    local.claim(1, "a")
+    assert other.counts() == {"claimed": 0, "done": 0, "open": 0}
+    other.clear()
+    assert local.counts()["claimed"] == 1
+
+
+def test_reap_gives_back_claims_of_dead_processes_only(local: Slots) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        dead = owner_of_this_process().replace(f":{os.getpid()}:", f":{child.pid}:")
+    for owner in (dead, owner_of_this_process(), "elsewhere:1:x"):
+        slot = local.claim(3, owner)
+        assert slot is not None
+        local.started(slot, slot.number, f"lin{slot.number}")
+    assert [slot.lineage for slot in local.reap()] == ["lin0"]
+    assert [slot.state for slot in local.all()] == ["open", "claimed", "claimed"]
+
+
+def test_owner_is_known_by_host_pid_and_start() -> None:
+    owner = owner_of_this_process()
+    host, pid, start = owner.rsplit(":", 2)
+    assert socket.gethostname() in owner
+    assert owner_alive(owner) is True
+    assert owner_alive(f"{host}:{pid}:0") is (not start)  # the pid was given to another process
+    assert owner_alive(f"{host}:{2**22 + 1}:{start}") is False
+    assert owner_alive(f"{host}:{2**80}:{start}") is False
+    assert owner_alive(f"elsewhere:{pid}:{start}") is None
+    assert owner_alive("nonsense") is None
+
+
+def test_tables_of_optuna_stay_usable_beside_ours(local: Slots) -> None:
+    assert {"pcam_automl_slots", "trials", "studies"} <= set(sa.inspect(local.engine).get_table_names())

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from pcam_automl.errors import StudyError
+from pcam_automl.search import storage as module
+from pcam_automl.search.storage import engine_of, is_transient, open_storage, quiet_experimental, retry_transient
+from pcam_automl.search.storage_url import normalised_url, safe_url
+
+SECRET = "s3cr:t/p@ss w%rd"
+ENCODED = "s3cr%3At%2Fp%40ss%20w%25rd"
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES_S", (0.0,) * 6)
+
+
+def locked() -> StorageInternalError:
+    fault = StorageInternalError("An exception is raised during the commit.")
+    fault.__cause__ = sa.exc.OperationalError("UPDATE", {}, sqlite3.OperationalError("database is locked"))
+    return fault
+
+
+# --- SQLite ----------------------------------------------------------------------------------------------------------
+
+
+def test_sqlite_gets_its_folder_and_every_connection_the_pragmas(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "pcam.db"
+    storage = open_storage(f"sqlite:///{path}")
+    for copy in (storage, pickle.loads(pickle.dumps(storage))):
+        engine = engine_of(copy)
+        engine.dispose()  # so that the next connection is a new one
+        with engine.connect() as connection:
+            values = [connection.exec_driver_sql(f"PRAGMA {p}").scalar() for p in ("journal_mode", "synchronous")]
+            assert values == ["wal", 1]
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000
+        engine.dispose()
+
+
+def test_study_survives_reopening_with_heartbeats_and_without_a_warning(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/{{odd}} name%20.db"  # braces are a template to Optuna, percents to alembic
+    storage = open_storage(url, heartbeat_s=30, grace_s=90)
+    assert (storage.get_heartbeat_interval(), storage.grace_period) == (30, 90)
+    study = optuna.create_study(storage=storage, study_name="s", direction="maximize")
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    engine_of(study).dispose()
+    again = optuna.load_study(storage=open_storage(url, create=False), study_name="s")
+    assert len(again.trials) == 2
+    assert engine_of(again).url.database == engine_of(study).url.database
+    engine_of(again).dispose()
+
+
+def test_opening_to_read_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"there are no studies in .*pcam.db; start one with"):
+        open_storage(f"sqlite:///{tmp_path}/a/pcam.db", create=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_foreign_file_folder_and_blocked_path_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("not a database, but long enough to be read as one " * 40)
+    (tmp_path / "file").write_text("")
+    for name, message in [
+        ("notes.db", "file is not a database; it is another kind of file"),
+        ("", "is a folder; name a file in it"),
+        ("file/pcam.db", "cannot be made"),
+    ]:
+        with pytest.raises(StudyError, match=message) as caught:
+            open_storage(f"sqlite:///{tmp_path}/{name}")
+        assert "\n" not in str(caught.value)
+
+
+def test_read_only_file_is_refused(tmp_path: Path) -> None:
+    engine_of(open_storage(f"sqlite:///{tmp_path}/pcam.db")).dispose()
+    with pytest.raises(StudyError, match=r"readonly database; change its rights or name another --storage"):
+        open_storage(f"sqlite:///file:{tmp_path}/pcam.db?mode=ro&uri=true")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(StudyError, match=r"unable to open database file; check the folder's rights"):
+        open_storage(f"sqlite:///{tmp_path}/pcam.db")
+    with pytest.raises(StudyError, match="cannot be made"):
+        open_storage(f"sqlite:///{tmp_path}/a/pcam.db")
+
+
+def test_schema_of_another_optuna_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/pcam.db"
+    engine_of(open_storage(url)).dispose()
+    with sqlite3.connect(tmp_path / "pcam.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99'")
+    connection.close()
+    with pytest.raises(StudyError, match=r"no longer compatible with the table schema.*pip install -U optuna"):
+        open_storage(url)
+
+
+def test_storage_that_is_no_database_has_no_engine() -> None:
+    with pytest.raises(StudyError, match="lives in an SQL database, got InMemoryStorage"):
+        engine_of(optuna.create_study())
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("studies/pcam.db", r"did you mean 'sqlite:///studies/pcam.db'\?"),
+        ("", "must be a database URL"),
+        ("sqlite://studies/pcam.db", r"three slashes .*did you mean 'sqlite:///studies/pcam.db'"),
+        ("sqlite://", "in memory cannot be resumed"),
+        ("sqlite:///:memory:", "in memory cannot be resumed"),
+        ("sqlight:///a.db", r"one of sqlite, postgresql, mysql, got 'sqlight' \(did you mean 'sqlite'\?\)"),
+        ("redis://localhost/0", "one of sqlite, postgresql, mysql, got 'redis'"),
+        ("postgresql://u@h:port/db", "is not valid; write scheme://user:password@host:port/database"),
+        ("://", "is not valid"),
+        ("postgresql://u@h", "names no database"),
+        ("postgresql+nodriver://u@h/db", r"run: pip install 'pcam-automl\[postgres\]'"),
+        ("mysql+mysqlconnector://u@h/db", r"run: pip install 'pcam-automl\[mysql\]'"),
+    ],
+)
+def test_wrong_url_is_refused_in_one_line(url: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message) as caught:
+        open_storage(url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "want"),
+    [
+        ("postgresql://u:p@h/db", "postgresql+psycopg://u:p@h/db"),
+        ("postgres://u@h/db", "postgresql+psycopg://u@h/db"),
+        ("mysql://u@h:1/db?charset=utf8mb4", "mysql+pymysql://u@h:1/db?charset=utf8mb4"),
+        ("mariadb+pymysql://u@h/db", "mysql+pymysql://u@h/db"),
+        ("postgresql+psycopg2://u@h/db", "postgresql+psycopg2://u@h/db"),
+    ],
+)
+def test_driver_is_the_installed_one(url: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in ("psycopg", "pymysql") else None)
+    assert normalised_url(url) == want
+
+
+def test_missing_driver_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StudyError, match=r"needs the package psycopg; run: pip install 'pcam-automl\[postgres\]'"):
+        normalised_url("postgresql://u@h/db")
+    with pytest.raises(StudyError, match=r"needs the package pymysql; run: pip install 'pcam-automl\[mysql\]'"):
+        normalised_url("mysql://u@h/db")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://u:{ENCODED}@127.0.0.1:1/db",
+        f"mysql://u:{ENCODED}@127.0.0.1:1/db",
+        f"postgresql://u@127.0.0.1:1/db?password={ENCODED}",
+        f"postgresql://u:{SECRET}@127.0.0.1:1/db",
+        f"postgresql://u:{ENCODED}@127.0.0.1:port/db",
+        f"postgresql+nodriver://u:{ENCODED}@h/db",
+        f"postgresql://u:{ENCODED}@127.0.0.1:1",
+        f"redis://u:{ENCODED}@127.0.0.1:1/db",
+        f"postgres:{SECRET}@127.0.0.1/db",
+        f"postgresql://u:{ENCODED}@127.0.0.1:1/db?no_such_option=1",
+    ],
+)
+def test_password_is_never_shown(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG), pytest.raises(StudyError) as caught:
+        open_storage(url)
+    shown = safe_url(url) + str(caught.value) + caplog.text
+    for spelling in (SECRET, ENCODED, "s3cr", "w%25rd", "w%rd"):
+        assert spelling not in shown
+    assert "***" in safe_url(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreachable_server_is_named_without_a_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES_S", (3600.0,))
+    with pytest.raises(StudyError, match=r"u:\*\*\*@127.0.0.1:1/db cannot be used.*check host, port, user, password"):
+        open_storage("postgresql://u:pw@127.0.0.1:1/db")
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+def test_transient_fault_is_tried_again_and_others_are_not() -> None:
+    faults: list[Exception] = [locked(), locked()]
+    assert retry_transient(lambda: faults.pop() and (_ for _ in ()).throw(locked()) if faults else "done") == "done"
+    calls = []
+
+    def wrong() -> None:
+        calls.append(1)
+        raise StorageInternalError("no cause")
+
+    with pytest.raises(StorageInternalError):
+        retry_transient(wrong)
+    assert len(calls) == 1
+
+
+def test_persistent_fault_is_raised_in_the_end() -> None:
+    calls = []
+
+    def always() -> None:
+        calls.append(1)
+        raise locked()
+
+    with pytest.raises(StorageInternalError):
+        retry_transient(always)
+    assert len(calls) == 7
+
+
+def test_deadlocks_and_lost_servers_are_transient() -> None:
+    def fault(orig: BaseException, *, invalidated: bool = False) -> Exception:
+        return sa.exc.OperationalError("UPDATE", {}, orig, connection_invalidated=invalidated)
+
+    class DeadlockError(Exception):
+        sqlstate = "40P01"
+
+    assert is_transient(fault(DeadlockError()))
+    assert is_transient(fault(Exception(1213, "Deadlock found")))
+    assert is_transient(fault(Exception("gone"), invalidated=True))
+    assert not is_transient(fault(Exception(1045, "Access denied")))
+    assert not is_transient(fault(sqlite3.OperationalError("no such table: x")))
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, name: str, *, after: bool = False) -> list[int]:
+    """Make one call of Optuna's method fail as a locked database does, before or after its work."""
+    real, calls = getattr(RDBStorage, name), []
+
+    def flaky(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            if after:
+                real(*args, **kwargs)
+            raise locked()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(RDBStorage, name, flaky)
+    return calls
+
+
+def test_finished_state_whose_answer_was_lost_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
+    calls = failing_once(monkeypatch, "set_trial_state_values", after=True)
+    study.optimize(lambda _: 1.0, n_trials=1)
+    assert len(calls) == 2
+    assert study.trials[0].state == TrialState.COMPLETE
+    engine_of(study).dispose()
+
+
+def test_session_level_fault_is_outlived_by_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
+    calls = failing_once(monkeypatch, "_set_trial_value_without_commit")
+    calls_param = failing_once(monkeypatch, "_set_trial_param_without_commit")
+    calls_attr = failing_once(monkeypatch, "_set_trial_attr_without_commit")
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("reason", "x")
+        return trial.suggest_float("x", 0, 1)
+
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.COMPLETE
+    assert min(len(calls), len(calls_param), len(calls_attr)) == 2
+    engine_of(study).dispose()
+
+
+def test_lost_heartbeat_does_not_end_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+
+    def gone(*_: object) -> None:
+        raise locked()
+
+    monkeypatch.setattr(RDBStorage, "record_heartbeat", gone)
+    with caplog.at_level(logging.WARNING):
+        storage.record_heartbeat(1)
+    assert "heartbeat of a trial not recorded" in caplog.text
+    engine_of(storage).dispose()
+
+
+def test_only_experimental_warnings_are_hidden() -> None:
+    import warnings
+
+    with quiet_experimental():
+        warnings.warn("new", optuna.exceptions.ExperimentalWarning, stacklevel=1)
+        with pytest.raises(UserWarning, match="mine"):
+            warnings.warn("mine", UserWarning, stacklevel=1)
