@@ -88,11 +88,11 @@ def _inflate_small(path: Path) -> bytes:
 
 
 @contextmanager
-def plain_h5(path: Path, beside: Path, *, limit_bytes: int = MAX_INFLATED_BYTES) -> Iterator[Path]:
+def plain_h5(path: Path, beside: Path) -> Iterator[Path]:
     """``path`` itself, or for ``.gz`` its inflated copy in the folder ``beside``, removed afterwards.
 
     Raises:
-        DataError: truncated or corrupt, or larger than ``limit_bytes`` once inflated.
+        DataError: truncated or corrupt, or larger than ``MAX_INFLATED_BYTES`` once inflated.
     """
     if path.suffix != ".gz":
         yield path
@@ -100,14 +100,14 @@ def plain_h5(path: Path, beside: Path, *, limit_bytes: int = MAX_INFLATED_BYTES)
     target = beside / path.stem
     try:
         with target.open("wb") as out:
-            for chunk in _inflated(path, limit_bytes):
+            for chunk in _inflated(path):
                 out.write(chunk)
         yield target
     finally:
         target.unlink(missing_ok=True)
 
 
-def _inflated(path: Path, limit_bytes: int) -> Iterator[bytes]:
+def _inflated(path: Path) -> Iterator[bytes]:
     n_bytes = 0
     try:
         opened = gzip.open(path)  # noqa: SIM115 - closed by the next line
@@ -122,8 +122,10 @@ def _inflated(path: Path, limit_bytes: int) -> Iterator[bytes]:
             if not chunk:
                 return
             n_bytes += len(chunk)
-            if n_bytes > limit_bytes:
-                raise DataError(f"{path} inflates to more than the limit of {limit_bytes} bytes; it is not a PCam file")
+            if n_bytes > MAX_INFLATED_BYTES:
+                raise DataError(
+                    f"{path} inflates to more than the limit of {MAX_INFLATED_BYTES} bytes; it is not a PCam file"
+                )
             yield chunk
 
 

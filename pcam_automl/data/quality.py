@@ -99,18 +99,15 @@ def pixel_digests(patches: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _channel_stats(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(B, H, W * 3) to (B, 6); the sums are exact integers up to 256 px a column, so equal patches have equal stats."""
-    n, height, width3 = rows.shape
-    sums = (
-        rows.sum(axis=1, dtype=np.uint16 if height <= 257 else np.uint32)
-        .reshape(n, -1, 3)
-        .sum(axis=1, dtype=np.float64)
-    )
+    """(B, H, W * 3) to (B, 6); sums are exact integers up to H = 257 px, so equal patches have equal stats."""
+    _, height, width3 = rows.shape
+    channel_of = np.tile(np.eye(3), (width3 // 3, 1))  # (W * 3, 3): adds up the columns of each channel
     values = rows.astype(np.float32)
-    squares = np.einsum("bhw,bhw->bw", values, values).reshape(n, -1, 3).sum(axis=1, dtype=np.float64)
+    columns = rows.sum(axis=1, dtype=np.uint16 if height <= 257 else np.uint32)
     n_px = height * width3 / 3
-    mean = sums / n_px
-    deviation = np.sqrt(np.maximum(squares / n_px - mean**2, 0.0))
+    mean = columns.astype(np.float64) @ channel_of / n_px
+    squares = np.einsum("bhw,bhw->bw", values, values).astype(np.float64) @ channel_of / n_px
+    deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))
     return (np.concatenate([mean, deviation], axis=1) / 255.0).astype(np.float32)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from pcam_automl.data.store import Progress
 from pcam_automl.errors import DataError
 from pcam_automl.files import folder_written_whole, write_faults
 from pcam_automl.recipe import CENTRE_PX, PATCH_PX
@@ -42,7 +42,6 @@ _MARGIN = 16  # nuclei lie up to so many px outside the patch
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,10 @@ class _Look:
 _LYMPHOCYTE = _Look((3.0, 3.9), (0.8, 1.0), (1.3, 1.8), (0.0, 0.15))
 _SPINDLE = _Look((5.0, 7.0), (0.25, 0.4), (1.0, 1.5), (0.0, 0.15))
 _REACTIVE = _Look((4.8, 7.0), (0.7, 1.0), (0.8, 1.45), (0.2, 0.6), (0.0, 0.05), (0.0, 0.2))
-_TUMOUR = _Look((5.4, 8.0), (0.6, 0.95), (0.8, 1.45), (0.25, 0.7), (0.12, 0.26), (0.6, 1.2))
+_TUMOUR = _Look((5.2, 7.8), (0.6, 0.95), (0.8, 1.45), (0.25, 0.65), (0.14, 0.28), (0.7, 1.3))
 
 
-def write_synthetic(
-    out: Path, *, n_patches: int, n_slides: int, seed: int, progress: Progress | None = None
-) -> None:
+def write_synthetic(out: Path, *, n_patches: int, n_slides: int, seed: int, progress: Progress | None = None) -> None:
     """Write a synthetic set: the same arguments give the same bytes.
 
     A patch is positive if a tumour nucleus touches its centre 32x32 (about 40 %); four of ten negatives hold tumour
@@ -297,7 +294,15 @@ def _draw(n: int, nuclei: _Nuclei, soft_px: float = 1.2) -> tuple[Floats, Floats
     dy = (step + (row - nuclei.y)[:, None]).astype(np.float32)[:, :, None]  # (m, window, 1)
     length, width, angle, density, pale, wobble, nucleolus = (
         values[:, None, None]
-        for values in (nuclei.length, nuclei.width, nuclei.angle, nuclei.density, nuclei.pale, nuclei.wobble, nuclei.nucleolus)
+        for values in (
+            nuclei.length,
+            nuclei.width,
+            nuclei.angle,
+            nuclei.density,
+            nuclei.pale,
+            nuclei.wobble,
+            nuclei.nucleolus,
+        )
     )
     cos, sin = np.cos(angle), np.sin(angle)
     u, v = (dx * cos + dy * sin) / length, (dy * cos - dx * sin) / width  # (m, window, window)
@@ -368,7 +373,9 @@ def _draw_patches(rng: np.random.Generator, slide: _Slide, kinds: NDArray[np.int
 
     body = np.zeros_like(tissue)  # cytoplasm of the large cells
     for cells in (tumour, reactive):
-        around = replace(cells, length=cells.length * 1.25 + 2.5, width=cells.width * 1.25 + 2.5, nucleolus=cells.nucleolus * 0)
+        around = replace(
+            cells, length=cells.length * 1.25 + 2.5, width=cells.width * 1.25 + 2.5, nucleolus=cells.nucleolus * 0
+        )
         body = np.maximum(body, _draw(n, around, soft_px=4.0)[0])
     tissue = np.maximum(tissue, body)
 
@@ -384,7 +391,7 @@ def _draw_patches(rng: np.random.Generator, slide: _Slide, kinds: NDArray[np.int
     cover, blue = np.zeros_like(tissue), np.zeros_like(tissue)
     for cells in (*small_nuclei, reactive, tumour):
         of_cover, of_blue = _draw(n, cells)
-        low, high = (0.12, 0.3) if cells is tumour else (0.05, 0.22)
+        low, high = (0.1, 0.28) if cells is tumour else (0.07, 0.25)
         clumps = rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
         cover, blue = np.maximum(cover, of_cover), np.maximum(blue, of_blue * (1 + clumps * grain))
         if cells is tumour:
@@ -392,7 +399,9 @@ def _draw_patches(rng: np.random.Generator, slide: _Slide, kinds: NDArray[np.int
     pink = tissue * (0.42 + 0.5 * stroma * (1 + 0.35 * fibre) + 0.08 * grain)
     pink += body * rng.uniform(0.0, 0.45, (n, 1, 1)).astype(np.float32)
     stain = np.stack([blue + 0.14 * tissue, (pink * (1 - 0.5 * cover)).clip(0)], axis=-1)
-    stain *= rng.uniform(0.75, 1.3, (n, 1, 1, 2)).astype(np.float32)  # thickness of the section and uptake of each stain
+    stain *= rng.uniform(0.75, 1.3, (n, 1, 1, 2)).astype(
+        np.float32
+    )  # thickness of the section and uptake of each stain
     light = slide.white * np.exp(-stain @ slide.vectors)
     for axis in (1, 2):
         ahead, behind = np.roll(light, 1, axis), np.roll(light, -1, axis)

@@ -26,7 +26,7 @@ from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.space import SearchSpace, load_space, parse_space
-from pcam_automl.search.storage import open_storage, safe_url
+from pcam_automl.search.storage import open_storage, quiet_experimental, safe_url
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
@@ -225,7 +225,8 @@ def create_or_open_study(
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
-    study.set_metric_names(["validation ROC AUC"])
+    with quiet_experimental():
+        study.set_metric_names(["validation ROC AUC"])
     write_split(split, folder / "split.npz")
     write_json(folder / "settings.json", settings.model_dump(mode="json"))
     study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())

@@ -85,7 +85,7 @@ def test_hash_follows_pixels_labels_and_groups(kaggle: Path, tmp_path: Path) -> 
 
 
 def test_two_workers_write_the_same_pack_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "CHUNK_PATCHES", 4)
+    monkeypatch.setattr("pcam_automl.data.pack.CHUNK_PATCHES", 4)
     source = open_source(write_kaggle(tmp_path / "raw", n_train=30))
     (source.root / "train" / f"{patch_id(5)}.tif").write_bytes(b"<html>")
     calls: list[tuple[int, int]] = []
@@ -118,7 +118,8 @@ def test_faulty_training_patches_are_left_out_and_named_test_patches_never(kaggl
     assert sorted(store.ids[store.development_rows()].tolist()) == sorted(patch_id(number) for number in range(4, 8))
     assert not store.patches[row_of(store, patch_id(1))].any()
     assert store.faults[row_of(store, patch_id(1))] == "64x64 px, want 96x96"
-    assert Image.open(tmp_path / "pack" / "findings.png").size[0] > 500
+    with Image.open(tmp_path / "pack" / "findings.png") as sheet:
+        assert sheet.size[0] > 500
 
 
 def test_outliers_are_kept_when_asked_and_change_the_hash(kaggle: Path, tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ class Stop(Exception):
 def test_interrupted_building_leaves_no_half_pack_and_keeps_the_old_one(
     kaggle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(pool, "CHUNK_PATCHES", 2)
+    monkeypatch.setattr("pcam_automl.data.pack.CHUNK_PATCHES", 2)
     before = pack(open_source(kaggle), tmp_path / "out" / "pack").content_hash
 
     def stop(done: int, total: int) -> None:
@@ -180,15 +181,14 @@ def test_ctrl_c_ends_the_workers_quietly_and_leaves_nothing(tmp_path: Path) -> N
         import os, signal, sys
         from pathlib import Path
         if __name__ == "__main__":
-            from pcam_automl.data import pool
-            from pcam_automl.data.pack import pack
+            import pcam_automl.data.pack as packing
             from pcam_automl.data.sources import open_source
-            pool.CHUNK_PATCHES = 2
+            packing.CHUNK_PATCHES = 2
             def interrupt(done, total):
                 print(*(child.pid for child in __import__("multiprocessing").active_children()), flush=True)
                 os.killpg(0, signal.SIGINT)
             try:
-                pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), workers=2, progress=interrupt)
+                packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), workers=2, progress=interrupt)
             except KeyboardInterrupt:
                 sys.exit(130)
         """)
@@ -210,13 +210,12 @@ def test_workers_of_a_killed_parent_end_by_themselves(tmp_path: Path) -> None:
         import os, signal, sys
         from pathlib import Path
         if __name__ == "__main__":
-            from pcam_automl.data import pool
-            from pcam_automl.data.pack import pack
+            import pcam_automl.data.pack as packing
             from pcam_automl.data.sources import open_source
-            pool.CHUNK_PATCHES = 2
+            packing.CHUNK_PATCHES = 2
             def die(done, total):
                 os.kill(os.getpid(), signal.SIGKILL)
-            pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), workers=1, progress=die)
+            packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), workers=1, progress=die)
         """)
     )
     command = [sys.executable, str(script), str(raw), str(tmp_path / "pack")]
@@ -293,9 +292,10 @@ def test_h5_is_packed_with_its_masks_and_the_inflated_copies_go(tmp_path: Path, 
 
 def test_gzip_bomb_and_truncated_gzip_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_h5(tmp_path / "raw", {"train": 5}, packed=True)
-    with monkeypatch.context() as patched, pytest.raises(DataError, match="inflates to more than the limit of 1000"):
+    with monkeypatch.context() as patched:
         patched.setattr(h5_module, "MAX_INFLATED_BYTES", 1000)
-        pack(open_source(raw), tmp_path / "out" / "pack")
+        with pytest.raises(DataError, match="inflates to more than the limit of 1000"):
+            pack(open_source(raw), tmp_path / "out" / "pack")
     x = raw / "camelyonpatch_level_2_split_train_x.h5.gz"
     x.write_bytes(x.read_bytes()[:2000])
     with pytest.raises(DataError, match="cannot be inflated"):

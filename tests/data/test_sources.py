@@ -237,6 +237,6 @@ def test_a_table_of_kaggles_size_is_read_in_about_a_second(tmp_path: Path) -> No
 def test_genuine_labels_and_full_size_sample_are_read(genuine_kaggle: Path) -> None:
     sample = genuine_kaggle / "full_scale" / "sample_submission.csv"
     assert len(read_ids(sample)) == 57_458
-    source: PatchSource = open_source(genuine_kaggle, sample=sample)
+    source = open_source(genuine_kaggle, sample=sample)
     assert int((source.part == TEST).sum()) + len(source.missing_test_ids) == 57_458
     assert int((source.part == TRAIN).sum()) == 112

@@ -109,14 +109,14 @@ def test_missing_truncated_and_pickled_arrays_are_one_line(store: PatchStore, na
     path = store.root / f"{name}.npy"
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    with pytest.raises(DataError, match=f"{name}.npy has {size - 1} bytes, store.json says {size}"):
+    with pytest.raises(DataError, match=rf"{name}\.npy has {size - 1} bytes, store.json says {size}"):
         open_store(store.root)
     for content in (pickle.dumps([1]), b"PK\x03\x04", b"\x93NUMPY\x01\x00\x06\x00{'desc", b"\0"):
         path.write_bytes(content.ljust(size, b"\0"))
-        with pytest.raises(DataError, match=f"{name}.npy cannot be read"):
+        with pytest.raises(DataError, match=rf"{name}\.npy cannot be read"):
             open_store(store.root)
     path.unlink()
-    with pytest.raises(DataError, match=f"{name}.npy is missing"):
+    with pytest.raises(DataError, match=rf"{name}\.npy is missing"):
         open_store(store.root)
 
 
@@ -126,13 +126,13 @@ def test_an_array_of_objects_is_never_unpickled(store: PatchStore) -> None:
     header = json.loads((store.root / "store.json").read_text())
     header["files"]["ids"] = path.stat().st_size
     (store.root / "store.json").write_text(json.dumps(header))
-    with pytest.raises(DataError, match="ids.npy cannot be read"):
+    with pytest.raises(DataError, match=r"ids\.npy cannot be read"):
         open_store(store.root)
 
 
 def test_codes_without_a_name_are_refused(store: PatchStore) -> None:
     np.save(store.root / "group.npy", np.full(12, 3, np.int32))
-    with pytest.raises(DataError, match="group.npy holds codes 3..3, at most -1 is known"):
+    with pytest.raises(DataError, match=r"group\.npy holds codes 3\.\.3, at most -1 is known"):
         open_store(store.root)
 
 

@@ -1,0 +1,84 @@
+"""Whole-file writes, checksums, locks."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pcam_automl.errors import DataError
+from pcam_automl.files import folder_written_whole, locked, sha256_of_file, sha256_of_json, write_json, write_text, written_whole
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(KeyError), written_whole(target) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert target.read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_failed_folder_write_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "box"
+    with folder_written_whole(target) as partial:
+        (partial / "x").write_text("1")
+    with pytest.raises(KeyError), folder_written_whole(target) as partial:
+        (partial / "x").write_text("2")
+        raise KeyError
+    assert (target / "x").read_text() == "1"
+    with folder_written_whole(target) as partial:
+        (partial / "y").write_text("3")
+    assert [f.name for f in target.iterdir()] == ["y"]
+    assert [f.name for f in tmp_path.iterdir()] == ["box"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_is_one_line_with_a_remedy(tmp_path: Path, number: int) -> None:
+    with pytest.raises(DataError, match="no space left to write .*free some"), written_whole(tmp_path / "a"):
+        raise OSError(number, "No space left on device")
+
+
+def test_file_size_limit_ends_in_a_clear_line_and_no_half_file(tmp_path: Path) -> None:
+    """A real write beyond RLIMIT_FSIZE: the nearest thing to a full disk."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from pcam_automl.files import write_text;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "write_text(Path(sys.argv[1]), 'x' * 5000)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, check=False)
+    assert "no space left to write" in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_place_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be written .*choose another folder"), written_whole(tmp_path / "a"):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_equal_values_have_equal_hashes() -> None:
+    assert sha256_of_json({"b": 1, "a": [1.0, 2]}) == sha256_of_json({"a": [1.0, 2], "b": 1})
+    assert sha256_of_json({"a": 1}) != sha256_of_json({"a": 2})
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"auc": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_hash_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_lock_refuses_the_second_holder_and_is_free_afterwards(tmp_path: Path) -> None:
+    lock = tmp_path / "l"
+    with locked(lock, busy="taken"), pytest.raises(DataError, match="taken"), locked(lock, busy="taken"):
+        pass
+    with locked(lock, busy="taken"):
+        pass
