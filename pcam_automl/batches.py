@@ -20,7 +20,8 @@ RESIDENT_SHARE = 0.6
 class Patches(Protocol):
     """Row numbers of a store to uint8 batches (B, 3, S, S) on a device."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """rows: (B,) int64 row numbers of the store -> (B, 3, S, S) uint8, channels last in memory."""

@@ -51,7 +51,9 @@ class ModelBundle:
             network.load_state_dict(self.state)
         except RuntimeError as fault:
             line = " ".join(str(fault).split())[:200]
-            raise BundleError(f"the bundle's weights do not fit {self.recipe.backbone} as this timm builds it: {line}") from None
+            raise BundleError(
+                f"the bundle's weights do not fit {self.recipe.backbone} as this timm builds it: {line}"
+            ) from None
         return network.eval()
 
 
@@ -64,7 +66,9 @@ def write_bundle(folder: Path, bundle: ModelBundle) -> None:
     from safetensors.torch import save_file
 
     with folder_written_whole(folder) as partial:
-        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}, partial / WEIGHTS)
+        save_file(
+            {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}, partial / WEIGHTS
+        )
         write_json(
             partial / CARD,
             {
@@ -90,7 +94,9 @@ def load_bundle(folder: Path) -> ModelBundle:
 
     card_file, weights_file = folder / CARD, folder / WEIGHTS
     if not card_file.is_file():
-        raise BundleError(f"{folder} is not a model bundle: {CARD} is missing; give the folder that train or finalize wrote")
+        raise BundleError(
+            f"{folder} is not a model bundle: {CARD} is missing; give the folder that train or finalize wrote"
+        )
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
         if not isinstance(card, dict) or card.get("format") != FORMAT:
@@ -99,10 +105,14 @@ def load_bundle(folder: Path) -> ModelBundle:
         recipe = build_recipe(card["recipe"], where="bundle.recipe")
         mean, std = (tuple(float(v) for v in card["normalisation"][name]) for name in ("mean", "std"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise BundleError(f"{card_file}: normalisation must be three means and three positive deviations, got {mean} and {std}")
+            raise BundleError(
+                f"{card_file}: normalisation must be three means and three positive deviations, got {mean} and {std}"
+            )
         if sha256_of_file(weights_file) != card["weights_sha256"]:
             raise BundleError(f"{weights_file} has changed since the bundle was written (its SHA-256 differs)")
         state = load_file(weights_file)
-        return ModelBundle(recipe, Normalisation(mean, std), state, dict(card["metrics"]), dict(card["provenance"]))  # type: ignore[arg-type]
+        return ModelBundle(recipe, Normalisation(mean, std), state, dict(card["metrics"]), dict(card["provenance"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecipeError) as fault:
-        raise BundleError(f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})") from None
+        raise BundleError(
+            f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})"
+        ) from None

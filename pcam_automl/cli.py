@@ -16,23 +16,62 @@ from pcam_automl import __version__
 from pcam_automl.errors import Interrupted, PcamError
 
 app = typer.Typer(
-    name="pcam-automl", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="pcam-automl",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="AutoML for PatchCamelyon / Histopathologic Cancer Detection: search, inspect, finalize.\n\n"
-         "Start: [bold]pcam-automl quickstart[/bold] (no data needed), or "
-         "[bold]pcam-automl search --data FOLDER --trials 50[/bold], then [bold]dashboard[/bold], then [bold]finalize[/bold].",
+    "Start: [bold]pcam-automl quickstart[/bold] (no data needed), or "
+    "[bold]pcam-automl search --data FOLDER --trials 50[/bold], then [bold]dashboard[/bold], then [bold]finalize[/bold].",
 )
 
-Data = Annotated[Path | None, typer.Option("--data", help="Raw folder or prepared pack. Else PCAM_AUTOML_DATA, the study's own, ./data/pack or ./histopathologic-cancer-detection.", metavar="PATH")]
-Groups = Annotated[Path | None, typer.Option("--groups", help="CSV id,group: the slide of each patch. train_groups.csv beside the labels is used unasked.", metavar="CSV")]
-Domains = Annotated[Path | None, typer.Option("--domains", help="CSV id,domain: the scanner or centre of each patch.", metavar="CSV")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Raw folder or prepared pack. Else PCAM_AUTOML_DATA, the study's own, ./data/pack or ./histopathologic-cancer-detection.",
+        metavar="PATH",
+    ),
+]
+Groups = Annotated[
+    Path | None,
+    typer.Option(
+        "--groups",
+        help="CSV id,group: the slide of each patch. train_groups.csv beside the labels is used unasked.",
+        metavar="CSV",
+    ),
+]
+Domains = Annotated[
+    Path | None, typer.Option("--domains", help="CSV id,domain: the scanner or centre of each patch.", metavar="CSV")
+]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME")]
-Storage = Annotated[str | None, typer.Option("--storage", help="sqlite:///FILE, postgresql://... or mysql://... Else PCAM_AUTOML_STORAGE, else sqlite:///studies/pcam.db.", metavar="URL")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="sqlite:///FILE, postgresql://... or mysql://... Else PCAM_AUTOML_STORAGE, else sqlite:///studies/pcam.db.",
+        metavar="URL",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Pin a recipe field, e.g. --set crop_size=64; repeatable.", metavar="FIELD=VALUE")]
-Threshold = Annotated[float | None, typer.Option("--threshold", help="Also write 0/1 labels at this probability.", metavar="T")]
-WeightsFrom = Annotated[str | None, typer.Option("--weights", help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model.", metavar="auto|hub|none|DIR")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Pin a recipe field, e.g. --set crop_size=64; repeatable.", metavar="FIELD=VALUE"),
+]
+Threshold = Annotated[
+    float | None, typer.Option("--threshold", help="Also write 0/1 labels at this probability.", metavar="T")
+]
+WeightsFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model.",
+        metavar="auto|hub|none|DIR",
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -43,7 +82,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of faults.")] = False,
 ) -> None:
     if debug:
@@ -56,32 +97,67 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="Folder of the pack.", metavar="DIR")],
     groups: Groups = None,
     domains: Domains = None,
-    sample: Annotated[Path | None, typer.Option("--sample", help="Sample submission of another name or place.", metavar="CSV")] = None,
-    keep_outliers: Annotated[bool, typer.Option("--keep-outliers", help="Train on all-dark and all-bright patches, too.")] = False,
+    sample: Annotated[
+        Path | None, typer.Option("--sample", help="Sample submission of another name or place.", metavar="CSV")
+    ] = None,
+    keep_outliers: Annotated[
+        bool, typer.Option("--keep-outliers", help="Train on all-dark and all-bright patches, too.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Re-read the source and compare every patch.")] = False,
     json: Json = False,
 ) -> None:
     """Check a raw source and pack it into memory-mapped arrays."""
     from pcam_automl.commands.data import run_prepare
 
-    run_prepare(raw, out, groups=groups, domains=domains, sample=sample, keep_outliers=keep_outliers, check=verify, as_json=json)
+    run_prepare(
+        raw, out, groups=groups, domains=domains, sample=sample, keep_outliers=keep_outliers, check=verify, as_json=json
+    )
 
 
 @app.command()
 def search(
-    trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="Total of finished trials (complete and pruned); the same command again does only what is missing.", metavar="N")],
+    trials: Annotated[
+        int,
+        typer.Option(
+            "--trials",
+            "-n",
+            min=1,
+            help="Total of finished trials (complete and pruned); the same command again does only what is missing.",
+            metavar="N",
+        ),
+    ],
     data: Data = None,
     study: StudyName = "pcam",
     storage: Storage = None,
-    space: Annotated[str | None, typer.Option("--space", help="Search space: default, quick, or a YAML file.", metavar="FILE")] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="Search space: default, quick, or a YAML file.", metavar="FILE")
+    ] = None,
     set_: Sets = None,
     weights: WeightsFrom = None,
-    timeout: Annotated[str | None, typer.Option("--timeout", help="No new trial starts after this time: 90s, 30m, 1h30m.", metavar="TIME")] = None,
-    holdout: Annotated[float | None, typer.Option("--holdout", help="Share of the slides that nothing reads before finalize, in [0, 0.5].", metavar="F")] = None,
-    views: Annotated[int | None, typer.Option("--views", min=64, help="Training images of a whole trial; by default the device's speed decides.", metavar="N")] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option("--timeout", help="No new trial starts after this time: 90s, 30m, 1h30m.", metavar="TIME"),
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            "--holdout", help="Share of the slides that nothing reads before finalize, in [0, 0.5].", metavar="F"
+        ),
+    ] = None,
+    views: Annotated[
+        int | None,
+        typer.Option(
+            "--views",
+            min=64,
+            help="Training images of a whole trial; by default the device's speed decides.",
+            metavar="N",
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
     pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")
+    ] = None,
     groups: Groups = None,
     domains: Domains = None,
     device: Device = "auto",
@@ -96,8 +172,20 @@ def search(
     from pcam_automl.commands.search import run_search
     from pcam_automl.search.study import Asked
 
-    asked = Asked(data=data, groups=groups, domains=domains, space=space, pins=pins, weights=weights, holdout=holdout, seed=seed,
-                  sampler=sampler, pruner=pruner, views=views, device=device)
+    asked = Asked(
+        data=data,
+        groups=groups,
+        domains=domains,
+        space=space,
+        pins=pins,
+        weights=weights,
+        holdout=holdout,
+        seed=seed,
+        sampler=sampler,
+        pruner=pruner,
+        views=views,
+        device=device,
+    )
     run_search(study, storage, asked, n_trials=trials, timeout_s=timeout_s, as_json=json)
 
 
@@ -126,9 +214,21 @@ def finalize(
     study: StudyName = "pcam",
     trial: Annotated[str, typer.Option("--trial", help="best, or a trial's number.", metavar="best|N")] = "best",
     data: Data = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for model/, submission.csv and submission.json; studies/<study>/final by default.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for model/, submission.csv and submission.json; studies/<study>/final by default.",
+            metavar="DIR",
+        ),
+    ] = None,
     threshold: Threshold = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training patches; by default four times a trial's views, 3 to 20 epochs.")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            "--epochs", help="Passes over the training patches; by default four times a trial's views, 3 to 20 epochs."
+        ),
+    ] = None,
     storage: Storage = None,
     device: Device = "auto",
     json: Json = False,
@@ -136,7 +236,9 @@ def finalize(
     """Retrain the best trial on all the data and write the checked submission."""
     from pcam_automl.commands.models import run_finalize
 
-    run_finalize(study, storage, which=trial, data=data, out=out, threshold=threshold, epochs=epochs, device=device, as_json=json)
+    run_finalize(
+        study, storage, which=trial, data=data, out=out, threshold=threshold, epochs=epochs, device=device, as_json=json
+    )
 
 
 @app.command()
@@ -146,7 +248,9 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="CSV to write: id,label.", metavar="CSV")],
     files: Annotated[list[Path] | None, typer.Argument(help="More image files.")] = None,
     threshold: Threshold = None,
-    one_view: Annotated[bool, typer.Option("--one-view", help="The centre view only instead of the mean of eight (8x faster).")] = False,
+    one_view: Annotated[
+        bool, typer.Option("--one-view", help="The centre view only instead of the mean of eight (8x faster).")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Probabilities, and labels if asked, for image files."""
@@ -175,13 +279,27 @@ def train(
     pins = parse_assignments(set_ or [])
     from pcam_automl.commands.models import run_train
 
-    run_train(recipe, data=data, out=out, pins=pins, groups=groups, domains=domains, weights=weights, device=device, fold=fold, seed=seed, as_json=json)
+    run_train(
+        recipe,
+        data=data,
+        out=out,
+        pins=pins,
+        groups=groups,
+        domains=domains,
+        weights=weights,
+        device=device,
+        fold=fold,
+        seed=seed,
+        as_json=json,
+    )
 
 
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    patches: Annotated[int, typer.Option("--patches", help="Number of patches, train and test together.", metavar="N")] = 6000,
+    patches: Annotated[
+        int, typer.Option("--patches", help="Number of patches, train and test together.", metavar="N")
+    ] = 6000,
     slides: Annotated[int, typer.Option("--slides", help="Number of slides.", metavar="S")] = 24,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
 ) -> None:
@@ -193,7 +311,10 @@ def synth(
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything it makes; an existing run in it goes on.", metavar="DIR")] = Path("studies/quickstart"),
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for everything it makes; an existing run in it goes on.", metavar="DIR"),
+    ] = Path("studies/quickstart"),
     patches: Annotated[int, typer.Option("--patches", help="Number of synthetic patches.")] = 5000,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Number of trials.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
@@ -222,7 +343,9 @@ def score(
 @app.command("check-submission")
 def check_submission(
     submission: Annotated[Path, typer.Argument(help="CSV to check.")],
-    sample: Annotated[Path, typer.Option("--sample", help="Sample submission with the ids that are wanted, in order.", metavar="CSV")],
+    sample: Annotated[
+        Path, typer.Option("--sample", help="Sample submission with the ids that are wanted, in order.", metavar="CSV")
+    ],
 ) -> None:
     """Check ids, order, NaN and range of a submission against the sample."""
     from pcam_automl.commands.models import run_check_submission
@@ -234,12 +357,22 @@ def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
     try:
         app()
-    except (PcamError, MemoryError) as fault:
+    except Exception as fault:
         if os.environ.get("PCAM_AUTOML_DEBUG"):
             raise
-        word = "" if isinstance(fault, Interrupted) else "error: "
-        print(f"{word}{fault}" if isinstance(fault, PcamError) else "error: out of memory", file=sys.stderr)
-        sys.exit(fault.exit_code if isinstance(fault, PcamError) else 1)
+        text, code = _in_one_line(fault)
+        print(text, file=sys.stderr)
+        sys.exit(code)
+
+
+def _in_one_line(fault: Exception) -> tuple[str, int]:
+    """What a person reads of a fault, and the exit code."""
+    if isinstance(fault, Interrupted):
+        return str(fault), fault.exit_code
+    if isinstance(fault, PcamError):
+        return f"error: {fault}", fault.exit_code
+    first = (str(fault).strip().splitlines() or [""])[0][:300]
+    return f"error: unexpected {type(fault).__name__}: {first} (--debug shows where; please report it)", 1
 
 
 if __name__ == "__main__":

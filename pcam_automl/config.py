@@ -39,7 +39,9 @@ def check_study_name(name: str) -> str:
         StudyError: empty, too long, or with characters that a folder should not have.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name == "packs":
-        raise StudyError(f"--study must be 1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit (and not 'packs'), got {name!r}")
+        raise StudyError(
+            f"--study must be 1 to 100 letters, digits, dots, dashes or underscores, starting with a letter or digit (and not 'packs'), got {name!r}"
+        )
     return name
 
 
@@ -49,7 +51,11 @@ def find_data(given: Path | None, remembered: str | None = None) -> Path:
     Raises:
         DataError: it does not exist, or there is none; the message says how to get the data.
     """
-    named = given or (Path(text) if (text := os.environ.get("PCAM_AUTOML_DATA")) else None) or (Path(remembered) if remembered else None)
+    named = (
+        given
+        or (Path(text) if (text := os.environ.get("PCAM_AUTOML_DATA")) else None)
+        or (Path(remembered) if remembered else None)
+    )
     if named is not None:
         path = named.expanduser().resolve()
         if not path.exists():
@@ -58,7 +64,9 @@ def find_data(given: Path | None, remembered: str | None = None) -> Path:
     for place in DATA_PLACES:
         if Path(place).is_dir():
             return Path(place).resolve()
-    raise DataError(f"no data: neither --data, PCAM_AUTOML_DATA, the study, nor ./{' or ./'.join(DATA_PLACES)} names any; {HOW_TO_GET_DATA}")
+    raise DataError(
+        f"no data: neither --data, PCAM_AUTOML_DATA, the study, nor ./{' or ./'.join(DATA_PLACES)} names any; {HOW_TO_GET_DATA}"
+    )
 
 
 def parse_duration(text: str) -> float:
@@ -108,7 +116,10 @@ def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: st
     """
     faults = [
         f"--{name} is {value!r}, the study has {remembered[name]!r}"
-        for name, value in asked.items() if value is not None and value != remembered[name]
+        for name, value in asked.items()
+        if value is not None and value != remembered[name]
     ]
     if faults:
-        raise StudyError(f"study {study!r} was created otherwise: {'; '.join(faults)}; leave the option out, or take another --study name")
+        raise StudyError(
+            f"study {study!r} was created otherwise: {'; '.join(faults)}; leave the option out, or take another --study name"
+        )

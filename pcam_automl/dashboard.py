@@ -20,7 +20,9 @@ def check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as fault:
-        raise InputError(f"--port {port} on {host} cannot be used ({fault.strerror}); choose another with --port") from None
+        raise InputError(
+            f"--port {port} on {host} cannot be used ({fault.strerror}); choose another with --port"
+        ) from None
 
 
 def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
@@ -39,4 +41,6 @@ def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
 
     check_port(host, port)
     artifacts.mkdir(parents=True, exist_ok=True)
-    optuna_dashboard.run_server(open_storage(url), host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts))
+    optuna_dashboard.run_server(
+        open_storage(url, create=False), host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts)
+    )

@@ -77,7 +77,9 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     if which == "best":
         if not complete:
-            raise StudyError(f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first")
+            raise StudyError(
+                f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first"
+            )
         return max(complete, key=lambda t: (t.value, -t.number))
     if not which.isdigit():
         raise StudyError(f"--trial must be best or a trial's number, got {which!r}")
@@ -85,7 +87,9 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
         raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
     trial = trials[int(which)]
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or "recipe" not in trial.user_attrs:
-        raise StudyError(f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best")
+        raise StudyError(
+            f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best"
+        )
     return trial
 
 
@@ -106,12 +110,22 @@ def check_test_set(store: PatchStore) -> None:
     """
     missing = list(store.source.get("missing_test_ids", ()))
     if missing:
-        raise DataError(f"{len(missing)} ids of the sample submission have no test image ({first_few(missing)}); "
-                        "complete the test folder, or give prepare a --sample that lists what is there")
+        raise DataError(
+            f"{len(missing)} ids of the sample submission have no test image ({first_few(missing)}); "
+            "complete the test folder, or give prepare a --sample that lists what is there"
+        )
 
 
-def finalize(opened: OpenStudy, *, which: str = "best", out: Path | None = None, threshold: float | None = None, epochs: float | None = None,
-             device: torch.device, watch: FinalWatch | None = None) -> FinalResult:
+def finalize(
+    opened: OpenStudy,
+    *,
+    which: str = "best",
+    out: Path | None = None,
+    threshold: float | None = None,
+    epochs: float | None = None,
+    device: torch.device,
+    watch: FinalWatch | None = None,
+) -> FinalResult:
     """Retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
 
     Args:
@@ -135,11 +149,27 @@ def finalize(opened: OpenStudy, *, which: str = "best", out: Path | None = None,
     rows = split.order
     recipe = final_recipe(trial, len(rows), epochs)
     watch.plan(trial, recipe, len(rows), out)
-    provenance = {"study": opened.name, "trial": trial.number, "trial_auc": trial.value, "split_hash": split.hash, "holdout": opened.settings.holdout}
+    provenance = {
+        "study": opened.name,
+        "trial": trial.number,
+        "trial_auc": trial.value,
+        "split_hash": split.hash,
+        "holdout": opened.settings.holdout,
+    }
     model = out / "model"
     if not _is_done(model, recipe, store):
-        train_to_bundle(recipe, store, train_rows=rows, score_rows=np.zeros(0, np.int64), weights=opened.weights, device=device,
-                        speed=opened.speed_book, out=model, provenance=provenance, watch=watch.train)
+        train_to_bundle(
+            recipe,
+            store,
+            train_rows=rows,
+            score_rows=np.zeros(0, np.int64),
+            weights=opened.weights,
+            device=device,
+            speed=opened.speed_book,
+            out=model,
+            provenance=provenance,
+            watch=watch.train,
+        )
     return _predict(opened, trial, model, out, threshold, watch, began)
 
 
@@ -151,7 +181,15 @@ def _is_done(model: Path, recipe: Recipe, store: PatchStore) -> bool:
     return bundle.recipe == recipe and bundle.provenance.get("pack_hash") == store.content_hash
 
 
-def _predict(opened: OpenStudy, trial: FrozenTrial, model: Path, out: Path, threshold: float | None, watch: FinalWatch, began: float) -> FinalResult:
+def _predict(
+    opened: OpenStudy,
+    trial: FrozenTrial,
+    model: Path,
+    out: Path,
+    threshold: float | None,
+    watch: FinalWatch,
+    began: float,
+) -> FinalResult:
     bundle = load_bundle(model)
     compute = Compute(**bundle.provenance["compute"])
     predictor = build_predictor(bundle, compute)
@@ -165,13 +203,24 @@ def _predict(opened: OpenStudy, trial: FrozenTrial, model: Path, out: Path, thre
         score, on = auc(store.label[holdout], probs), f"holdout of {len(holdout)} patches"
         interval = auc_interval(store.label[holdout], probs, np.asarray(store.group)[holdout])
     submission, notes = None, _unreadable_notes(store, test)
-    provenance: dict[str, Any] = {**bundle.provenance, "auc": score, "auc_on": on, "auc_95": interval, "threshold": threshold, "notes": list(notes),
-                                  "recipe": bundle.recipe.model_dump(mode="json"), "n_test": len(test), "test_time_views": 8}
+    provenance: dict[str, Any] = {
+        **bundle.provenance,
+        "auc": score,
+        "auc_on": on,
+        "auc_95": interval,
+        "threshold": threshold,
+        "notes": list(notes),
+        "recipe": bundle.recipe.model_dump(mode="json"),
+        "n_test": len(test),
+        "test_time_views": 8,
+    }
     if len(test):
         watch.predicting(len(test), "test")
         probs = predictor.rows(patches, test, stop=watch.train.stop, progress=watch.predicted)
         unreadable = _unreadable(store, test)
-        probs[unreadable] = float((store.label[opened.split.order] == 1).mean())  # nothing to see: the share of positives
+        probs[unreadable] = float(
+            (store.label[opened.split.order] == 1).mean()
+        )  # nothing to see: the share of positives
         submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
     else:
         write_json(out / "submission.json", provenance)
@@ -179,9 +228,15 @@ def _predict(opened: OpenStudy, trial: FrozenTrial, model: Path, out: Path, thre
 
 
 def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:
-    return (store.flags[rows] & int(Flag.UNREADABLE | Flag.WRONG_SHAPE)) != 0
+    return np.asarray((store.flags[rows] & int(Flag.UNREADABLE | Flag.WRONG_SHAPE)) != 0)
 
 
 def _unreadable_notes(store: PatchStore, rows: np.ndarray) -> tuple[str, ...]:
     ids = store.ids[rows[_unreadable(store, rows)]].tolist() if len(rows) else []
-    return (f"{len(ids)} test patches cannot be read and get the share of positives as their probability ({first_few(ids)})",) if ids else ()
+    return (
+        (
+            f"{len(ids)} test patches cannot be read and get the share of positives as their probability ({first_few(ids)})",
+        )
+        if ids
+        else ()
+    )

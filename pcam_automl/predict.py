@@ -41,13 +41,27 @@ class Predictor:
     compute: Compute
     all_views: bool = True
 
-    def rows(self, patches: Patches, rows: np.ndarray, *, stop: Callable[[], None] = lambda: None,
-             progress: Callable[[int], None] = lambda n: None) -> np.ndarray:
+    def rows(
+        self,
+        patches: Patches,
+        rows: np.ndarray,
+        *,
+        stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
         """Probabilities (n,) of store rows."""
         recipe = self.bundle.recipe
         logits = logits_of_rows(
-            self.network, patches, rows, crop_size=recipe.crop_size, out_px=recipe.network_px,
-            normalisation=self.bundle.normalisation, compute=self.compute, all_views=self.all_views, stop=stop, progress=progress,
+            self.network,
+            patches,
+            rows,
+            crop_size=recipe.crop_size,
+            out_px=recipe.network_px,
+            normalisation=self.bundle.normalisation,
+            compute=self.compute,
+            all_views=self.all_views,
+            stop=stop,
+            progress=progress,
         )
         return probs_of_logits(logits)
 
@@ -74,9 +88,13 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+            found = sorted(
+                f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith(".")
+            )
             if not found:
-                raise DataError(f"--input {path}: no image in that folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
+                raise DataError(
+                    f"--input {path}: no image in that folder; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+                )
             files += found
         elif path.exists():
             files.append(path)
@@ -90,7 +108,9 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def predict_files(predictor: Predictor, files: Sequence[Path], *, side_px: int = 96) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
+def predict_files(
+    predictor: Predictor, files: Sequence[Path], *, side_px: int = 96
+) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
     """Batches of (ids, probabilities, faults); a file that cannot be read is named in ``faults`` and left out.
 
     Host memory stays at one batch, however many files there are.
@@ -98,9 +118,10 @@ def predict_files(predictor: Predictor, files: Sequence[Path], *, side_px: int =
     for start in range(0, len(files), EVAL_BATCH):
         ids, images, faults = [], [], []
         for file in files[start : start + EVAL_BATCH]:
-            try:
-                images.append(read_patch(file, shape=(side_px, side_px)))
+            read = read_patch(file, side_px)
+            if isinstance(read, PatchFault):
+                faults.append(f"{file.name}: {read}")
+            else:
                 ids.append(file.stem)
-            except PatchFault as fault:
-                faults.append(f"{file.name}: {fault}")
+                images.append(read)
         yield ids, predictor.images(np.stack(images)) if images else np.zeros(0), faults

@@ -34,7 +34,9 @@ class Recipe(BaseModel):
     backbone: str = Field("resnet18", min_length=1, description="a timm model name")
     pretrained: bool = Field(False, description="start from pretrained weights; where they lie is a setting of the run")
     crop_size: int = Field(64, ge=CENTRE_PX, le=PATCH_PX, description="side of the centre crop in px, even")
-    input_size: int | None = Field(None, ge=CENTRE_PX, le=384, description="the crop is resized to this side; None keeps it")
+    input_size: int | None = Field(
+        None, ge=CENTRE_PX, le=384, description="the crop is resized to this side; None keeps it"
+    )
     dropout: Fraction = Field(0.0, description="dropout before the classifier")
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="0.1 trains towards 0.05 and 0.95")
 
@@ -58,7 +60,9 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**31)
     exclude_ids: tuple[str, ...] = Field((), description="patch ids never trained or validated on")
 
-    augment: Fraction = Field(0.5, description="scales every magnitude below; flips and quarter turns stay on while > 0")
+    augment: Fraction = Field(
+        0.5, description="scales every magnitude below; flips and quarter turns stay on while > 0"
+    )
     flips: bool = True
     quarter_turns: bool = True
     rotation_deg: float = Field(20.0, ge=0.0, le=180.0, description="+- degrees")
@@ -67,8 +71,10 @@ class Recipe(BaseModel):
     brightness: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- brightness")
     contrast: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- contrast")
     saturation: float = Field(0.2, ge=0.0, lt=1.0, description="factor 1 +- saturation")
-    hue: float = Field(0.05, ge=0.0, le=0.5, description="+- turns of the colour circle")
-    stain: float = Field(0.1, ge=0.0, lt=1.0, description="haematoxylin, eosin, residual each times 1 +- stain, plus +- stain / 10")
+    hue: float = Field(0.04, ge=0.0, le=0.5, description="+- turns of the colour circle")
+    stain: float = Field(
+        0.1, ge=0.0, lt=1.0, description="haematoxylin, eosin, residual each times 1 +- stain, plus +- stain / 10"
+    )
     blur: float = Field(0.5, ge=0.0, le=1.0, description="up to this share of a 3x3 binomial blur is mixed in")
 
     @field_validator("crop_size", "input_size")
@@ -142,8 +148,11 @@ def validation_faults(fault: ValidationError, where: str, known: Sequence[str] |
         else:
             rule = error["msg"].replace("Input should be", "must be", 1).replace("Input should", "must", 1)
             value = error["input"]
-            nearest = did_you_mean(value, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")) \
-                if error["type"] == "literal_error" and isinstance(value, str) else ""
+            nearest = (
+                did_you_mean(value, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+                if error["type"] == "literal_error" and isinstance(value, str)
+                else ""
+            )
             lines.append(f"{key} {rule}, got {value!r}{nearest}")
     return lines
 

@@ -62,7 +62,9 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
     return len(table)
 
 
-def write_submission(folder: Path, ids: Sequence[str], probs: np.ndarray, provenance: dict[str, Any], *, threshold: float | None) -> Path:
+def write_submission(
+    folder: Path, ids: Sequence[str], probs: np.ndarray, provenance: dict[str, Any], *, threshold: float | None
+) -> Path:
     """Write ``submission.csv`` (checked), ``submission.json`` (provenance) and, with a threshold, ``submission_labels.csv``."""
     file = folder / "submission.csv"
     write_probabilities(file, ids, probs)

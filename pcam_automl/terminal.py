@@ -10,7 +10,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 # stdout carries results (and --json), stderr everything else, so that `pcam-automl ... --json | jq` works.
@@ -69,8 +77,15 @@ class Bars:
     def __init__(self) -> None:
         self.shown = err.is_terminal
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=err, transient=True, disable=not self.shown,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=not self.shown,
         )
 
     def __enter__(self) -> Bars:
@@ -83,7 +98,9 @@ class Bars:
     def add(self, text: str, total: float | None) -> TaskID:
         return self._progress.add_task(escape(text), total=total)
 
-    def set(self, task: TaskID, *, text: str | None = None, total: float | None = None, done: float | None = None) -> None:
+    def set(
+        self, task: TaskID, *, text: str | None = None, total: float | None = None, done: float | None = None
+    ) -> None:
         changes: dict[str, Any] = {"total": total, "completed": done}
         if text is not None:
             changes["description"] = escape(text)

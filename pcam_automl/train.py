@@ -99,15 +99,30 @@ def train_to_bundle(
     """
     watch = watch or TrainWatch()
     checkpoints = out.parent / f".{out.name}.checkpoints"
-    with locked(out.parent / f".{out.name}.lock", busy=f"another process is training into {out}; wait for it, or choose another --out"):
+    with locked(
+        out.parent / f".{out.name}.lock",
+        busy=f"another process is training into {out}; wait for it, or choose another --out",
+    ):
         began = time.perf_counter()
         train_rows, score_rows = usable_rows(store, recipe, train_rows), _without(store, recipe, score_rows)
         compute = _variant(recipe, device, speed, checkpoints)
-        data = TrainingData(open_patches(store, device), np.asarray(store.label), train_rows, score_rows, normalisation(recipe.backbone))
-        training = Training(recipe, build_network(recipe, weights, seed=recipe.seed), data, compute, key=key_of(recipe.seed, "views"))
+        data = TrainingData(
+            open_patches(store, device), np.asarray(store.label), train_rows, score_rows, normalisation(recipe.backbone)
+        )
+        training = Training(
+            recipe, build_network(recipe, weights, seed=recipe.seed), data, compute, key=key_of(recipe.seed, "views")
+        )
         rungs = epoch_rungs(recipe, len(train_rows))
         watch.begins(recipe, compute, rungs[-1].views)
-        for result in fit(training, rungs, checkpoints=checkpoints, keep_final=recipe.schedule != "wsd", note=watch.note, stop=watch.stop, progress=watch.views):
+        for result in fit(
+            training,
+            rungs,
+            checkpoints=checkpoints,
+            keep_final=recipe.schedule != "wsd",
+            note=watch.note,
+            stop=watch.stop,
+            progress=watch.views,
+        ):
             watch.epoch(result)
         bundle = _bundle(training, store, provenance, began)
         write_bundle(out, bundle)
@@ -128,18 +143,28 @@ def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints
 
 def _bundle(training: Training, store: PatchStore, provenance: dict[str, Any], began: float) -> ModelBundle:
     rows = training.data.score_rows
-    metrics: dict[str, Any] = {"images_per_s": _images_per_s(training.results), "epochs": [asdict(result) for result in training.results]}
+    metrics: dict[str, Any] = {
+        "images_per_s": _images_per_s(training.results),
+        "epochs": [asdict(result) for result in training.results],
+    }
     if len(rows):
         probs = probs_of_logits(training.logits(rows))
         low, high = auc_interval(store.label[rows], probs, np.asarray(store.group)[rows])
         metrics |= {"auc": training.results[-1].auc, "auc_95": [low, high], "auc_on": f"{len(rows)} validation patches"}
     record = {
-        "n_train": len(training.data.train_rows), "n_parameters": n_parameters(training.network), "pack_hash": store.content_hash,
-        "compute": training.compute.to_json(), "device": device_name(torch.device(training.compute.device)), "micro_batch": training.micro_batch,
-        "peak_memory_bytes": peak_memory_bytes(torch.device(training.compute.device)), "train_s": round(time.perf_counter() - began, 3),
+        "n_train": len(training.data.train_rows),
+        "n_parameters": n_parameters(training.network),
+        "pack_hash": store.content_hash,
+        "compute": training.compute.to_json(),
+        "device": device_name(torch.device(training.compute.device)),
+        "micro_batch": training.micro_batch,
+        "peak_memory_bytes": peak_memory_bytes(torch.device(training.compute.device)),
+        "train_s": round(time.perf_counter() - began, 3),
         "versions": versions(),
     }
-    return ModelBundle(training.recipe, training.data.normalisation, training.averaged_state(), metrics, {**provenance, **record})
+    return ModelBundle(
+        training.recipe, training.data.normalisation, training.averaged_state(), metrics, {**provenance, **record}
+    )
 
 
 def _images_per_s(results: list[RungResult]) -> float:

@@ -12,4 +12,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "optuna", "numpy")
 
 def versions() -> dict[str, str]:
     """Package name to version, this package's and Python's first."""
-    return {"pcam_automl": __version__, "python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    return {
+        "pcam_automl": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }

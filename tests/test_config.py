@@ -10,7 +10,10 @@ from pcam_automl.config import check_study_name, check_unchanged, find_data, par
 from pcam_automl.errors import DataError, InputError, StudyError
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("2d", 172800), ("1.5h", 5400), ("1m30", 90)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("2d", 172800), ("1.5h", 5400), ("1m30", 90)],
+)
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
@@ -28,7 +31,7 @@ def test_study_names_are_folder_names(name: str) -> None:
 
 
 def test_data_is_looked_for_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="kaggle competitions download .*quickstart"):
+    with pytest.raises(DataError, match=r"kaggle competitions download .*quickstart"):
         find_data(None)
     for name in ("a", "b", "c", "data/pack", "histopathologic-cancer-detection"):
         (in_tmp / name).mkdir(parents=True)
@@ -44,7 +47,7 @@ def test_data_is_looked_for_in_order(in_tmp: Path, monkeypatch: pytest.MonkeyPat
 def test_contradictions_name_both_values() -> None:
     check_unchanged({"seed": 0}, {"seed": None}, "s")
     check_unchanged({"seed": 0}, {"seed": 0}, "s")
-    with pytest.raises(StudyError, match="--seed is 3, the study has 0; --holdout is 0.1, the study has 0.2"):
+    with pytest.raises(StudyError, match=r"--seed is 3, the study has 0; --holdout is 0.1, the study has 0.2"):
         check_unchanged({"seed": 0, "holdout": 0.2}, {"seed": 3, "holdout": 0.1}, "s")
 
 

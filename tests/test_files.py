@@ -5,20 +5,37 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from pcam_automl.errors import DataError
-from pcam_automl.files import folder_written_whole, locked, sha256_of_file, sha256_of_json, write_json, write_text, written_whole
+from pcam_automl.files import (
+    folder_written_whole,
+    locked,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+    write_text,
+    written_whole,
+)
+
+
+def fails(writing: AbstractContextManager[Path], content: str) -> bool:
+    """Write something, then raise inside the block; True if the exception came through."""
+    try:
+        with writing as partial:
+            (partial / content).write_text("2") if partial.is_dir() else partial.write_text(content)
+            raise KeyError(content)
+    except KeyError:
+        return True
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     write_text(target, "old")
-    with pytest.raises(KeyError), written_whole(target) as partial:
-        partial.write_text("half")
-        raise KeyError
+    assert fails(written_whole(target), "half")
     assert target.read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
 
@@ -27,9 +44,7 @@ def test_failed_folder_write_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "box"
     with folder_written_whole(target) as partial:
         (partial / "x").write_text("1")
-    with pytest.raises(KeyError), folder_written_whole(target) as partial:
-        (partial / "x").write_text("2")
-        raise KeyError
+    assert fails(folder_written_whole(target), "x")
     assert (target / "x").read_text() == "1"
     with folder_written_whole(target) as partial:
         (partial / "y").write_text("3")
@@ -39,7 +54,7 @@ def test_failed_folder_write_leaves_the_old_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_disk_is_one_line_with_a_remedy(tmp_path: Path, number: int) -> None:
-    with pytest.raises(DataError, match="no space left to write .*free some"), written_whole(tmp_path / "a"):
+    with pytest.raises(DataError, match=r"no space left to write .*free some"), written_whole(tmp_path / "a"):
         raise OSError(number, "No space left on device")
 
 
@@ -50,13 +65,15 @@ def test_file_size_limit_ends_in_a_clear_line_and_no_half_file(tmp_path: Path) -
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
         "write_text(Path(sys.argv[1]), 'x' * 5000)"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "big.txt")], capture_output=True, text=True, check=False
+    )
     assert "no space left to write" in run.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_read_only_place_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be written .*choose another folder"), written_whole(tmp_path / "a"):
+    with pytest.raises(DataError, match=r"cannot be written .*choose another folder"), written_whole(tmp_path / "a"):
         raise OSError(errno.EROFS, "Read-only file system")
 
 

@@ -42,10 +42,15 @@ def test_values_out_of_range_name_key_rule_and_value(fields: dict[str, object], 
 
 
 @given(
-    lr=st.floats(1e-8, 10), crop=st.integers(16, 48).map(lambda n: 2 * n), augment=st.floats(0, 1), views=st.none() | st.integers(1, 10**9),
+    lr=st.floats(1e-8, 10),
+    crop=st.integers(16, 48).map(lambda n: 2 * n),
+    augment=st.floats(0, 1),
+    views=st.none() | st.integers(1, 10**9),
     ids=st.lists(st.text("0123456789abcdef", min_size=1, max_size=8), max_size=4),
 )
-def test_yaml_gives_the_same_recipe_back(lr: float, crop: int, augment: float, views: int | None, ids: list[str]) -> None:
+def test_yaml_gives_the_same_recipe_back(
+    lr: float, crop: int, augment: float, views: int | None, ids: list[str]
+) -> None:
     recipe = build_recipe({"lr": lr, "crop_size": crop, "augment": augment, "views": views, "exclude_ids": ids})
     again = build_recipe(parse_yaml(recipe.to_yaml(), "x"))
     assert again == recipe
@@ -86,12 +91,19 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 
 def test_assignments_are_typed_as_yaml_and_scientific_notation_is_a_number() -> None:
     assert parse_assignments(["lr=1e-3", "flips=false", "crop_size=64", "backbone=resnet18", "exclude_ids=[a, b]"]) == {
-        "lr": 1e-3, "flips": False, "crop_size": 64, "backbone": "resnet18", "exclude_ids": ["a", "b"],
+        "lr": 1e-3,
+        "flips": False,
+        "crop_size": 64,
+        "backbone": "resnet18",
+        "exclude_ids": ["a", "b"],
     }
 
 
 def test_bad_assignments_are_reported_together() -> None:
-    with pytest.raises(RecipeError, match=r"wants field=value, got 'lr'; --set cropsize: .*did you mean 'crop_size'.*; --set lr given twice"):
+    with pytest.raises(
+        RecipeError,
+        match=r"wants field=value, got 'lr'; --set cropsize: .*did you mean 'crop_size'.*; --set lr given twice",
+    ):
         parse_assignments(["lr", "cropsize=3", "lr=1", "lr=2"])
 
 

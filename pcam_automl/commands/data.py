@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pcam_automl import terminal
 from pcam_automl.data.pack import pack, verify
-from pcam_automl.data.quality import findings, outlier_rows, write_sheet
+from pcam_automl.data.quality import findings, write_sheet
 from pcam_automl.data.sources import fingerprint, open_source
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.data.synthetic import write_synthetic
@@ -14,7 +14,15 @@ from pcam_automl.errors import DataError
 
 
 def run_prepare(
-    raw: Path, out: Path, *, groups: Path | None, domains: Path | None, sample: Path | None, keep_outliers: bool, check: bool, as_json: bool
+    raw: Path,
+    out: Path,
+    *,
+    groups: Path | None,
+    domains: Path | None,
+    sample: Path | None,
+    keep_outliers: bool,
+    check: bool,
+    as_json: bool,
 ) -> None:
     """Pack a raw source, or with ``check`` compare an existing pack with it, patch by patch."""
     source = open_source(raw, groups=groups, domains=domains, sample=sample)
@@ -22,8 +30,7 @@ def run_prepare(
         terminal.say(note)
     if check and is_pack(out):
         with terminal.counting("verifying") as call:
-            differences = verify(store := open_store(out), source, progress=call)
-        _raise_differences(differences)
+            verify(store := open_store(out), source, progress=call)
         terminal.say(f"{out}: all {len(store):,} patches equal the source")
         _print_store(store, as_json)
         return
@@ -37,29 +44,29 @@ def run_prepare(
         store = pack(source, out, keep_outliers=keep_outliers, progress=call)
     if check:
         with terminal.counting("verifying") as call:
-            differences = verify(store, source, progress=call)
-        _raise_differences(differences)
+            verify(store, source, progress=call)
     _print_store(store, as_json)
 
 
-def _raise_differences(lines: list[str]) -> None:
-    if lines:
-        raise DataError("; ".join(lines) + "; pack the raw folder again")
-
-
 def _print_store(store: PatchStore, as_json: bool) -> None:
-    found, outliers, sheet = findings(store), outlier_rows(store), store.root / "findings.png"
-    if len(outliers) and not sheet.exists():
-        write_sheet(store, outliers, sheet)
+    found, sheet = findings(store), store.root / "findings.png"
+    if len(found.rows) and not sheet.exists():
+        write_sheet(store, found.rows, sheet)
     if as_json:
-        terminal.print_json({
-            "pack": str(store.root), "patches": len(store), "content_hash": store.content_hash, "findings": found.counts,
-            "channel_mean": store.channel_mean, "channel_std": store.channel_std,
-        })
+        terminal.print_json(
+            {
+                "pack": str(store.root),
+                "patches": len(store),
+                "content_hash": store.content_hash,
+                **found.to_json(),
+                "channel_mean": store.channel_mean,
+                "channel_std": store.channel_std,
+            }
+        )
         return
-    for line in found.lines:
+    for line in found.lines():
         terminal.say(line)
-    if len(outliers):
+    if len(found.rows):
         terminal.say(f"pictures of them: {sheet}")
     terminal.result(f"{store.root}: {len(store):,} patches, content {store.content_hash[:16]}")
 
@@ -68,4 +75,6 @@ def run_synth(out: Path, *, n_patches: int, n_slides: int, seed: int) -> None:
     """Write a synthetic set in the Kaggle layout."""
     with terminal.counting("drawing patches") as call:
         write_synthetic(out, n_patches=n_patches, n_slides=n_slides, seed=seed, progress=call)
-    terminal.result(f"{out}: {n_patches:,} patches of {n_slides} slides; next: pcam-automl search --data {out} --trials 12")
+    terminal.result(
+        f"{out}: {n_patches:,} patches of {n_slides} slides; next: pcam-automl search --data {out} --trials 12"
+    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pcam_automl.metrics import accuracy, auc, auc_interval
 from pcam_automl.models.weights import decide_weights
 from pcam_automl.predict import build_predictor, list_images, predict_files
 from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.submission import check_submission, check_threshold, write_probabilities
 from pcam_automl.train import TrainWatch, train_to_bundle, training_split
@@ -42,22 +42,37 @@ def _training_bar(stop: Callable[[], None]) -> Iterator[TrainWatch]:
         task = bars.add("preparing", None)
 
         def begins(recipe: Recipe, compute: Compute, views: int) -> None:
-            terminal.say(f"training {recipe.backbone} at {recipe.network_px} px on {compute.device} ({compute.precision}"
-                         f"{', channels last' if compute.channels_last else ''}): {views:,} views")
+            terminal.say(
+                f"training {recipe.backbone} at {recipe.network_px} px on {compute.device} ({compute.precision}"
+                f"{', channels last' if compute.channels_last else ''}): {views:,} views"
+            )
             bars.restart(task, "training views", views)
 
         def epoch(result: RungResult) -> None:
             bars.set(task, done=result.views)
             score = f"  validation AUC {result.auc:.4f}  loss {result.loss:.4f}" if result.auc is not None else ""
-            terminal.say(f"epoch {result.rung + 1:>3}  train loss {result.train_loss:.4f}{score}  {result.images_per_s:,.0f} images/s")
+            terminal.say(
+                f"epoch {result.rung + 1:>3}  train loss {result.train_loss:.4f}{score}  {result.images_per_s:,.0f} images/s"
+            )
 
         yield TrainWatch(begins=begins, views=lambda n: bars.step(task, n), epoch=epoch, note=terminal.say, stop=stop)
 
 
-def run_finalize(name: str, url: str | None, *, which: str, data: Path | None, out: Path | None, threshold: float | None, epochs: float | None,
-                 device: str, as_json: bool) -> FinalResult:
+def run_finalize(
+    name: str,
+    url: str | None,
+    *,
+    which: str,
+    data: Path | None,
+    out: Path | None,
+    threshold: float | None,
+    epochs: float | None,
+    device: str,
+    as_json: bool,
+) -> FinalResult:
     """Retrain the chosen trial, write the bundle and the submission."""
-    with stop_signal("the last epoch is stored; the same command goes on") as stop:
+    go_on = "the last epoch is stored; the same command goes on"
+    with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
         place = choose_device(device)
@@ -65,13 +80,21 @@ def run_finalize(name: str, url: str | None, *, which: str, data: Path | None, o
 
         def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
             value = f" (validation AUC {trial.value:.4f})" if trial.value is not None else ""
-            terminal.say(f"trial {trial.number}{value}: {recipe.backbone}, {recipe.epochs:g} epochs of {n_train:,} patches -> {folder}")
+            terminal.say(
+                f"trial {trial.number}{value}: {recipe.backbone}, {recipe.epochs:g} epochs of {n_train:,} patches -> {folder}"
+            )
 
-        with stop.deferred():
-            with _training_bar(stop.check) as train, terminal.Bars() as bars:
-                task = bars.add("predicting", None)
-                watch = FinalWatch(train, plan, lambda n, what: bars.restart(task, f"predicting {what}, 8 views", n), lambda n: bars.step(task, n))
-                final = finalize(opened, which=which, out=out, threshold=threshold, epochs=epochs, device=place, watch=watch)
+        with stop.deferred(), _training_bar(stop.check) as train, terminal.Bars() as bars:
+            task = bars.add("predicting", None)
+            watch = FinalWatch(
+                train,
+                plan,
+                lambda n, what: bars.restart(task, f"predicting {what}, 8 views", n),
+                lambda n: bars.step(task, n),
+            )
+            final = finalize(
+                opened, which=which, out=out, threshold=threshold, epochs=epochs, device=place, watch=watch
+            )
     for note in final.notes:
         terminal.say(note)
     _print_final(final, as_json)
@@ -80,55 +103,108 @@ def run_finalize(name: str, url: str | None, *, which: str, data: Path | None, o
 
 def _print_final(final: FinalResult, as_json: bool) -> None:
     if as_json:
-        terminal.print_json({"out": str(final.out), "submission": None if final.submission is None else str(final.submission), "trial": final.trial,
-                             "auc": final.auc, "auc_on": final.auc_on, "auc_95": final.auc_95, "seconds": round(final.seconds, 1)})
+        terminal.print_json(
+            {
+                "out": str(final.out),
+                "submission": None if final.submission is None else str(final.submission),
+                "trial": final.trial,
+                "auc": final.auc,
+                "auc_on": final.auc_on,
+                "auc_95": final.auc_95,
+                "seconds": round(final.seconds, 1),
+            }
+        )
         return
     interval = f" (95 % {final.auc_95[0]:.4f} to {final.auc_95[1]:.4f})" if final.auc_95 else ""
     terminal.say(f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; {terminal.duration(final.seconds)}")
-    terminal.result(str(final.submission) if final.submission else f"{final.out / 'model'} (no test patches, so no submission)")
+    terminal.result(
+        str(final.submission) if final.submission else f"{final.out / 'model'} (no test patches, so no submission)"
+    )
 
 
-def run_train(recipe: str, *, data: Path | None, out: Path, pins: dict[str, Any], groups: Path | None, domains: Path | None, weights: str | None,
-              device: str, fold: int, seed: int, as_json: bool) -> None:
+def run_train(
+    recipe: str,
+    *,
+    data: Path | None,
+    out: Path,
+    pins: dict[str, Any],
+    groups: Path | None,
+    domains: Path | None,
+    weights: str | None,
+    device: str,
+    fold: int,
+    seed: int,
+    as_json: bool,
+) -> None:
     """Train one recipe on the split's other folds, validated on ``fold``."""
     began = time.perf_counter()
     with stop_signal("the last epoch is stored; the same command goes on") as stop:
         chosen = load_recipe(find_config("recipes", recipe), overrides=pins)
-        place, source, text = choose_device(device), *decide_weights(weights or ("auto" if chosen.pretrained else "none"))
+        place, source, text = (
+            choose_device(device),
+            *decide_weights(weights or ("auto" if chosen.pretrained else "none")),
+        )
         if chosen.pretrained or weights:
             terminal.say(text)
         chosen = load_recipe(find_config("recipes", recipe), overrides={"pretrained": source.pretrained, **pins})
         folder = studies_folder(storage_url(None))
         with terminal.counting("packing") as call:
-            store = find_pack(find_data(data), folder / "packs", groups=groups, domains=domains, say=terminal.say, call=call)
+            store = find_pack(
+                find_data(data), folder / "packs", groups=groups, domains=domains, say=terminal.say, call=call
+            )
         split = make_split(store, seed=seed)
         for note in split.notes:
             terminal.say(note)
         use_cores()
         train_rows, score_rows = training_split(split, fold)
         with stop.deferred(), _training_bar(stop.check) as watch:
-            trained = train_to_bundle(chosen, store, train_rows=train_rows, score_rows=score_rows, weights=source, device=place,
-                                      speed=SpeedBook(folder / "speed.json"), out=out.resolve(),
-                                      provenance={"recipe_name": recipe, "split_hash": split.hash, "fold": fold}, watch=watch)
+            trained = train_to_bundle(
+                chosen,
+                store,
+                train_rows=train_rows,
+                score_rows=score_rows,
+                weights=source,
+                device=place,
+                speed=SpeedBook(folder / "speed.json"),
+                out=out.resolve(),
+                provenance={"recipe_name": recipe, "split_hash": split.hash, "fold": fold},
+                watch=watch,
+            )
     metrics, wall_s = trained.bundle.metrics, time.perf_counter() - began
     if as_json:
-        terminal.print_json({"auc": metrics["auc"], "auc_95": metrics["auc_95"], "images_per_s": metrics["images_per_s"], "wall_s": round(wall_s, 2),
-                             "out": str(out), "recipe": chosen.model_dump(mode="json")})
+        terminal.print_json(
+            {
+                "auc": metrics["auc"],
+                "auc_95": metrics["auc_95"],
+                "images_per_s": metrics["images_per_s"],
+                "wall_s": round(wall_s, 2),
+                "out": str(out),
+                "recipe": chosen.model_dump(mode="json"),
+            }
+        )
         return
     low, high = metrics["auc_95"]
     terminal.say(f"{metrics['images_per_s']:,.0f} images/s in training, {terminal.duration(wall_s)} in all")
     terminal.result(f"{out}: validation AUC {metrics['auc']:.4f} (95 % {low:.4f} to {high:.4f})")
 
 
-def run_predict(model: Path, inputs: list[Path], out: Path, *, threshold: float | None, device: str, all_views: bool) -> None:
+def run_predict(
+    model: Path, inputs: list[Path], out: Path, *, threshold: float | None, device: str, all_views: bool
+) -> None:
     """Write ``id,label`` for image files."""
     check_threshold(threshold)
-    bundle = load_bundle(model if (model / "bundle.json").exists() or not (model / "model").is_dir() else model / "model")
+    bundle = load_bundle(
+        model if (model / "bundle.json").exists() or not (model / "model").is_dir() else model / "model"
+    )
     files = list_images(inputs)
     place = choose_device(device)
     use_cores()
     measured = bundle.provenance.get("compute", {})
-    compute = Compute(str(place), measured.get("precision", "fp32"), measured.get("channels_last", False)) if measured.get("device") == str(place) else Compute(str(place))
+    compute = (
+        Compute(str(place), measured.get("precision", "fp32"), measured.get("channels_last", False))
+        if measured.get("device") == str(place)
+        else Compute(str(place))
+    )
     predictor = build_predictor(bundle, compute, all_views=all_views)
     ids: list[str] = []
     probs: list[np.ndarray] = []
@@ -159,15 +235,24 @@ def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold:
     probs = table.loc[truth.index, "label"].to_numpy(np.float64)
     group = None
     if groups is not None:
-        names = read_names(groups, "group")
-        group = np.unique([names.get(i, f"?{i}") for i in truth.index], return_inverse=True)[1]
+        names = dict(zip(*read_names(groups, "group"), strict=True))
+        slides = np.array([str(names.get(i, f"?{i}")) for i in truth.index])
+        group = np.unique(slides, return_inverse=True)[1]
     score = auc(truth.to_numpy(), probs)
     low, high = auc_interval(truth.to_numpy(), probs, group)
-    value = {"auc": score, "auc_95": [low, high], "accuracy": accuracy(truth.to_numpy(), probs, threshold), "n": len(truth), "rows": check_submission_ids}
+    value = {
+        "auc": score,
+        "auc_95": [low, high],
+        "accuracy": accuracy(truth.to_numpy(), probs, threshold),
+        "n": len(truth),
+        "rows": check_submission_ids,
+    }
     if as_json:
         terminal.print_json(value)
     else:
-        terminal.result(f"test AUC {score:.4f} (95 % {low:.4f} to {high:.4f}), accuracy {value['accuracy']:.4f} at {threshold:g}, {len(truth):,} patches")
+        terminal.result(
+            f"test AUC {score:.4f} (95 % {low:.4f} to {high:.4f}), accuracy {value['accuracy']:.4f} at {threshold:g}, {len(truth):,} patches"
+        )
     return score
 
 
@@ -175,4 +260,3 @@ def run_check_submission(file: Path, sample: Path) -> None:
     """Check a submission against the sample's ids and order."""
     n = check_submission(file, read_ids(sample).tolist())
     terminal.result(f"{file}: {n:,} rows, valid")
-

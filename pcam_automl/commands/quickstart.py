@@ -35,15 +35,21 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     asked = Asked(data=pack, space="quick", weights="none", seed=seed, device=device)
     run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=None, as_json=False)
     _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
-    final = run_finalize(STUDY, url, which="best", data=None, out=None, threshold=None, epochs=FINAL_EPOCHS, device=device, as_json=False)
+    final = run_finalize(
+        STUDY, url, which="best", data=None, out=None, threshold=None, epochs=FINAL_EPOCHS, device=device, as_json=False
+    )
     _step(5, "score: the submission against the test labels, which nothing has read so far")
     assert final.submission is not None
-    score = run_score(final.submission, raw / "test_labels.csv", groups=raw / "test_groups.csv", threshold=0.5, as_json=False)
+    score = run_score(
+        final.submission, raw / "test_labels.csv", groups=raw / "test_groups.csv", threshold=0.5, as_json=False
+    )
     terminal.result(f"submission: {final.submission}")
     terminal.result(f"dashboard:  pcam-automl dashboard --storage {url}")
     terminal.say(f"done in {terminal.duration(time.monotonic() - began)}")
     if score < LEAST_AUC:
-        raise SearchFailed(f"quickstart: test AUC {score:.4f} is below {LEAST_AUC}; please report this with the output above")
+        raise SearchFailed(
+            f"quickstart: test AUC {score:.4f} is below {LEAST_AUC}; please report this with the output above"
+        )
 
 
 def _step(number: int, text: str) -> None:

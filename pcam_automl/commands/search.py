@@ -14,7 +14,8 @@ from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.objective import Objective, Watch
-from pcam_automl.search.storage import safe_url
+from pcam_automl.search.storage import storage_faults
+from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study, load_study
 from pcam_automl.search.summary import Summary, best_of, summarise
 from pcam_automl.search.worker import SearchEnd, n_finished_of, run_worker
@@ -22,11 +23,14 @@ from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.engine import RungResult
 
 
-def run_search(name: str, url: str | None, asked: Asked, *, n_trials: int, timeout_s: float | None, as_json: bool) -> None:
+def run_search(
+    name: str, url: str | None, asked: Asked, *, n_trials: int, timeout_s: float | None, as_json: bool
+) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones."""
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with stop_signal("every finished trial is stored; the same command goes on") as stop:
+    go_on = "every finished trial is stored; the same command goes on"
+    with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
         device = choose_device(asked.device)
@@ -46,10 +50,17 @@ def print_plan(opened: OpenStudy, n_trials: int) -> None:
     rungs = " -> ".join(f"{views:,} views of {subset:,} patches" for views, subset in settings.rungs)
     done = n_finished_of(opened.study)
     terminal.say(f"study {opened.name}: {done} of {n_trials} trials finished; data {opened.store.root}")
-    terminal.say(f"  split: {plan['n_train']:,} patches train, {plan['n_valid']:,} validate ({settings.n_score:,} of them at each rung)"
-                 + (f", holdout {settings.holdout:.0%}" if settings.holdout else ""))
-    terminal.say(f"  a trial: {rungs}" + (f", at most about {terminal.duration(settings.cap_s)} on {plan['device']}" if settings.cap_s else ""))
-    speeds = ", ".join(f"{name} {rate:,.0f}" for name, rate in sorted(plan["images_per_s"].items(), key=lambda pair: -pair[1]))
+    terminal.say(
+        f"  split: {plan['n_train']:,} patches train, {plan['n_valid']:,} validate ({settings.n_score:,} of them at each rung)"
+        + (f", holdout {settings.holdout:.0%}" if settings.holdout else "")
+    )
+    terminal.say(
+        f"  a trial: {rungs}"
+        + (f", at most about {terminal.duration(settings.cap_s)} on {plan['device']}" if settings.cap_s else "")
+    )
+    speeds = ", ".join(
+        f"{name} {rate:,.0f}" for name, rate in sorted(plan["images_per_s"].items(), key=lambda pair: -pair[1])
+    )
     terminal.say(f"  training images/s at {plan['planned_px']} px: {speeds}")
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
@@ -66,7 +77,9 @@ class _SearchShow:
         self._score = ""
 
     def watch(self) -> Watch:
-        return Watch(begins=self._begins, views=lambda n: self.bars.step(self.trial, n), rung=self._rung, note=terminal.say)
+        return Watch(
+            begins=self._begins, views=lambda n: self.bars.step(self.trial, n), rung=self._rung, note=terminal.say
+        )
 
     def _begins(self, number: int, recipe: Recipe, views: int) -> None:
         self._name = f"trial {number} {recipe.backbone}"
@@ -95,7 +108,9 @@ def trial_line(trial: FrozenTrial) -> str:
     return text
 
 
-def _print_end(opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int, url: str | None, as_json: bool) -> None:
+def _print_end(
+    opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int, url: str | None, as_json: bool
+) -> None:
     summary = summarise(opened.study, opened.settings)
     if as_json:
         terminal.print_json({**summary.to_json(), "wall_s": round(seconds, 1), "ended": end.why})
@@ -109,8 +124,12 @@ def _print_end(opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int,
         terminal.say(f"{done} of {n_trials} trials finished; other processes hold the rest")
     if summary.best is not None:
         options = command_options(opened.name, url)
-        terminal.result(f"best: trial {summary.best['number']}, validation AUC {summary.best['auc']:.4f} ({terminal.duration(seconds)})")
-        terminal.say(f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission")
+        terminal.result(
+            f"best: trial {summary.best['number']}, validation AUC {summary.best['auc']:.4f} ({terminal.duration(seconds)})"
+        )
+        terminal.say(
+            f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission"
+        )
 
 
 def command_options(name: str | None, url: str | None) -> str:
@@ -122,7 +141,8 @@ def command_options(name: str | None, url: str | None) -> str:
 def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     """Print a study's counts, best trial, importances and seconds."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study, settings = load_study(name, url)
+    with storage_faults(storage_url(url)):
+        study, settings = load_study(name, url)
     summary = summarise(study, settings)
     if as_json:
         terminal.print_json(summary.to_json())
@@ -139,10 +159,19 @@ def _print_summary(summary: Summary) -> None:
         terminal.result("no complete trial yet")
     else:
         best: dict[str, Any] = summary.best
-        terminal.result(f"best: trial {best['number']}, validation AUC {best['auc']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}")
+        terminal.result(
+            f"best: trial {best['number']}, validation AUC {best['auc']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
+        )
         recipe = best["recipe"] or {}
         varied = [name for name in recipe if name in best["params"] or name in ("pretrained", "views", "input_size")]
-        terminal.table("its recipe (what the search varied)", ("field", "value"), [(name, f"{recipe[name]:.4g}" if isinstance(recipe[name], float) else str(recipe[name])) for name in varied])
+        terminal.table(
+            "its recipe (what the search varied)",
+            ("field", "value"),
+            [
+                (name, f"{recipe[name]:.4g}" if isinstance(recipe[name], float) else str(recipe[name]))
+                for name in varied
+            ],
+        )
     if summary.importances:
         rows = [(name, f"{share:.1%}", "█" * round(30 * share)) for name, share in summary.importances.items()]
         terminal.table("what mattered (PED-ANOVA share of the variance)", ("parameter", "share", ""), rows)
@@ -157,7 +186,9 @@ def run_dashboard(url: str | None, *, host: str, port: int) -> None:
     url = storage_url(url)
     check_port(host, port)
     if host not in ("127.0.0.1", "localhost", "::1"):
-        terminal.say(f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies")
+        terminal.say(
+            f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies"
+        )
     with stop_signal("nothing was lost"):
         terminal.result(f"dashboard of {safe_url(url)}: http://{host}:{port}/  (Ctrl-C ends it)")
         serve_dashboard(url, host=host, port=port, artifacts=studies_folder(url) / "artifacts")

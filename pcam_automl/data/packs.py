@@ -41,7 +41,9 @@ def find_pack(
     """
     if is_pack(path):
         if groups is not None or domains is not None:
-            raise DataError(f"{path} is a finished pack: --groups and --domains are given when it is made (pcam-automl prepare RAW --groups ...)")
+            raise DataError(
+                f"{path} is a finished pack: --groups and --domains are given when it is made (pcam-automl prepare RAW --groups ...)"
+            )
         return open_store(path)
     source = open_source(path, groups=groups, domains=domains)
     for note in source.notes:
@@ -49,7 +51,10 @@ def find_pack(
     target = packs / fingerprint(source)[:16]
     if is_pack(target):
         return open_store(target)
-    with locked(packs / f".{target.name}.lock", busy=f"another process is packing {path} into {target}; wait for it, then repeat the command"):
+    with locked(
+        packs / f".{target.name}.lock",
+        busy=f"another process is packing {path} into {target}; wait for it, then repeat the command",
+    ):
         if is_pack(target):
             return open_store(target)
         say(f"packing {len(source.ids):,} patches once into {target}")

@@ -118,7 +118,9 @@ def _notes(known: NDArray[np.bool_], official: bool) -> tuple[str, ...]:
             "WARNING: no slide ids (--groups CSV): patches of one slide fall on both sides of the split, so validation will be optimistic",
         )
     if not known.all():
-        return (f"{int((~known).sum()):,} of {len(known):,} patches have no slide id; each counts as a slide of its own",)
+        return (
+            f"{int((~known).sum()):,} of {len(known):,} patches have no slide id; each counts as a slide of its own",
+        )
     return ()
 
 
@@ -145,7 +147,9 @@ def joined_groups(group: NDArray[np.int32], digest: NDArray[np.uint8]) -> NDArra
 
 def _strata(label: NDArray[np.int8], domain: NDArray[np.int32]) -> NDArray[np.int64]:
     """Label x domain as one code: StratifiedGroupKFold alone left a third of the folds without the rare domain."""
-    return np.unique(label.astype(np.int64) + 2 * (domain.astype(np.int64) + 1), return_inverse=True)[1].astype(np.int64)
+    return np.unique(label.astype(np.int64) + 2 * (domain.astype(np.int64) + 1), return_inverse=True)[1].astype(
+        np.int64
+    )  # type: ignore[no-any-return]
 
 
 def _folds(stratum: Rows, group: Rows, n_folds: int, seed: int) -> NDArray[np.int8]:
@@ -154,16 +158,24 @@ def _folds(stratum: Rows, group: Rows, n_folds: int, seed: int) -> NDArray[np.in
 
     n_groups = len(np.unique(group))
     if n_groups < n_folds:
-        raise DataError(f"a split into {n_folds} folds needs at least {n_folds} slides, got {n_groups}; check the groups table")
+        raise DataError(
+            f"a split into {n_folds} folds needs at least {n_folds} slides, got {n_groups}; check the groups table"
+        )
     single = n_groups == len(group)
     make = StratifiedKFold if single else StratifiedGroupKFold
     fold = np.zeros(len(group), np.int8)
     with warnings.catch_warnings():  # a stratum smaller than the number of folds is no fault here
         warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)
         try:
-            parts = list(make(n_folds, shuffle=True, random_state=seed).split(np.zeros(len(group)), stratum, None if single else group))
+            parts = list(
+                make(n_folds, shuffle=True, random_state=seed).split(
+                    np.zeros(len(group)), stratum, None if single else group
+                )
+            )
         except ValueError as fault:
-            raise DataError(f"the labelled patches cannot be split into {n_folds} folds ({fault}); add slides or patches") from None
+            raise DataError(
+                f"the labelled patches cannot be split into {n_folds} folds ({fault}); add slides or patches"
+            ) from None
     for number, (_, members) in enumerate(parts):
         fold[members] = number
     return fold
@@ -176,12 +188,13 @@ def _holdout(stratum: Rows, group: Rows, share: float, seed: int, among: NDArray
     if n_parts < 2:
         raise DataError(f"--holdout {share:g} needs at least 2 slides, got {n_parts}")
     part = _folds(stratum[free], group[free], n_parts, seed + 1)
-    wanted, taken, parts = share * len(free), 0, []
+    wanted, taken = share * len(free), 0
+    parts: list[int] = []
     for number in np.random.default_rng([seed, 7]).permutation(n_parts):
         size = int((part == number).sum())
         if parts and abs(taken + size - wanted) > abs(taken - wanted):
             continue
-        parts.append(number)
+        parts.append(int(number))
         taken += size
     return np.asarray(free[np.isin(part, parts)], np.int64)
 
@@ -191,7 +204,9 @@ def _check_classes(fold: NDArray[np.int8], label: NDArray[np.int8]) -> None:
         classes = np.unique(label[fold == number])
         if len(classes) < 2:
             name = "the holdout" if number == HOLDOUT else f"fold {number}"
-            raise DataError(f"{name} would hold label {classes[0]} only: too few slides for each label; add slides, or leave --groups out")
+            raise DataError(
+                f"{name} would hold label {classes[0]} only: too few slides for each label; add slides, or leave --groups out"
+            )
 
 
 def nested_order(stratum: Rows, group: Rows, seed: int) -> Rows:
@@ -233,8 +248,14 @@ def write_split(split: Split, path: Path) -> None:
     """Write a split as ``.npz`` without pickles, whole or not at all."""
     with written_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(
-            file, format=np.array(FORMAT), fold=split.fold, order=split.order, seed=np.array(split.seed),
-            grouped=np.array(split.grouped), notes=np.array(split.notes, dtype=np.str_), hash=np.array(split.hash),
+            file,
+            format=np.array(FORMAT),
+            fold=split.fold,
+            order=split.order,
+            seed=np.array(split.seed),
+            grouped=np.array(split.grouped),
+            notes=np.array(split.notes, dtype=np.str_),
+            hash=np.array(split.hash),
         )
 
 
@@ -248,10 +269,14 @@ def load_split(path: Path) -> Split:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             if str(file["format"]) != FORMAT:
                 raise DataError(f"{path} has format {str(file['format'])!r}, this version reads {FORMAT!r}")
-            split = Split(file["fold"], file["order"], int(file["seed"]), bool(file["grouped"]), tuple(file["notes"].tolist()))
+            split = Split(
+                file["fold"], file["order"], int(file["seed"]), bool(file["grouped"]), tuple(file["notes"].tolist())
+            )
             expected = str(file["hash"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as fault:
         raise DataError(f"{path} is not a readable split ({type(fault).__name__}: {str(fault)[:100]})") from None
     if split.hash != expected:
-        raise DataError(f"{path} has changed since it was written: its hash is {split.hash[:12]}, it was {expected[:12]}")
+        raise DataError(
+            f"{path} has changed since it was written: its hash is {split.hash[:12]}, it was {expected[:12]}"
+        )
     return split

@@ -40,8 +40,10 @@ def check_backbone(name: str) -> None:
         known = timm.list_models()
         raise RecipeError(f"recipe.backbone must be a timm model name, got {name!r}{did_you_mean(architecture, known)}")
     if tag and not timm.models.is_model_pretrained(name):
-        tags = [known for known in timm.list_pretrained(f"{architecture}.*")]
-        raise RecipeError(f"recipe.backbone: {architecture} has no weights tag {tag!r}{did_you_mean(name, tags)}; drop the tag")
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise RecipeError(
+            f"recipe.backbone: {architecture} has no weights tag {tag!r}{did_you_mean(name, tags)}; drop the tag"
+        )
 
 
 def normalisation(name: str) -> Normalisation:
@@ -50,21 +52,22 @@ def normalisation(name: str) -> Normalisation:
     config = timm.get_pretrained_cfg(name)
     if config is None:
         return Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    return Normalisation(tuple(config.mean), tuple(config.std))
+    (r, g, b), (sr, sg, sb) = config.mean, config.std
+    return Normalisation((r, g, b), (sr, sg, sb))
 
 
 def _create(name: str, px: int, **options: Any) -> nn.Module:
-    """timm's factory; networks with a fixed input size are asked for a dynamic one, or for ``px``."""
+    """Timm's factory; networks with a fixed input size are asked for a dynamic one, or for ``px``."""
     config = timm.get_pretrained_cfg(name)
     sizes: list[dict[str, Any]] = [{}]
     if config is not None and config.fixed_input_size:
         sizes = [{"dynamic_img_size": True, "dynamic_img_pad": True}, {"img_size": px}, {}]
     for size in sizes[:-1]:
         try:
-            return timm.create_model(name, num_classes=1, **size, **options)  # type: ignore[no-any-return]
+            return timm.create_model(name, num_classes=1, **size, **options)
         except TypeError:  # this architecture does not take that option
             continue
-    return timm.create_model(name, num_classes=1, **sizes[-1], **options)  # type: ignore[no-any-return]
+    return timm.create_model(name, num_classes=1, **sizes[-1], **options)
 
 
 @functools.cache
@@ -129,7 +132,9 @@ def build_network(recipe: Recipe, weights: Weights, *, seed: int) -> nn.Module:
     if recipe.pretrained and weights.kind == "folder":
         load_folder_weights(network, recipe.backbone, weights)
     elif recipe.pretrained and weights.kind == "none":
-        raise RecipeError(f"recipe.pretrained is true for {recipe.backbone}, but weights are 'none'; give --weights hub or a folder")
+        raise RecipeError(
+            f"recipe.pretrained is true for {recipe.backbone}, but weights are 'none'; give --weights hub or a folder"
+        )
     return network
 
 

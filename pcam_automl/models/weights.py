@@ -68,7 +68,9 @@ def decide_weights(text: str, *, timeout_s: float = HUB_TIMEOUT_S) -> tuple[Weig
         if fault is None:
             return Weights("hub"), "weights: pretrained, from timm's hub"
         if text == "auto":
-            return Weights("none"), f"weights: FROM SCRATCH, since timm's hub did not answer ({fault}); --weights DIR uses a local folder"
+            return Weights(
+                "none"
+            ), f"weights: FROM SCRATCH, since timm's hub did not answer ({fault}); --weights DIR uses a local folder"
         raise RecipeError(
             f"--weights hub: timm's hub did not answer within {timeout_s:g} s ({fault}); "
             "check the network, or give --weights DIR (safetensors named after the timm model) or --weights none"
@@ -128,13 +130,24 @@ def load_folder_weights(network: nn.Module, backbone: str, weights: Weights) -> 
     classifier = {f"{name}.{leaf}" for name in _classifier_names(network) for leaf in ("weight", "bias")}
     expected = network.state_dict()
     wrong = [
-        name for name, tensor in expected.items()
-        if name not in classifier and (name not in tensors or tensors[name].shape != tensor.shape)
+        name
+        for name, tensor in expected.items()
+        if name not in classifier
+        and (name not in tensors or tensors[name].shape != tensor.shape)
         and not name.endswith("num_batches_tracked")
     ]
     if wrong:
-        raise RecipeError(f"{file} does not fit timm's {backbone}: {len(wrong)} tensors are missing or of another shape ({first_few(wrong, 3)})")
-    network.load_state_dict({name: tensors[name].to(expected[name].dtype) for name in expected if name in tensors and name not in classifier}, strict=False)
+        raise RecipeError(
+            f"{file} does not fit timm's {backbone}: {len(wrong)} tensors are missing or of another shape ({first_few(wrong, 3)})"
+        )
+    network.load_state_dict(
+        {
+            name: tensors[name].to(expected[name].dtype)
+            for name in expected
+            if name in tensors and name not in classifier
+        },
+        strict=False,
+    )
 
 
 def _classifier_names(network: nn.Module) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ class Objective:
     device: torch.device
     stop: Callable[[], None] = lambda: None
     watch: Watch = field(default_factory=Watch)
-    begun: Callable[[Slot, int, str], None] = lambda slot, number, lineage: None
+    begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
     interrupted: Interrupted | None = None
 

@@ -167,6 +167,15 @@ def storage_fault(url: str, fault: Exception) -> StudyError:
     return StudyError(f"storage {shown} cannot be used: {text}; check host, port, user, password and database name")
 
 
+@contextmanager
+def storage_faults(url: str) -> Iterator[None]:
+    """Turn a database error inside the block into a one-line :class:`StudyError` without the URL's password."""
+    try:
+        yield
+    except (StorageInternalError, sa.exc.SQLAlchemyError) as fault:
+        raise storage_fault(url, fault) from fault
+
+
 # --- retries ---------------------------------------------------------------------------------------------------------
 
 

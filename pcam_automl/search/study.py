@@ -25,8 +25,10 @@ from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space, parse_space
-from pcam_automl.search.storage import open_storage, quiet_experimental, safe_url
+from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
+from pcam_automl.search.storage_url import safe_url
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
@@ -109,7 +111,7 @@ def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySe
     """
     url = storage_url(url)
     check_study_name(name)
-    storage = open_storage(url)
+    storage = open_storage(url, create=False)
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -225,6 +227,7 @@ def create_or_open_study(
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
+    Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
     with quiet_experimental():
         study.set_metric_names(["validation ROC AUC"])
     write_split(split, folder / "split.npz")

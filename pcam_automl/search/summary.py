@@ -39,9 +39,15 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "study": self.study, "states": self.states, "finished": self.states.get("complete", 0) + self.states.get("pruned", 0),
-            "best": self.best, "importances": self.importances, "importances_note": self.importances_note,
-            "seconds": self.seconds, "errors": self.errors, "settings": self.settings.model_dump(mode="json", exclude={"space"}),
+            "study": self.study,
+            "states": self.states,
+            "finished": self.states.get("complete", 0) + self.states.get("pruned", 0),
+            "best": self.best,
+            "importances": self.importances,
+            "importances_note": self.importances_note,
+            "seconds": self.seconds,
+            "errors": self.errors,
+            "settings": self.settings.model_dump(mode="json", exclude={"space"}),
         }
 
 
@@ -58,16 +64,27 @@ def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     importances, note = _importances(study, trials)
     best = best_of(trials)
     return Summary(
-        study.study_name, states, None if best is None else _best(best), importances, note,
-        round(sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials), 1), errors_of(trials), settings,
+        study.study_name,
+        states,
+        None if best is None else _best(best),
+        importances,
+        note,
+        round(sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials), 1),
+        errors_of(trials),
+        settings,
     )
 
 
 def _best(trial: FrozenTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
     return {
-        "number": trial.number, "auc": trial.value, "params": trial.params, "recipe": json.loads(attrs["recipe"]) if "recipe" in attrs else None,
-        "seconds": attrs.get("seconds"), "images_per_s": attrs.get("images_per_s"), "device": attrs.get("device"),
+        "number": trial.number,
+        "auc": trial.value,
+        "params": trial.params,
+        "recipe": json.loads(attrs["recipe"]) if "recipe" in attrs else None,
+        "seconds": attrs.get("seconds"),
+        "images_per_s": attrs.get("images_per_s"),
+        "device": attrs.get("device"),
     }
 
 

@@ -106,14 +106,15 @@ def n_finished_of(study: optuna.Study) -> int:
 
 def settle_lost(study: optuna.Study, slots: Slots) -> None:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back."""
-    slots.adopt([t.number for t in study.get_trials(deepcopy=False, states=FINISHED)])
-    for slot in slots.reap(lambda owner: owner_alive(owner) is not False):
-        if slot.trial_number is None:
+    trials = study.get_trials(deepcopy=False)
+    slots.adopt([t.number for t in trials if t.state in FINISHED])
+    for slot in slots.all():  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
+        if slot.state != "claimed" or slot.owner is None or owner_alive(slot.owner) is not False:
             continue
-        row = study.get_trials(deepcopy=False)[slot.trial_number]
-        if row.state == TrialState.RUNNING:
-            study._storage.set_trial_user_attr(row._trial_id, "reason", "worker lost")
-            study.tell(slot.trial_number, state=TrialState.FAIL)
+        if slot.trial_number is not None and trials[slot.trial_number].state == TrialState.RUNNING:
+            study._storage.set_trial_user_attr(trials[slot.trial_number]._trial_id, "reason", "worker lost")
+            study.tell(slot.trial_number, state=TrialState.FAIL, skip_if_finished=True)
+    slots.reap(owner_alive)
 
 
 def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:

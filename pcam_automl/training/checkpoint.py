@@ -24,7 +24,12 @@ FORMAT = "pcam-automl checkpoint 1"
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``<parameter number>.<name>`` -> tensor."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": torch.as_tensor(value) for number, slots in state.items() for name, value in slots.items() if value is not None}
+    return {
+        f"{number}.{name}": torch.as_tensor(value)
+        for number, slots in state.items()
+        for name, value in slots.items()
+        if value is not None
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -34,11 +39,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = tensor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, slots in state.items():
-        like = parameters[number]
-        for name, tensor in slots.items():
+    for index, moments in state.items():
+        like = parameters[index]
+        for name, tensor in moments.items():
             if tensor.shape == like.shape:
-                slots[name] = torch.empty_like(like).copy_(tensor)
+                moments[name] = torch.empty_like(like).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -79,11 +84,15 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
                 raise BundleError(f"{file} has changed since it was written (its SHA-256 differs)")
             parts[file.stem] = load_file(file)
     except (OSError, ValueError, KeyError) as fault:
-        raise BundleError(f"{folder} is not a complete checkpoint ({type(fault).__name__}: {str(fault)[:100]})") from None
+        raise BundleError(
+            f"{folder} is not a complete checkpoint ({type(fault).__name__}: {str(fault)[:100]})"
+        ) from None
     return parts, state
 
 
-def newest_checkpoint(root: Path, *, note: Any = None) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+def newest_checkpoint(
+    root: Path, *, note: Any = None
+) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """The newest readable checkpoint ``<root>/<number>``; unreadable ones are reported through ``note`` and passed over."""
     numbered = sorted((int(f.name), f) for f in root.iterdir() if f.name.isdigit()) if root.is_dir() else []
     for _, folder in reversed(numbered):

@@ -66,9 +66,13 @@ def choose_device(text: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {text!r}{did_you_mean(kind, ['auto', 'cpu', 'cuda'])}")
+        raise InputError(
+            f"--device must be auto, cpu, cuda or cuda:N, got {text!r}{did_you_mean(kind, ['auto', 'cpu', 'cuda'])}"
+        )
     if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {text}: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto")
+        raise InputError(
+            f"--device {text}: torch {torch.__version__} finds no CUDA device here; use --device cpu or auto"
+        )
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {text}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device("cpu")

@@ -31,7 +31,13 @@ from pcam_automl.errors import TrainingDiverged
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import Normalisation, classifier_parameters
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.checkpoint import keep_newest, newest_checkpoint, optimizer_tensors, restore_optimizer, write_checkpoint
+from pcam_automl.training.checkpoint import (
+    keep_newest,
+    newest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    write_checkpoint,
+)
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.optim import WeightAverage, build_optimizer, decay_branch, one_cycle, set_lr, warm_up
 from pcam_automl.training.scoring import logits_of_rows
@@ -106,8 +112,14 @@ class Training:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def train(
-        self, stream: ViewStream, first: int, last: int, lr_share: Callable[[int], float], frozen_until: float,
-        stop: Callable[[], None], progress: ProgressCall,
+        self,
+        stream: ViewStream,
+        first: int,
+        last: int,
+        lr_share: Callable[[int], float],
+        frozen_until: float,
+        stop: Callable[[], None],
+        progress: ProgressCall,
     ) -> tuple[float, float]:
         """Steps over the views [first, last), each of exactly ``batch_size``; returns (mean loss, seconds)."""
         batch_size = self.recipe.batch_size
@@ -156,8 +168,12 @@ class Training:
         for cut in range(0, len(rows), self.micro_batch):
             part, part_views = rows[cut : cut + self.micro_batch], views[cut : cut + self.micro_batch]
             images = augment(  # (b, 3, S, S) uint8 -> (b, 3, px, px) float
-                data.patches.gather(part), draw(self._spec, self.key, part_views), self._spec,
-                data.normalisation.mean, data.normalisation.std, dtype=torch.float32,
+                data.patches.gather(part),
+                draw(self._spec, self.key, part_views),
+                self._spec,
+                data.normalisation.mean,
+                data.normalisation.std,
+                dtype=torch.float32,
             )
             target = self._label[torch.from_numpy(part).to(self._label.device)]
             target = target * (1.0 - smoothing) + 0.5 * smoothing
@@ -187,8 +203,14 @@ class Training:
             self.average.swap()
         try:
             return logits_of_rows(
-                self.network, self.data.patches, rows, crop_size=self.recipe.crop_size, out_px=self.recipe.network_px,
-                normalisation=self.data.normalisation, compute=self.compute, stop=stop,
+                self.network,
+                self.data.patches,
+                rows,
+                crop_size=self.recipe.crop_size,
+                out_px=self.recipe.network_px,
+                normalisation=self.data.normalisation,
+                compute=self.compute,
+                stop=stop,
             )
         finally:
             if self.average is not None:
@@ -239,7 +261,9 @@ def check_finite(loss: Tensor) -> None:
 
 def is_out_of_memory(fault: BaseException) -> bool:
     """CUDA's out-of-memory error, or the CPU allocator's (a plain RuntimeError)."""
-    return isinstance(fault, torch.OutOfMemoryError) or "not enough memory" in str(fault) or "out of memory" in str(fault)
+    return (
+        isinstance(fault, torch.OutOfMemoryError) or "not enough memory" in str(fault) or "out of memory" in str(fault)
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -310,11 +334,22 @@ def fit(
         ema_updates = training.average.n_updates if training.average else 0
         lr = recipe.lr * lr_share(max(stable - 1, 0))
         if wsd and stable < rung.views:
-            branch_loss, branch_s = training.train(stream, stable, rung.views, branch_share, frozen_until, stop, progress)
+            branch_loss, branch_s = training.train(
+                stream, stable, rung.views, branch_share, frozen_until, stop, progress
+            )
             loss, seconds, n_views = branch_loss, seconds + branch_s, rung.views - start
         score, score_loss = training.score(stop)
-        result = RungResult(index, rung.views, rung.subset, score, score_loss, loss, time.perf_counter() - began,
-                            n_views / seconds if seconds > 0 else 0.0, lr)
+        result = RungResult(
+            index,
+            rung.views,
+            rung.subset,
+            score,
+            score_loss,
+            loss,
+            time.perf_counter() - began,
+            n_views / seconds if seconds > 0 else 0.0,
+            lr,
+        )
         training.results.append(result)
         if kept is not None and not last:
             training.restore(kept, views=stable, ema_updates=ema_updates)
@@ -329,13 +364,20 @@ def save(training: Training, root: Path, index: int) -> None:
     if training.average is None:
         parts.pop("ema", None)
     write_checkpoint(
-        root / str(index), parts=parts,
+        root / str(index),
+        parts=parts,
         state={
-            "rung": index, "views": training.views, "key": training.key, "recipe": training.recipe.hash,
-            "compute": training.compute.to_json(), "micro_batch": training.micro_batch,
+            "rung": index,
+            "views": training.views,
+            "key": training.key,
+            "recipe": training.recipe.hash,
+            "compute": training.compute.to_json(),
+            "micro_batch": training.micro_batch,
             "ema_updates": training.average.n_updates if training.average else 0,
-            "param_groups": [{k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
-                             for g in training.optimizer.param_groups],
+            "param_groups": [
+                {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
+                for g in training.optimizer.param_groups
+            ],
             "results": [asdict(result) for result in training.results],
         },
     )

@@ -26,7 +26,9 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
         return torch.optim.Adam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.beta1, nesterov=recipe.beta1 > 0, fused=True)
-    return torch.optim.RMSprop(groups, lr=recipe.lr, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, foreach=True)
+    return torch.optim.RMSprop(
+        groups, lr=recipe.lr, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, foreach=True
+    )
 
 
 def one_cycle(progress: float, *, warmup: float) -> float:

@@ -39,14 +39,16 @@ class SpeedBook:
     def compute_for(self, recipe: Recipe, device: torch.device) -> Compute:
         """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images."""
         batch = self.probe_batch(recipe, device)
-        key = "/".join(
-            [recipe.backbone, str(recipe.network_px), str(batch), device_name(device), torch.__version__]
-        )
+        key = "/".join([recipe.backbone, str(recipe.network_px), str(batch), device_name(device), torch.__version__])
         if key not in self._known:
             bare = recipe.model_copy(update={"pretrained": False})
             compute = measure(lambda: build_network(bare, Weights("none"), seed=0), recipe.network_px, batch, device)
             self._read()  # another worker may have written meanwhile
-            self._known[key] = {"precision": compute.precision, "channels_last": compute.channels_last, "step_s": compute.step_s}
+            self._known[key] = {
+                "precision": compute.precision,
+                "channels_last": compute.channels_last,
+                "step_s": compute.step_s,
+            }
             write_json(self.file, self._known)
         return Compute(str(device), **self._known[key])  # type: ignore[arg-type]
 

@@ -11,7 +11,13 @@ from safetensors.torch import save_file
 
 from pcam_automl.errors import RecipeError
 from pcam_automl.models import weights as weights_module
-from pcam_automl.models.factory import build_network, check_backbone, classifier_parameters, normalisation, smallest_input
+from pcam_automl.models.factory import (
+    build_network,
+    check_backbone,
+    classifier_parameters,
+    normalisation,
+    smallest_input,
+)
 from pcam_automl.models.weights import Weights, decide_weights, parse_weights
 from pcam_automl.recipe import Recipe
 
@@ -23,7 +29,9 @@ def tiny_weights(folder: Path, name: str = f"{TINY}.safetensors") -> Path:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5)
     state = timm.create_model(TINY, num_classes=1000).state_dict()
-    save_file({key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}, folder / name)
+    save_file(
+        {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()}, folder / name
+    )
     return folder
 
 
@@ -72,7 +80,9 @@ def test_folder_weights_are_loaded_but_for_the_classifier(tmp_path: Path) -> Non
     names = [key for key, p in network.named_parameters() if id(p) not in head]
     assert all(torch.equal(state[key], expected[key].half().float()) for key in names)
     assert state[names[0]].dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(classifier_parameters(network), classifier_parameters(fresh), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(classifier_parameters(network), classifier_parameters(fresh), strict=True)
+    )
 
 
 def test_a_tagged_file_comes_before_an_untagged_one(tmp_path: Path) -> None:
@@ -105,7 +115,7 @@ def test_auto_falls_back_visibly_and_hub_is_an_error(monkeypatch: pytest.MonkeyP
     assert source == SCRATCH
     assert "FROM SCRATCH" in text
     assert "HF_HUB_OFFLINE" in text
-    with pytest.raises(RecipeError, match="--weights hub: timm's hub did not answer .*--weights none"):
+    with pytest.raises(RecipeError, match=r"--weights hub: timm's hub did not answer .*--weights none"):
         decide_weights("hub")
     monkeypatch.setattr(weights_module, "hub_fault", lambda timeout_s: None)
     assert decide_weights("auto")[0] == Weights("hub")

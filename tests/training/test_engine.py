@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, easy_patches
+from easy_set import TINY, easy_patches
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,19 +23,33 @@ from pcam_automl.training.engine import Rung, Training, TrainingData, fit, is_ou
 
 CPU = torch.device("cpu")
 RUNGS = (Rung(64, 40), Rung(128, 60), Rung(192, 60))
-RECIPE = Recipe(backbone=TINY, crop_size=32, batch_size=16, schedule="wsd", decay=0.25, dropout=0.2, lr=2e-3, ema=0.9, optimizer="adamw")
+RECIPE = Recipe(
+    backbone=TINY,
+    crop_size=32,
+    batch_size=16,
+    schedule="wsd",
+    decay=0.25,
+    dropout=0.2,
+    lr=2e-3,
+    ema=0.9,
+    optimizer="adamw",
+)
 
 
 @pytest.fixture(scope="module")
 def data() -> TrainingData:
     images, label = easy_patches(90, seed=3)
     rows = np.arange(90)
-    return TrainingData(ResidentPatches(torch.from_numpy(images), CPU), label, rows[:60], rows[60:], normalisation(TINY))
+    return TrainingData(
+        ResidentPatches(torch.from_numpy(images), CPU), label, rows[:60], rows[60:], normalisation(TINY)
+    )
 
 
 def start(recipe: Recipe, data: TrainingData, compute: Compute | None = None) -> Training:
     torch.set_num_threads(1)
-    return Training(recipe, build_network(recipe, Weights("none"), seed=recipe.seed), data, compute or Compute("cpu"), key=99)
+    return Training(
+        recipe, build_network(recipe, Weights("none"), seed=recipe.seed), data, compute or Compute("cpu"), key=99
+    )
 
 
 def same(one: Training, two: Training) -> bool:
@@ -80,7 +94,9 @@ def replace_recipe(**changes: object) -> Recipe:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_resumed_from_a_rung_equals_uninterrupted(data: TrainingData, tmp_path: Path, optimizer: str, channels_last: bool) -> None:
+def test_resumed_from_a_rung_equals_uninterrupted(
+    data: TrainingData, tmp_path: Path, optimizer: str, channels_last: bool
+) -> None:
     recipe, compute = replace_recipe(optimizer=optimizer), Compute("cpu", channels_last=channels_last)
     whole = start(recipe, data, compute)
     results = list(fit(whole, RUNGS))
@@ -95,7 +111,9 @@ def test_resumed_from_a_rung_equals_uninterrupted(data: TrainingData, tmp_path: 
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 9, 13])
-def test_one_cycle_killed_at_any_step_ends_in_the_same_weights(data: TrainingData, tmp_path: Path, stop_at: int) -> None:
+def test_one_cycle_killed_at_any_step_ends_in_the_same_weights(
+    data: TrainingData, tmp_path: Path, stop_at: int
+) -> None:
     recipe, rungs = replace_recipe(schedule="one_cycle"), (Rung(60, 60), Rung(120, 60), Rung(180, 60), Rung(240, 60))
     whole = start(recipe, data)
     list(fit(whole, rungs))
@@ -153,7 +171,15 @@ def test_dropping_a_decay_branch_leaves_the_stable_training_untouched(data: Trai
     from pcam_automl.training.optim import warm_up
 
     stream = ViewStream(99, data.train_rows, 0)
-    straight.train(stream, 0, stable_views(RECIPE, rungs[0]), lambda v: warm_up(v, warmup_views=RECIPE.warmup * 64), 0.0, lambda: None, lambda n: None)
+    straight.train(
+        stream,
+        0,
+        stable_views(RECIPE, rungs[0]),
+        lambda v: warm_up(v, warmup_views=RECIPE.warmup * 64),
+        0.0,
+        lambda: None,
+        lambda n: None,
+    )
     assert stable_views(RECIPE, rungs[0]) == 48
     assert len(list(fit(one, rungs))) == 2
     assert set(state) == set(straight.averaged_state())
@@ -205,7 +231,9 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, mo
 
 
 def test_what_is_not_memory_is_not_swallowed(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate"))
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate")
+    )
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     training = start(RECIPE, data)
 

@@ -15,7 +15,14 @@ from pcam_automl.training.optim import WeightAverage, build_optimizer, decay_bra
 def test_one_cycle_is_torchs_at_every_step() -> None:
     n, warmup = 50, 0.3
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=n + 1, pct_start=(warmup * n + 1) / (n + 1), div_factor=25, final_div_factor=400)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=1.0,
+        total_steps=n + 1,
+        pct_start=(warmup * n + 1) / (n + 1),
+        div_factor=25,
+        final_div_factor=400,
+    )
     for step in range(n + 1):
         assert one_cycle(step / n, warmup=warmup) == pytest.approx(torchs.get_last_lr()[0], abs=1e-6)
         if step < n:

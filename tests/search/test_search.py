@@ -1,0 +1,356 @@
+"""Whole searches on a tiny study: exact totals, resuming, failures, contradictions."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from easy_set import write_easy_set
+from optuna.trial import TrialState
+
+from pcam_automl.errors import (
+    DataError,
+    InputError,
+    Interrupted,
+    RecipeError,
+    SearchFailed,
+    StudyError,
+    TrainingDiverged,
+)
+from pcam_automl.recipe import build_recipe
+from pcam_automl.search import objective as objective_module
+from pcam_automl.search.objective import Objective
+from pcam_automl.search.slots import Slots
+from pcam_automl.search.storage import engine_of
+from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study, open_study
+from pcam_automl.search.summary import summarise
+from pcam_automl.search.worker import SearchEnd, n_finished_of, run_worker
+
+CPU = torch.device("cpu")
+
+
+def url_in(folder: Path) -> str:
+    return f"sqlite:///{folder / 'studies' / 's.db'}"
+
+
+def opened_in(folder: Path, asked: Asked, name: str = "tiny") -> OpenStudy:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    opened = create_or_open_study(name, url_in(folder), asked, say=lambda text: None)
+    torch.set_num_threads(1)
+    return opened
+
+
+def search(opened: OpenStudy, n: int, **options: Any) -> SearchEnd:
+    return run_worker(Objective(opened, CPU), n_trials=n, **options)
+
+
+def test_a_search_ends_with_its_total_and_repeated_does_nothing(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    assert search(opened, 3) == SearchEnd(3, "done")
+    assert search(opened_in(tmp_path, Asked()), 3) == SearchEnd(0, "done")
+    assert search(opened_in(tmp_path, Asked()), 4) == SearchEnd(1, "done")
+    trials = opened.study.get_trials()
+    assert [t.number for t in trials] == [0, 1, 2, 3]
+    assert {t.state for t in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_a_trial_carries_everything_that_it_takes_to_repeat_it(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    search(opened, 1)
+    (trial,) = opened.study.get_trials()
+    attrs = trial.user_attrs
+    recipe = build_recipe(json.loads(attrs["recipe"]))
+    assert recipe.lr == trial.params["lr"]
+    assert recipe.backbone == trial.params["backbone"]
+    assert (recipe.crop_size, recipe.schedule, recipe.views) == (32, "wsd", 192)
+    assert attrs["split_hash"] == opened.split.hash
+    assert list(trial.intermediate_values) == [views for views, _ in opened.settings.rungs] == [21, 64, 192]
+    assert trial.value == trial.intermediate_values[192]
+    assert [rung["views"] for rung in attrs["rungs"]] == [21, 64, 192]
+    assert attrs["versions"]["torch"] == torch.__version__.partition("+")[0]
+    for name in ("seconds", "images_per_s", "peak_memory_bytes", "n_parameters"):
+        assert attrs[name] > 0
+    assert (attrs["slot"], attrs["lineage"], attrs["reason"]) == (0, "0", "complete")
+
+
+def test_trial_0_is_the_known_good_recipe(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    search(opened, 1)
+    assert opened.study.trials[0].params["lr"] == pytest.approx(1e-3)
+
+
+def test_same_seed_same_study_other_seed_another(tmp_path: Path, asked: Asked) -> None:
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        opened = opened_in(tmp_path / str(number), replace(asked, seed=seed, views=64))
+        search(opened, 3)
+        runs.append([(t.params, t.value) for t in opened.study.get_trials()])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def _search_in_process(folder: str, n: int) -> None:
+    search(opened_in(Path(folder), Asked()), n)
+
+
+def test_the_total_is_exact_with_three_processes(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_search_in_process, args=(str(tmp_path), 7)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert n_finished_of(opened.study) == len(opened.study.trials) == 7
+
+
+def test_an_interrupted_trial_goes_on_from_its_last_rung_in_the_same_slot(tmp_path: Path, asked: Asked) -> None:
+    whole = opened_in(tmp_path / "whole", asked)
+    search(whole, 1)
+    opened = opened_in(tmp_path / "cut", asked)
+    objective = Objective(opened, CPU)
+
+    def stop() -> None:
+        trials = opened.study.get_trials(deepcopy=False)
+        if trials and len(trials[-1].intermediate_values) == 2:
+            raise Interrupted("enough", 15)
+
+    objective.stop = stop
+    with pytest.raises(Interrupted):
+        run_worker(objective, n_trials=1)
+    assert [t.state for t in opened.study.get_trials()] == [TrialState.FAIL]
+    assert opened.study.get_trials()[0].user_attrs["reason"] == "interrupted"
+    seen: list[int] = []
+    again = Objective(opened, CPU)
+    again.watch.views = seen.append
+    run_worker(again, n_trials=1)
+    first, second = opened.study.get_trials()
+    assert second.state == TrialState.COMPLETE
+    assert (second.user_attrs["lineage"], second.user_attrs["slot"]) == ("0", 0)
+    assert second.params == first.params
+    assert second.value == whole.study.trials[0].value
+    assert second.intermediate_values == whole.study.trials[0].intermediate_values
+    assert sum(seen) < 192, "the first two rungs were computed again"
+
+
+def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    slots = Slots(engine_of(opened.study), opened.name)
+    dead = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(str(tmp_path),))
+    dead.start()
+    dead.join(60)
+    assert dead.exitcode == -9
+    assert [t.state for t in opened.study.get_trials()] == [TrialState.RUNNING]
+    search(opened, 2)
+    states = [t.state for t in opened.study.get_trials()]
+    assert states[0] == TrialState.FAIL
+    assert opened.study.get_trials()[0].user_attrs["reason"] == "worker lost"
+    assert n_finished_of(opened.study) == 2
+    assert slots.counts()["done"] == 2
+
+
+def _claim_and_die(folder: str) -> None:
+    import os
+    import signal
+
+    objective = Objective(opened_in(Path(folder), Asked()), CPU)
+    objective.watch.rung = lambda number, result: os.kill(os.getpid(), signal.SIGKILL)
+    run_worker(objective, n_trials=1)
+
+
+def test_failing_trials_are_recorded_and_stop_the_search_in_the_end(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(objective_module, "build_network", broken)
+    opened = opened_in(tmp_path, asked)
+    with pytest.raises(SearchFailed, match=r"10 trials failed.*10 times: RuntimeError: no kernel image"):
+        search(opened, 2)
+    trials = opened.study.get_trials()
+    assert [t.state for t in trials] == [TrialState.FAIL] * 10
+    assert trials[0].params != trials[1].params, "a failed slot must not repeat the recipe that failed"
+    assert summarise(opened.study, opened.settings).errors[0].startswith("error: RuntimeError")
+
+
+def test_one_failing_trial_does_not_stop_the_search(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, calls = objective_module.build_network, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a cosmic ray")
+        return build(*args, **options)
+
+    monkeypatch.setattr(objective_module, "build_network", once)
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    assert search(opened, 2) == SearchEnd(2, "done")
+    assert [t.state == TrialState.FAIL for t in opened.study.get_trials()] == [True, False, False]
+
+
+def test_a_diverged_training_ends_as_pruned_with_its_reason(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: object, **__: object) -> None:
+        raise TrainingDiverged("the training loss became nan")
+
+    monkeypatch.setattr(objective_module, "fit", diverged)
+    opened = opened_in(tmp_path, asked)
+    search(opened, 1)
+    (trial,) = opened.study.get_trials()
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["reason"] == "diverged: the training loss became nan"
+
+
+def test_a_timeout_starts_no_further_trial(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    end = search(opened, 50, timeout_s=1e-9)
+    assert end == SearchEnd(0, "timeout")
+
+
+def test_bad_trials_are_pruned_before_the_last_rung(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=144))
+    search(opened, 9)
+    states = [t.state for t in opened.study.get_trials()]
+    assert states.count(TrialState.PRUNED) >= 3
+    assert TrialState.COMPLETE in states
+    pruned = next(t for t in opened.study.get_trials() if t.state == TrialState.PRUNED)
+    assert pruned.user_attrs["reason"].startswith("pruned at rung")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 3}, "--seed is 3, the study has 0"),
+        ({"holdout": 0.2}, r"--holdout is 0\.2, the study has 0\.0"),
+        ({"views": 5000}, "--views is 5000, the study has 64"),
+        ({"weights": "hub"}, "--weights is 'hub', the study has 'none'"),
+        ({"pins": {"crop_size": 64}}, r"--set is \{'crop_size': 64\}, the study has \{'crop_size': None\}"),
+        ({"space": "quick"}, "--space is 'quick', the study has"),
+        ({"sampler": "random"}, "--sampler is 'random', the study has 'tpe'"),
+    ],
+)
+def test_contradictions_name_both_values(tmp_path: Path, asked: Asked, change: dict[str, Any], message: str) -> None:
+    opened_in(tmp_path, replace(asked, views=64))
+    with pytest.raises(StudyError, match=message):
+        opened_in(tmp_path, replace(Asked(), **change))
+
+
+def test_a_pack_that_changed_since_the_study_began_is_refused_with_both_hashes(
+    tmp_path: Path, asked: Asked, easy_raw: Path
+) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    other = write_easy_set(tmp_path / "other", n_train=80, seed=5)
+    with pytest.raises(
+        DataError,
+        match=rf"the data changed since the study began: pack \w{{12}} .*the study has {opened.store.content_hash[:12]}",
+    ):
+        opened_in(tmp_path, Asked(data=other))
+    assert opened_in(tmp_path, Asked(data=easy_raw)).store.content_hash == opened.store.content_hash
+
+
+def test_the_holdout_is_in_no_trial(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, replace(asked, views=64, holdout=0.2))
+    holdout = set(opened.split.holdout_rows().tolist())
+    objective = Objective(opened, CPU)
+    assert holdout
+    assert not holdout & set(objective._train_rows.tolist())
+    assert not holdout & set(objective._score_rows.tolist())
+
+
+def test_slow_backbones_get_fewer_views_and_hopeless_ones_are_left_out(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pcam_automl.training.speed import SpeedBook
+
+    rates = {"test_resnet": 1000.0, "test_vit": 20.0}
+    monkeypatch.setattr(SpeedBook, "images_per_s", lambda self, recipe, device: rates[recipe.backbone])
+    opened = opened_in(tmp_path / "a", replace(asked, views=None))
+    assert opened.settings.rungs[-1][0] == 20 * opened.settings.plan["n_train"], "20 epochs are the most on a tiny set"
+    assert opened.settings.cap_s == 60.0
+    objective = Objective(opened, CPU)
+    assert objective._share(build_recipe({"backbone": "test_resnet"})) == 1.0
+    assert objective._share(build_recipe({"backbone": "test_vit"})) < 1.0
+    rates["test_vit"] = 0.01
+    opened = opened_in(tmp_path / "b", replace(asked, views=None))
+    assert opened.space.choices("backbone") == ("test_resnet",)
+    assert "test_vit" in opened.settings.plan["dropped"]
+
+
+def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: Asked) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "w"
+    folder.mkdir()
+    save_file(timm.create_model("test_resnet").state_dict(), folder / "test_resnet.safetensors")
+    said: list[str] = []
+    create_or_open_study("w", url_in(tmp_path), replace(asked, views=64, weights=str(folder)), say=said.append)
+    assert any("left out, no weights in" in line and "test_vit" in line for line in said)
+    with pytest.raises(RecipeError, match="no backbone of the space has weights"):
+        create_or_open_study(
+            "x", url_in(tmp_path), replace(asked, weights=str(folder), pins={"backbone": "resnet18"}), say=said.append
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pins": {"backbone": "resnet118"}}, RecipeError, "did you mean 'resnet18'"),
+        ({"device": "tpu"}, InputError, "--device must be"),
+        ({"sampler": "tpee"}, RecipeError, "tpe"),
+        ({"pruner": "asho"}, RecipeError, "asha"),
+        ({"space": "defualt"}, RecipeError, "did you mean 'default'"),
+        ({"holdout": 0.9}, DataError, "--holdout must be in"),
+        ({"weights": "nowhere"}, RecipeError, "an existing folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_no_study(
+    tmp_path: Path, asked: Asked, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as fault:
+        opened_in(tmp_path, replace(asked, **change))
+    assert "\n" not in str(fault.value)
+    assert optuna.get_all_study_names(url_in(tmp_path)) == []
+
+
+def test_an_absent_study_is_named_with_the_nearest(tmp_path: Path, asked: Asked) -> None:
+    opened_in(tmp_path, replace(asked, views=64))
+    with pytest.raises(StudyError, match=r"there is no study 'tinny' .*did you mean 'tiny'"):
+        open_study("tinny", url_in(tmp_path))
+
+
+def test_a_foreign_study_is_refused(tmp_path: Path, asked: Asked) -> None:
+    opened_in(tmp_path, replace(asked, views=64))
+    optuna.create_study(study_name="plain", storage=url_in(tmp_path))
+    with pytest.raises(StudyError, match="was not made by pcam-automl search"):
+        open_study("plain", url_in(tmp_path))
+
+
+def test_every_shipped_space_and_recipe_is_valid_and_holds_the_default() -> None:
+    from pcam_automl.configs_folder import find_config, list_configs
+    from pcam_automl.models.factory import check_backbone, check_runs
+    from pcam_automl.recipe import load_recipe
+    from pcam_automl.search.space import load_space
+    from pcam_automl.search.study import default_recipe
+
+    assert {"default", "quick"} <= set(list_configs("space"))
+    for name in list_configs("space"):
+        space = load_space(name, pins={"pretrained": False})
+        for backbone in space.choices("backbone"):
+            check_backbone(str(backbone))
+        fixed = optuna.trial.FixedTrial(space.params_of(default_recipe(False)))
+        assert space.suggest(fixed, default_recipe(False).model_dump()).backbone == "resnet18"
+    for name in list_configs("recipes"):
+        check_runs(load_recipe(find_config("recipes", name)))
