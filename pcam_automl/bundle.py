@@ -112,7 +112,7 @@ def load_bundle(folder: Path) -> ModelBundle:
             raise BundleError(f"{weights_file} has changed since the bundle was written (its SHA-256 differs)")
         state = load_file(weights_file)
         return ModelBundle(recipe, Normalisation(mean, std), state, dict(card["metrics"]), dict(card["provenance"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecipeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RecipeError) as fault:
         raise BundleError(
             f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})"
         ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             if sha256_of_file(file) != expected:
                 raise BundleError(f"{file} has changed since it was written (its SHA-256 differs)")
             parts[file.stem] = load_file(file)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as fault:
         raise BundleError(
             f"{folder} is not a complete checkpoint ({type(fault).__name__}: {str(fault)[:100]})"
         ) from None

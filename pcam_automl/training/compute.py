@@ -79,7 +79,9 @@ def choose_device(text: str) -> torch.device:
 
 
 def use_cores() -> int:
-    """Let torch use the cores that this process may use; returns their number."""
+    """Let torch use the cores that this process may use, or ``OMP_NUM_THREADS`` where that is set; returns their number."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(cores)
     return cores

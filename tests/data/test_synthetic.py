@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from pcam_automl.data.sources import open_source
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.errors import DataError
+from pcam_automl.metrics import auc
 
 N_PATCHES, N_SLIDES = 240, 16
 CENTRE = slice(32, 64)
@@ -39,12 +41,18 @@ def patches(root: Path, part: str) -> np.ndarray:
 
 def hashes(root: Path) -> dict[str, str]:
     files = [path for path in root.rglob("*") if path.is_file()]
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_the_kaggle_source_reads_it_with_its_slides_and_domains(synthetic: Path) -> None:
     source = open_source(synthetic)
-    assert len(source.ids) == N_PATCHES
+    assert len(source) == N_PATCHES
+    names = pd.concat(
+        [column(synthetic, "train", "group"), column(synthetic, "train", "domain").rename("domain")], axis=1
+    )
+    train = source.part == 0
+    assert list(source.group[train]) == list(names["group"])
+    assert list(source.domain[train]) == list(names["domain"])
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -140,8 +148,10 @@ def test_the_same_arguments_give_the_same_bytes_and_another_seed_none(tmp_path: 
         write_synthetic(tmp_path / name, n_patches=80, n_slides=8, seed=seed)
     one, two, three = (hashes(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two
-    assert not {name for name in one if name.endswith(".tif")} & set(three)
-    assert not set(one.values()) & set(three.values())
+    images, others = ({(k, v) for k, v in found.items() if k.endswith(".tif")} for found in (one, three))
+    assert len(images) == 80
+    assert not {k for k, _ in images} & {k for k, _ in others}
+    assert not {v for _, v in images} & {v for _, v in others}
 
 
 def test_progress_counts_every_patch_once(tmp_path: Path) -> None:
@@ -185,3 +195,23 @@ def test_a_writing_that_fails_leaves_no_half_set(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_synthetic(tmp_path / "set", n_patches=80, n_slides=8, seed=0, progress=stop)
     assert not list(tmp_path.iterdir())
+
+
+def colour_features(images: np.ndarray) -> np.ndarray:
+    """Channel means, deviations and 16-bin histograms of patch and centre."""
+    features = []
+    for pixels in (images, images[:, CENTRE, CENTRE]):
+        flat = pixels.reshape(len(images), -1, 3)
+        features += [flat.mean(axis=1), flat.std(axis=1)]
+        features += [np.stack([np.bincount(row, minlength=16) for row in flat[:, :, c] >> 4]) for c in range(3)]
+    return np.concatenate(features, axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
+def test_colour_alone_does_not_solve_it(tmp_path: Path, seed: int) -> None:
+    write_synthetic(tmp_path / "set", n_patches=4000, n_slides=24, seed=seed)
+    x, test_x = (colour_features(patches(tmp_path / "set", part)) for part in ("train", "test"))
+    y, test_y = (column(tmp_path / "set", part, "label").to_numpy() for part in ("train", "test"))
+    model = HistGradientBoostingClassifier(random_state=0).fit(x, y)
+    assert 0.55 < auc(test_y, model.predict_proba(test_x)[:, 1]) < 0.75  # measured 0.69 to 0.72

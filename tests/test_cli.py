@@ -1,0 +1,354 @@
+"""The command line: every command once on an easy tiny set, exit codes, one line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from easy_set import write_easy_set, write_table
+
+from pcam_automl import cli
+
+TINY_SPACE = """\
+base: {batch_size: 16, crop_size: 32, augment: 0.2}
+parameters:
+  backbone: {choice: [test_resnet, test_vit]}
+  lr: {float: [1.0e-3, 1.0e-2], log: true}
+"""
+TINY_RECIPE = "backbone: test_resnet\ncrop_size: 32\nbatch_size: 16\nlr: 3.0e-3\nepochs: 3\naugment: 0.2\n"
+
+
+@pytest.fixture
+def run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
+        torch.set_num_threads(1)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    (in_tmp / "tiny.yaml").write_text(TINY_SPACE)
+    (in_tmp / "recipe.yaml").write_text(TINY_RECIPE)
+    return call
+
+
+def fails_with(result: tuple[int, str, str], *parts: str, code: int = 2) -> None:
+    """One line on stderr that has the parts, the exit code, no traceback."""
+    got, _, err = result
+    line = err.strip().splitlines()[-1]
+    assert got == code, err
+    assert line.startswith("error: ")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in line
+
+
+def test_help_answers_fast_and_without_torch() -> None:
+    code = "import sys, pcam_automl.cli; print([m for m in ('torch', 'optuna', 'pandas', 'numpy', 'timm') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+    command = [sys.executable, "-m", "pcam_automl", "--help"]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - began)
+    assert "finalize" in text
+    assert min(seconds) < 0.5 * (
+        4 if os.environ.get("PYTEST_XDIST_WORKER") else 1
+    )  # the other test worker takes its share
+
+
+def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
+    search = ("search", "--data", easy_raw, "--trials", 2, "--space", "tiny.yaml", "--weights", "none", "--views", 480)
+    code, out, err = run(*search)
+    assert code == 0, err
+    assert "best: trial" in out
+    assert "12 groups for 120 training patches" in err
+    assert err.count("trial   ") == 2
+    code, out, err = run(*search)
+    assert "has its 2 finished trials already" in err
+
+    code, out, _ = run("status", "--json")
+    status = json.loads(out)
+    assert status["finished"] == 2
+    assert status["best"]["recipe"]["crop_size"] == 32
+    code, out, _ = run("status")
+    assert "best: trial" in out
+
+    code, out, err = run("finalize", "--threshold", 0.5, "--json")
+    assert code == 0, err
+    final = json.loads(out)
+    submission = pd.read_csv(final["submission"], dtype={"id": str})
+    sample = pd.read_csv(easy_raw / "sample_submission.csv", dtype={"id": str})
+    assert submission["id"].tolist() == sample["id"].tolist()
+    assert submission["label"].between(0, 1).all()
+    labels = pd.read_csv(Path(final["out"]) / "submission_labels.csv")
+    assert (labels["label"] == (submission["label"] >= 0.5)).all()
+    assert json.loads((Path(final["out"]) / "submission.json").read_text())["trial"] == final["trial"]
+
+    code, out, _ = run("score", final["submission"], "--labels", easy_raw / "test_labels.csv", "--json")
+    assert json.loads(out)["auc"] > 0.9
+    assert run("check-submission", final["submission"], "--sample", easy_raw / "sample_submission.csv")[0] == 0
+
+    model = Path(final["out"]) / "model"
+    code, out, err = run(
+        "predict", "--model", model, "--input", easy_raw / "test", "--out", "p.csv", "--threshold", 0.5
+    )
+    assert code == 0, err
+    predicted = pd.read_csv("p.csv", dtype={"id": str}).set_index("id")
+    assert list(predicted.columns) == ["label", "predicted"]
+    np.testing.assert_allclose(predicted.loc[submission["id"], "label"], submission["label"], atol=2e-3)
+
+    before = (model / "bundle.json").stat().st_mtime_ns
+    assert run("finalize")[0] == 0
+    assert (model / "bundle.json").stat().st_mtime_ns == before, "a finished training was repeated"
+
+
+def test_train_gives_a_bundle_and_the_json_that_scripts_want(run: Any, easy_pack: Path) -> None:
+    code, out, err = run("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=4", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["auc"] > 0.9
+    assert result["images_per_s"] > 0
+    assert result["wall_s"] > 0
+    assert result["recipe"]["epochs"] == 4
+    assert sorted(f.name for f in Path("m").iterdir()) == ["bundle.json", "model.safetensors"]
+    assert err.count("epoch ") == 4
+    assert not list(Path().glob(".m.checkpoints"))
+
+
+def test_prepare_twice_and_verify(run: Any, easy_raw: Path) -> None:
+    code, out, err = run("prepare", easy_raw, "--out", "pack", "--json")
+    assert code == 0, err
+    first = json.loads(out)
+    assert first["patches"] == 150
+    assert "already holds this source" in run("prepare", easy_raw, "--out", "pack")[2]
+    code, _, err = run("prepare", easy_raw, "--out", "pack", "--verify")
+    assert "all 150 patches equal the source" in err
+
+
+def test_verify_names_a_patch_that_changed(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=40, n_test=4)
+    assert run("prepare", raw, "--out", "pack")[0] == 0
+    victim = sorted((raw / "train").iterdir())[3]
+    data = bytearray(victim.read_bytes())
+    data[-1000] ^= 255
+    victim.write_bytes(data)
+    fails_with(run("prepare", raw, "--out", "pack", "--verify"), victim.stem)
+
+
+def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
+    assert (
+        run(
+            "search",
+            "--data",
+            easy_raw,
+            "--trials",
+            1,
+            "--space",
+            "tiny.yaml",
+            "--weights",
+            "none",
+            "--views",
+            480,
+            "--holdout",
+            0.25,
+        )[0]
+        == 0
+    )
+    code, out, err = run("finalize", "--epochs", 4, "--json")
+    assert code == 0, err
+    final = json.loads(out)
+    assert final["auc_on"].startswith("holdout of")
+    assert final["auc_95"][0] <= final["auc"] <= final["auc_95"][1]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("search", "--trials", 1, "--data", "nowhere"), ("does not exist", "quickstart")),
+        (("search", "--trials", 1), ("no data", "kaggle competitions download")),
+        (("search", "--trials", 1, "--set", "cropsize=3"), ("not a field of a recipe", "crop_size")),
+        (("search", "--trials", 1, "--timeout", "soon"), ("duration must be positive", "'soon'")),
+        (("search", "--trials", 1, "--study", "a/b"), ("--study must be", "'a/b'")),
+        (("search", "--trials", 1, "--storage", "studies.db"), ("sqlite:///",)),
+        (("search", "--trials", 1, "--storage", "postgresql://me:secret@127.0.0.1:1/x"), ("127.0.0.1",)),
+        (("status",), ("no",)),
+        (("finalize",), ("no",)),
+        (("predict", "--model", "m", "--input", ".", "--out", "p.csv"), ("not a model bundle",)),
+        (
+            ("predict", "--model", "m", "--input", ".", "--out", "p.csv", "--threshold", 2),
+            ("--threshold must be in [0, 1], got 2",),
+        ),
+        (("train", "resnet", "--data", ".", "--out", "m"), ("default",)),
+        (("train", "default", "--data", ".", "--out", "m"), ("train_labels.csv",)),
+        (("prepare", "nowhere", "--out", "p"), ("nowhere",)),
+        (("dashboard", "--port", 99999), ("--port must be in [1, 65535], got 99999",)),
+        (("synth", "s", "--patches", 3), ("patches",)),
+        (("score", "nofile.csv", "--labels", "nolabels.csv"), ("nolabels.csv",)),
+        (("check-submission", "nofile.csv", "--sample", "nosample.csv"), ("nosample.csv",)),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], parts: tuple[str, ...]) -> None:
+    result = run(*words)
+    fails_with(result, *parts)
+    assert "secret" not in result[1] + result[2]
+
+
+def test_usage_errors_exit_2(run: Any) -> None:
+    assert run("search")[0] == 2
+    assert run("serach")[0] == 2
+    assert run("search", "--trials", 0)[0] == 2
+
+
+def test_a_study_without_a_complete_trial_cannot_be_finalized(run: Any, easy_raw: Path) -> None:
+    run(
+        "search",
+        "--data",
+        easy_raw,
+        "--trials",
+        1,
+        "--space",
+        "tiny.yaml",
+        "--weights",
+        "none",
+        "--views",
+        64,
+        "--timeout",
+        "0.000001s",
+    )
+    fails_with(run("finalize"), "no complete trial yet")
+    fails_with(run("finalize", "--trial", "7"), "has no trial 7")
+    fails_with(run("finalize", "--trial", "bets"), "--trial must be best or a trial's number, got 'bets'")
+
+
+def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=60, n_test=4)
+    sample = raw / "sample_submission.csv"
+    sample.write_text(sample.read_text() + "f" * 40 + ",0\n")
+    assert (
+        run("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)[0] == 0
+    )
+    fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40)
+
+
+def test_one_class_only_is_one_line(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=40, n_test=4)
+    ids = [line.split(",")[0] for line in (raw / "train_labels.csv").read_text().splitlines()[1:]]
+    write_table(raw / "train_labels.csv", "id,label", [(name, 0) for name in ids])
+    fails_with(run("search", "--data", raw, "--trials", 1, "--weights", "none"), "both classes")
+
+
+def test_unreadable_files_are_named_and_left_out_of_a_prediction(
+    run: Any, easy_raw: Path, easy_pack: Path, in_tmp: Path
+) -> None:
+    assert run("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=1")[0] == 0
+    folder = in_tmp / "images"
+    folder.mkdir()
+    good = sorted((easy_raw / "test").iterdir())[0]
+    (folder / good.name).write_bytes(good.read_bytes())
+    (folder / "empty.tif").write_bytes(b"")
+    (folder / "page.tif").write_text("<html>404</html>")
+    (folder / "half.tif").write_bytes(good.read_bytes()[:9000])
+    code, _, err = run("predict", "--model", "m", "--input", folder, "--out", "p.csv")
+    assert code == 0, err
+    assert "left out 3 of 4 files" in err
+    for name in ("empty.tif", "page.tif", "half.tif"):
+        assert name in err
+    assert pd.read_csv("p.csv", dtype={"id": str})["id"].tolist() == [good.stem]
+    good_copy = folder / good.name
+    good_copy.unlink()
+    fails_with(
+        run("predict", "--model", "m", "--input", folder, "--out", "q.csv"), "none of the 3 files is a readable patch"
+    )
+    assert not Path("q.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda m: (m / "model.safetensors").write_bytes(b"x"), "has changed since the bundle was written"),
+        (lambda m: (m / "bundle.json").write_text("{}"), "has format None"),
+        (lambda m: (m / "bundle.json").write_text("{"), "not a complete model bundle"),
+        (lambda m: (m / "bundle.json").write_text("[" * 100000), "not a complete model bundle"),
+        (lambda m: (m / "model.safetensors").unlink(), "not a complete model bundle"),
+        (lambda m: edit_card(m, "recipe", {"backbone": "test_vit"}), "weights do not fit test_vit"),
+        (lambda m: edit_card(m, "recipe", {"backbonee": "x"}), "backbonee is not a known field"),
+        (lambda m: edit_card(m, "normalisation", {"mean": [0, 0, 0], "std": [0, 0, 0]}), "three positive deviations"),
+    ],
+)
+def test_a_corrupt_or_foreign_bundle_is_one_line(
+    run: Any, bundle: Path, easy_raw: Path, in_tmp: Path, damage: Any, part: str
+) -> None:
+    import shutil
+
+    shutil.copytree(bundle, in_tmp / "m")
+    damage(in_tmp / "m")
+    fails_with(run("predict", "--model", "m", "--input", easy_raw / "test", "--out", "p.csv"), part)
+
+
+def edit_card(model: Path, key: str, value: object) -> None:
+    card = json.loads((model / "bundle.json").read_text())
+    card[key] = {**card["recipe"], **value} if key == "recipe" and isinstance(value, dict) else value
+    (model / "bundle.json").write_text(json.dumps(card))
+
+
+@pytest.fixture(scope="session")
+def bundle(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained bundle."""
+    from pcam_automl.bundle import ModelBundle, write_bundle
+    from pcam_automl.models.factory import build_network, normalisation
+    from pcam_automl.models.weights import Weights
+    from pcam_automl.recipe import Recipe
+
+    recipe = Recipe(backbone="test_resnet", crop_size=32)
+    state = build_network(recipe, Weights("none"), seed=0).state_dict()
+    out = tmp_path_factory.mktemp("bundle") / "m"
+    write_bundle(out, ModelBundle(recipe, normalisation("test_resnet"), state, {}, {}))
+    return out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_study_consistent_and_says_how_to_go_on(
+    easy_raw: Path, in_tmp: Path, signum: signal.Signals
+) -> None:
+    (in_tmp / "tiny.yaml").write_text(TINY_SPACE)
+    command = [sys.executable, "-m", "pcam_automl", "search", "--data", str(easy_raw), "--trials", "500", "--space", "tiny.yaml",
+               "--weights", "none", "--views", "300"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.startswith("trial   1"):
+            process.send_signal(signum)
+            break
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, "".join(seen) + rest
+    assert "the same command goes on" in rest
+    assert "Traceback" not in rest
+
+    import optuna
+
+    (study,) = optuna.get_all_study_summaries("sqlite:///studies/pcam.db")
+    states = [t.state.name for t in optuna.load_study(study_name="pcam", storage="sqlite:///studies/pcam.db").trials]
+    assert "RUNNING" not in states
+    assert study.n_trials >= 2

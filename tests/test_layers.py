@@ -1,0 +1,70 @@
+"""Imports go downwards only, and optional heavy packages stay where the design puts them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
+LAYERS = (
+    {"errors", "__init__"},
+    {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
+    {"data", "augment", "batches", "models"},
+    {"training", "bundle", "submission"},
+    {"predict", "search", "train"},
+    {"finalize", "dashboard", "terminal"},
+    {"commands"},
+    {"cli", "__main__"},
+)
+HOMES = {
+    "optuna": {"search", "dashboard", "commands", "finalize"},
+    "timm": {"models"},
+    "h5py": {"data"},
+    "tifffile": {"data"},
+}
+"""Where a package may be imported; commands and finalize read Optuna's trials."""
+
+
+def layer_of(name: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if name in names)
+
+
+def imports_of(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_downwards(file: Path) -> None:
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports_of(file):
+        package, _, rest = name.partition(".")
+        if package == "pcam_automl" and rest:
+            other = rest.split(".")[0]
+            allowed = layer_of(other) <= layer_of(own) if own != other else True
+            assert allowed, f"{file.name} (layer {layer_of(own)}) imports {name} (layer {layer_of(other)})"
+        elif package in HOMES:
+            assert own in HOMES[package], f"{file.name} imports {package}"
+
+
+def test_data_layer_imports_no_torch() -> None:
+    for file in (PACKAGE / "data").rglob("*.py"):
+        assert not {name for name in imports_of(file) if name.split(".")[0] in ("torch", "timm", "optuna")}
+
+
+def test_nothing_unpickles() -> None:
+    for file in MODULES:
+        text = file.read_text(encoding="utf-8")
+        assert "import pickle" not in text
+        assert "torch.load(" not in text
+        assert "allow_pickle=True" not in text
