@@ -1,15 +1,13 @@
-"""Folds by slide, the holdout and the nested subsample order. Reads no images.
-
-Patches of one slide look alike: a random split leaks. Here a group (slide) never spans two folds, exact duplicates always
-share a group, and folds are stratified by label and domain together.
-"""
+"""Folds by slide, a holdout and the nested subsample order. Reads no images."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,262 +19,295 @@ from pcam_automl.errors import DataError
 from pcam_automl.files import written_whole
 
 UNUSED, HOLDOUT = -1, -2
+"""Codes of ``fold``: a row that no fold may use, and a row set aside for the end."""
 N_FOLDS = 5
-FORMAT = "pcam-automl split 1"
-_LARGEST_HOLDOUT = 0.5
-_HOLDOUT_PARTS = 20  # the holdout is put together from twentieths of the slides
 
-Rows = NDArray[np.int64]
+_FORMAT = "pcam_automl.split.1"
+_MAX_BUNDLES = 500  # scikit-learn places groups one by one in Python: 220,000 patches without a slide take minutes
+_ATTEMPTS = 20
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which row of a store is used for what.
-
-    Attributes:
-        fold: (N,) int8 for every row of the store: 0 to 4, UNUSED (-1) or HOLDOUT (-2).
-        order: (n,) int64 rows with a fold, in nested order: every prefix has nearly the label and domain shares of the
-            whole and is spread over the groups, so a smaller subset is contained in each larger one.
-        seed: of the draws.
-        grouped: False if no slide was known, so that validation is optimistic.
-        notes: for people, one line each.
-    """
+    """Which fold every row of a store belongs to, and in which order subsamples grow. Made by :func:`make_split`."""
 
     fold: NDArray[np.int8]
-    order: Rows
+    """(N,) over all rows of the store: 0 and up, ``UNUSED`` or ``HOLDOUT``."""
+    order: Ints
+    """(n,) every row with a fold; each prefix has the whole's label ratio and is spread over slides and domains."""
     seed: int
+    hash: str
     grouped: bool
-    notes: tuple[str, ...] = ()
+    """Whether slides were known at all."""
+    notes: tuple[str, ...]
+    """What the user should be told, one line each."""
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 over folds, order and seed."""
-        digest = hashlib.sha256(f"{FORMAT}/{self.seed}/{self.grouped}".encode())
-        digest.update(np.ascontiguousarray(self.fold, "<i1").tobytes())
-        digest.update(np.ascontiguousarray(self.order, "<i8").tobytes())
-        return digest.hexdigest()
-
-    def train_order(self, fold: int) -> Rows:
-        """Rows outside ``fold``, in nested order."""
+    def train_order(self, fold: int) -> Ints:
+        """Rows to train on when ``fold`` validates; the first k are the subsample of size k."""
         return np.asarray(self.order[self.fold[self.order] != fold])
 
-    def score_rows(self, fold: int, limit: int) -> Rows:
-        """The first ``limit`` rows of ``fold``, in nested order."""
+    def score_rows(self, fold: int, limit: int | None = None) -> Ints:
+        """The first ``limit`` validation rows of ``fold``, all where it is None: a fixed, group-safe subset."""
         return np.asarray(self.order[self.fold[self.order] == fold][:limit])
 
-    def holdout_rows(self) -> Rows:
-        """Rows that nothing reads before finalize, ascending."""
+    def holdout_rows(self) -> Ints:
+        """Rows set aside, ascending."""
         return np.flatnonzero(self.fold == HOLDOUT).astype(np.int64)
 
 
 def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, holdout: float = 0.0) -> Split:
-    """Five stratified, grouped folds and the nested order; deterministic in the store's content and the seed.
+    """Stratified folds that share no slide and no identical patch; the same arguments give the same split.
+
+    Strata are label x domain. Patches without a slide count one by one. Where the store has an official validation
+    part, it is fold 0 and the training part fills the others; training patches that share a slide or their pixels with
+    it are ``UNUSED``.
 
     Args:
-        store: labelled rows that are not left out are split; official validation rows become fold 0.
-        seed: of the draws.
-        n_folds: at least 2.
-        holdout: share in [0, 0.5] set aside first, as whole groups.
+        store: only its ``development_rows`` get a fold.
+        seed: of every draw, at least 0.
+        n_folds: 2 to 100.
+        holdout: share of the (training) patches set aside first, in whole slides, 0 to 0.5 inclusive.
 
     Raises:
-        DataError: one class only, fewer groups than folds, or a fold or the holdout with one class only.
+        DataError: one label only, fewer slides than folds, a fold or holdout that would lack a label, or an argument
+            out of range.
     """
-    if not 0.0 <= holdout <= _LARGEST_HOLDOUT:
-        raise DataError(f"--holdout must be in [0, {_LARGEST_HOLDOUT}], got {holdout}")
+    _check_arguments(seed, n_folds, holdout)
     rows = store.development_rows()
-    label = np.asarray(store.label)[rows]
-    if len(np.unique(label)) < 2:
-        only = f"all {len(rows)} usable labels are {label[0]}" if len(rows) else "there is no usable labelled patch"
-        raise DataError(f"a split needs both classes, {only}; check train_labels.csv")
-    group = joined_groups(np.asarray(store.group)[rows], np.asarray(store.digest)[rows])
-    stratum = _strata(label, np.asarray(store.domain)[rows])
-    fold = np.full(len(rows), UNUSED, np.int8)
+    label, domain = np.asarray(store.label)[rows].astype(np.int64), np.asarray(store.domain)[rows].astype(np.int64)
+    slide = np.asarray(store.group)[rows].astype(np.int64)
+    _check_labels(label, "the labelled patches")
+    joined, notes = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
+    fold = np.full(len(rows), UNUSED, np.int64)
     official = np.asarray(store.part)[rows] == VALID
-    if holdout > 0:
-        fold[_holdout(stratum, group, holdout, seed, among=~official)] = HOLDOUT
+    free = ~np.isin(joined, joined[official])
     if official.any():
         fold[official] = 0
-        free = np.flatnonzero(fold == UNUSED)
-        fold[free] = 1 + _folds(stratum[free], group[free], n_folds - 1, seed)
-    else:
-        free = np.flatnonzero(fold == UNUSED)
-        fold[free] = _folds(stratum[free], group[free], n_folds, seed)
-    _check_classes(fold, label)
-    used = np.flatnonzero(fold >= 0)
-    order = rows[used[nested_order(stratum[used], group[used], seed)]]
-    all_folds = np.full(len(store.ids), UNUSED, np.int8)
+        _check_labels(label[official], "the official validation part")
+        if n_lost := int((~free & ~official).sum()):
+            notes.append(f"{n_lost} training patches share a slide or pixels with the official validation part: unused")
+    strata = _code(label, domain)
+    bundle = _bundles(joined, slide, strata, np.random.default_rng([seed, 0]))
+    if holdout > 0:
+        aside = np.flatnonzero(free)[_aside(bundle[free], strata[free], holdout, np.random.default_rng([seed, 1]))]
+        _check_labels(label[aside], f"a holdout of {holdout:g}", remedy="choose a larger --holdout or none")
+        fold[aside] = HOLDOUT
+    part = np.flatnonzero(free & (fold == UNUSED))
+    _check_labels(label[part], "the patches left for the folds")
+    first = int(official.any())
+    fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed)
+    kept = fold >= 0
+    notes += _domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
+    all_folds = np.full(len(store.label), UNUSED, np.int8)
     all_folds[rows] = fold
-    known = np.asarray(store.group)[rows] >= 0
-    return Split(all_folds, order, seed, bool(known.any()), _notes(known, bool(official.any())))
-
-
-def _notes(known: NDArray[np.bool_], official: bool) -> tuple[str, ...]:
-    if official:
-        return ("the official validation set is fold 0",)
-    if not known.any():
-        return (
-            "WARNING: no slide ids (--groups CSV): patches of one slide fall on both sides of the split, so validation will be optimistic",
-        )
-    if not known.all():
-        return (
-            f"{int((~known).sum()):,} of {len(known):,} patches have no slide id; each counts as a slide of its own",
-        )
-    return ()
-
-
-def joined_groups(group: NDArray[np.int32], digest: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Group codes 0..k-1 in which exact duplicates share a group, and so do the groups that they connect.
-
-    Args:
-        group: (n,) slide code, -1 unknown (a group of its own).
-        digest: (n, 16) of the pixels.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(group)
-    slide = np.where(group >= 0, group, -1 - np.arange(n))
-    slide = np.unique(slide, return_inverse=True)[1]
-    pixels = np.ascontiguousarray(digest).view(np.dtype((np.void, digest.shape[1]))).ravel()
-    copy = np.unique(pixels, return_inverse=True)[1]
-    n_slides, n_copies = int(slide.max()) + 1, int(copy.max()) + 1
-    graph = coo_array((np.ones(n, np.int8), (slide, n_slides + copy)), shape=(n_slides + n_copies,) * 2)
-    component = connected_components(graph, directed=False)[1]
-    return np.asarray(np.unique(component[slide], return_inverse=True)[1], np.int64)
-
-
-def _strata(label: NDArray[np.int8], domain: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Label x domain as one code: StratifiedGroupKFold alone left a third of the folds without the rare domain."""
-    return np.unique(label.astype(np.int64) + 2 * (domain.astype(np.int64) + 1), return_inverse=True)[1].astype(
-        np.int64
-    )  # type: ignore[no-any-return]
-
-
-def _folds(stratum: Rows, group: Rows, n_folds: int, seed: int) -> NDArray[np.int8]:
-    """(n,) fold 0..n_folds-1 by scikit-learn; single patches (each its own group) take the quicker StratifiedKFold."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    n_groups = len(np.unique(group))
-    if n_groups < n_folds:
-        raise DataError(
-            f"a split into {n_folds} folds needs at least {n_folds} slides, got {n_groups}; check the groups table"
-        )
-    single = n_groups == len(group)
-    make = StratifiedKFold if single else StratifiedGroupKFold
-    fold = np.zeros(len(group), np.int8)
-    with warnings.catch_warnings():  # a stratum smaller than the number of folds is no fault here
-        warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)
-        try:
-            parts = list(
-                make(n_folds, shuffle=True, random_state=seed).split(
-                    np.zeros(len(group)), stratum, None if single else group
-                )
-            )
-        except ValueError as fault:
-            raise DataError(
-                f"the labelled patches cannot be split into {n_folds} folds ({fault}); add slides or patches"
-            ) from None
-    for number, (_, members) in enumerate(parts):
-        fold[members] = number
-    return fold
-
-
-def _holdout(stratum: Rows, group: Rows, share: float, seed: int, among: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Positions set aside: whole groups, whose parts are added until the share is reached as nearly as they allow."""
-    free = np.flatnonzero(among)
-    n_parts = min(_HOLDOUT_PARTS, len(np.unique(group[free])))
-    if n_parts < 2:
-        raise DataError(f"--holdout {share:g} needs at least 2 slides, got {n_parts}")
-    part = _folds(stratum[free], group[free], n_parts, seed + 1)
-    wanted, taken = share * len(free), 0
-    parts: list[int] = []
-    for number in np.random.default_rng([seed, 7]).permutation(n_parts):
-        size = int((part == number).sum())
-        if parts and abs(taken + size - wanted) > abs(taken - wanted):
-            continue
-        parts.append(int(number))
-        taken += size
-    return np.asarray(free[np.isin(part, parts)], np.int64)
-
-
-def _check_classes(fold: NDArray[np.int8], label: NDArray[np.int8]) -> None:
-    for number in np.unique(fold[fold != UNUSED]):
-        classes = np.unique(label[fold == number])
-        if len(classes) < 2:
-            name = "the holdout" if number == HOLDOUT else f"fold {number}"
-            raise DataError(
-                f"{name} would hold label {classes[0]} only: too few slides for each label; add slides, or leave --groups out"
-            )
-
-
-def nested_order(stratum: Rows, group: Rows, seed: int) -> Rows:
-    """Positions 0..n-1 in nested order.
-
-    Within a stratum the groups take turns (random order of groups, and of patches within each), and the strata are
-    interleaved in proportion to their sizes: every prefix is stratified to within one patch a stratum.
-
-    Args:
-        stratum: (n,) label x domain.
-        group: (n,) group codes.
-        seed: of the draws.
-    """
-    rng = np.random.default_rng([seed, 11])
-    n = len(stratum)
-    shuffled = rng.permutation(n)
-    s, g = stratum[shuffled], group[shuffled]
-    rank_of_group = rng.permutation(int(group.max()) + 1)
-    turn = _turns(s * (int(group.max()) + 1) + g)  # the how-many-th patch of its group in its stratum
-    by_turn = np.lexsort((rank_of_group[g], turn, s))
-    place = np.empty(n, np.int64)
-    place[by_turn] = _turns(s[by_turn])  # the how-many-th patch of its stratum
-    size = np.bincount(s)[s]
-    return np.asarray(shuffled[np.lexsort((s, (place + 0.5) / size))], np.int64)
-
-
-def _turns(key: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each element the number of equal elements before it: [7, 8, 7, 7] -> [0, 0, 1, 2]."""
-    order = np.argsort(key, kind="stable")
-    ordered = key[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    counts = np.arange(len(key)) - np.repeat(first, np.diff(np.r_[first, len(key)]))
-    turn = np.empty(len(key), np.int64)
-    turn[order] = counts
-    return turn
+    place = _nested_order(_code(fold[kept], label[kept]), domain[kept], slide[kept], np.random.default_rng([seed, 2]))
+    return _sealed(all_folds, rows[kept][place], seed, bool((slide >= 0).any()), tuple(notes))
 
 
 def write_split(split: Split, path: Path) -> None:
-    """Write a split as ``.npz`` without pickles, whole or not at all."""
+    """Write the split as ``.npz``, whole or not at all; nothing in it is pickled."""
     with written_whole(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(
+        np.savez(
             file,
-            format=np.array(FORMAT),
+            format=np.array(_FORMAT),
             fold=split.fold,
             order=split.order,
             seed=np.array(split.seed),
             grouped=np.array(split.grouped),
-            notes=np.array(split.notes, dtype=np.str_),
+            notes=np.array(json.dumps(split.notes)),
             hash=np.array(split.hash),
         )
 
 
 def load_split(path: Path) -> Split:
-    """Read what :func:`write_split` wrote, its hash verified.
+    """Read a split and check its hash.
 
     Raises:
-        DataError: missing, corrupt or of another version.
+        DataError: missing, not a split of this version, or changed since it was written.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            if str(file["format"]) != FORMAT:
-                raise DataError(f"{path} has format {str(file['format'])!r}, this version reads {FORMAT!r}")
-            split = Split(
-                file["fold"], file["order"], int(file["seed"]), bool(file["grouped"]), tuple(file["notes"].tolist())
-            )
-            expected = str(file["hash"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as fault:
-        raise DataError(f"{path} is not a readable split ({type(fault).__name__}: {str(fault)[:100]})") from None
-    if split.hash != expected:
-        raise DataError(
-            f"{path} has changed since it was written: its hash is {split.hash[:12]}, it was {expected[:12]}"
-        )
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
+            if str(stored["format"]) != _FORMAT:
+                raise DataError(f"{path} must be a split of format {_FORMAT}, got {str(stored['format'])!r}")
+            fold, order = stored["fold"], stored["order"]
+            seed, grouped = int(stored["seed"]), bool(stored["grouped"])
+            notes, expected = tuple(json.loads(str(stored["notes"]))), str(stored["hash"])
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; the split is written when the study is created") from None
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as fault:
+        raise DataError(f"{path} cannot be read as a split ({fault}); make the study anew") from None
+    split = _sealed(fold, order, seed, grouped, notes)
+    if split.hash != expected or fold.dtype != np.int8 or order.dtype != np.int64:
+        raise DataError(f"{path} is corrupt: its contents do not give its hash; make the study anew")
     return split
+
+
+def _sealed(fold: NDArray[np.int8], order: Ints, seed: int, grouped: bool, notes: tuple[str, ...]) -> Split:
+    """The split with its hash, its arrays read-only."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, seed, grouped, notes, fold.shape, order.shape]).encode())
+    for values in (fold, order):
+        digest.update(np.ascontiguousarray(values).tobytes())
+        values.setflags(write=False)
+    return Split(fold, order, seed, digest.hexdigest(), grouped, notes)
+
+
+def _check_arguments(seed: int, n_folds: int, holdout: float) -> None:
+    if not 0.0 <= holdout <= 0.5:
+        raise DataError(f"holdout must be in [0, 0.5], got {holdout}")
+    if not 2 <= n_folds <= 100:
+        raise DataError(f"n_folds must be in [2, 100], got {n_folds}")
+    if seed < 0:
+        raise DataError(f"seed must be 0 or more, got {seed}")
+
+
+def _check_labels(label: Ints, what: str, remedy: str = "both are needed") -> None:
+    n_positive = int((label == 1).sum())
+    if n_positive in (0, len(label)):
+        held = f"only {len(label)} patches of label {int(n_positive > 0)}" if len(label) else "no patch"
+        raise DataError(f"{what} must hold patches of label 0 and of label 1, got {held}; {remedy}")
+
+
+def _joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[str]]:
+    """A code for each patch, equal where slides or pixels tie patches together, and what to tell the user.
+
+    Args:
+        slide: (n,), -1 unknown.
+        digest: (n, 16), zeros where the file was faulty: such patches are no copies of each other.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(slide)
+    known, readable = np.flatnonzero(slide >= 0), np.flatnonzero(digest.any(axis=1))
+    of_slide = np.unique(slide[known], return_inverse=True)[1]
+    of_pixels = np.unique(digest[readable].view(f"V{digest.shape[1]}").reshape(-1), return_inverse=True)[1]
+    n_slides = int(of_slide.max(initial=-1)) + 1
+    one, other = np.concatenate([known, readable]), np.concatenate([n + of_slide, n + n_slides + of_pixels])
+    size = n + n_slides + int(of_pixels.max(initial=-1)) + 1
+    code = connected_components(coo_array((np.ones(len(one), np.int8), (one, other)), (size, size)), directed=False)[1]
+    notes = []
+    if not len(known):
+        notes.append(
+            "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
+            " optimistic; --groups CSV (id,group) makes it honest"
+        )
+    elif len(known) < n:
+        notes.append(f"{n - len(known)} of {n} patches have no slide and count singly: validation will be optimistic")
+    n_groups = len(np.unique(code[n : n + n_slides]))
+    if n_groups < n_slides:
+        notes.append(f"identical patches tie slides together: {n_slides} slides make {n_groups} groups")
+    return code[:n].astype(np.int64), notes
+
+
+def _bundles(joined: Ints, slide: Ints, strata: Ints, rng: np.random.Generator) -> Ints:
+    """``joined``, with patches of no slide dealt into at most 500 bundles, each of the whole's strata."""
+    _, first, code = np.unique(joined, return_index=True, return_inverse=True)
+    with_slide = np.zeros(len(first), bool)
+    with_slide[code[slide >= 0]] = True
+    loose = np.flatnonzero(~with_slide)
+    if len(loose) <= _MAX_BUNDLES:
+        return code.astype(np.int64)
+    loose = rng.permutation(loose)
+    loose = loose[np.argsort(strata[first[loose]], kind="stable")]
+    dealt = np.arange(len(first))
+    dealt[loose] = len(first) + np.arange(len(loose)) % _MAX_BUNDLES
+    return _code(dealt[code])
+
+
+def _aside(group: Ints, strata: Ints, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Rows of whole groups whose strata come nearest to ``share`` of each: the best of some random greedy picks."""
+    code = _code(group)
+    counts = np.zeros((int(code.max(initial=-1)) + 1, int(strata.max(initial=-1)) + 1))
+    np.add.at(counts, (code, strata), 1.0)
+    parts = counts / counts.sum(axis=0).clip(1)  # each group's part of each stratum
+    best, least = np.zeros(len(parts), bool), np.inf
+    for _ in range(_ATTEMPTS if len(parts) < 5000 else 1):
+        taken, missing = np.zeros(len(parts), bool), np.full(parts.shape[1], share)
+        for candidate in rng.permutation(len(parts)):
+            after = missing - parts[candidate]
+            if after @ after < missing @ missing:
+                taken[candidate], missing = True, after
+        if missing @ missing < least:
+            best, least = taken, float(missing @ missing)
+    return np.asarray(best[code])
+
+
+def _folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed: int) -> Ints:
+    """Fold 0 to n_folds - 1 for each row; a draw in which a fold lacks a label is drawn again."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    n_groups = len(np.unique(group))
+    if n_groups < n_folds:
+        raise DataError(
+            f"{n_folds} folds need at least {n_folds} slides that share no patch, got {n_groups};"
+            " add slides, set less aside, or give no groups (validation is then optimistic)"
+        )
+    fold = np.zeros(len(group), np.int64)
+    if n_folds == 1:
+        return fold
+    if np.bincount(strata).max() < n_folds:  # scikit-learn refuses it; so few patches are not worth stratifying
+        strata = np.zeros(len(group), np.int64)
+    for attempt in range(_ATTEMPTS):
+        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=(seed + 7919 * attempt) % 2**32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)  # a rare domain: no fault
+            for number, (_, inside) in enumerate(folds.split(strata, strata, group)):
+                fold[inside] = number
+        lacking = [np.bincount(fold[label == value], minlength=n_folds).min() == 0 for value in (0, 1)]
+        if not any(lacking):
+            return fold
+    value = lacking.index(True)
+    raise DataError(
+        f"each of {n_folds} folds must hold both labels, but label {value} lies in {len(np.unique(group[label == value]))}"
+        f" of {n_groups} slides only; add slides with both, or give no groups (validation is then optimistic)"
+    )
+
+
+def _domain_notes(domain: Ints, fold: Ints, names: tuple[str, ...], n_folds: int) -> list[str]:
+    """One line for each domain that is missing from a fold."""
+    held = [(code, len(np.unique(fold[domain == code]))) for code in np.unique(domain[domain >= 0])]
+    return [f"domain {names[c]} lies in {n} of {n_folds} folds only: too few slides" for c, n in held if n < n_folds]
+
+
+def _code(*keys: NDArray[np.integer]) -> Ints:
+    """A code from 0 for each distinct combination of the keys."""
+    code = np.zeros(len(keys[0]), np.int64)
+    for key in keys:
+        values, inverse = np.unique(key, return_inverse=True)
+        code = np.unique(code * len(values) + inverse, return_inverse=True)[1].astype(np.int64)
+    return code
+
+
+def _rank(code: Ints, rng: np.random.Generator) -> Ints:
+    """Each row's place, from 0, in a random order of the rows of equal code."""
+    shuffled = np.lexsort((rng.random(len(code)), code))
+    size = np.bincount(code)
+    rank = np.empty(len(code), np.int64)
+    rank[shuffled] = np.arange(len(code)) - np.repeat(np.cumsum(size) - size, size)
+    return rank
+
+
+def _nested_order(stratum: Ints, domain: Ints, slide: Ints, rng: np.random.Generator) -> Ints:
+    """Positions in nested order: in each stratum the slides take turns, and the strata are dealt evenly.
+
+    Args:
+        stratum: (n,) code of fold x label: every fold, not only the whole, then has stratified prefixes.
+        domain: (n,), dealt evenly within a turn.
+        slide: (n,), -1 unknown: such patches take turns as if they came from slides of the usual size.
+        rng: of the draws.
+    """
+    slide, loose = slide.copy(), slide < 0
+    if loose.any():
+        usual = np.bincount(slide[~loose]) if (~loose).any() else np.array([max(1, len(slide) // 100)])
+        place = _rank(_code(domain[loose]), rng) // max(1, int(usual[usual > 0].mean()))
+        slide[loose] = slide.max() + 1 + _code(domain[loose], place)
+    turn = _rank(_code(stratum, slide), rng)
+    in_turn = _code(stratum, turn, domain)
+    even = (_rank(in_turn, rng) + rng.random(len(slide))) / np.bincount(in_turn)[in_turn]
+    queue = np.lexsort((even, turn, stratum))
+    size = np.bincount(stratum)
+    place = np.empty(len(slide), np.int64)
+    place[queue] = np.arange(len(slide)) - (np.cumsum(size) - size)[stratum[queue]]
+    return np.lexsort((rng.random(len(slide)), (place + 0.5) / size[stratum])).astype(np.int64)

@@ -1,5 +1,8 @@
+"""Folds by slide, the holdout, the nested order."""
+
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,3 +294,45 @@ def test_a_file_that_is_no_split_is_refused(tmp_path: Path, content: bytes) -> N
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"split\.npz"):
         load_split(path)
+
+
+def test_training_patches_that_share_a_slide_or_pixels_with_the_official_validation_part_are_unused() -> None:
+    group = np.repeat(np.arange(20), 20)
+    store = build_store(np.arange(400) % 2, group, part=np.where(group >= 14, VALID, TRAIN))
+    store.part[280:285] = TRAIN  # slide 14 lies on both sides
+    store.digest[0] = store.digest[399]  # a patch of slide 0 is a copy of a validation patch
+    split = make_split(store)
+    assert (split.fold[280:285] == UNUSED).all()
+    assert (split.fold[:20] == UNUSED).all()
+    assert not spans(split.fold[split.fold >= 0], of_digest(store)[split.fold >= 0])
+    assert any(note.startswith("25 training patches share") for note in split.notes)
+
+
+def test_faulty_patches_are_no_duplicates_of_each_other() -> None:
+    store = simple(15)
+    store.digest[::20] = 0  # one in each slide: zeros where the file was faulty
+    assert len(set(make_split(store).fold)) == 5
+
+
+def test_a_few_duplicates_among_many_patches_without_slides_stay_quick() -> None:
+    n = 50_000
+    pixels = np.arange(1, n + 1)
+    pixels[1] = 1
+    began = time.perf_counter()
+    make_split(build_store(np.arange(n) % 3 == 0, pixels=pixels))
+    assert time.perf_counter() - began < 8
+
+
+@few
+@given(stores(), st.integers(0, 4))
+def test_every_prefix_of_a_folds_training_and_scoring_rows_has_its_label_ratio(store: PatchStore, fold: int) -> None:
+    split = make_split(store)
+    for rows in (split.train_order(fold), split.score_rows(fold, len(store))):
+        positive = store.label[rows] == 1
+        assert np.abs(np.cumsum(positive) - np.arange(1, len(rows) + 1) * positive.mean()).max() <= 3
+
+
+def test_a_domain_missing_from_a_fold_is_told() -> None:
+    group = np.repeat(np.arange(24), 30)
+    store = build_store(np.arange(720) % 2, group, (group < 2).astype(int))
+    assert any("scanner_1 lies in 2 of 5" in note for note in make_split(store).notes)

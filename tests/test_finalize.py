@@ -1,0 +1,166 @@
+"""Finalize: the chosen trial, resuming after a kill to the same weights, holdout, locks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pcam_automl.data.store import open_store
+from pcam_automl.errors import DataError, StudyError
+from pcam_automl.files import locked
+from pcam_automl.finalize import choose_trial, final_recipe, finalize
+from pcam_automl.recipe import Recipe
+from pcam_automl.search.objective import Objective
+from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study
+from pcam_automl.search.worker import run_worker
+from pcam_automl.train import epoch_rungs, usable_rows
+
+CPU = torch.device("cpu")
+SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
+
+
+@pytest.fixture
+def opened(easy_pack: Path, in_tmp: Path) -> OpenStudy:
+    """A study with one finished trial of a tiny network."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    (in_tmp / "tiny.yaml").write_text(SPACE)
+    asked = Asked(
+        data=easy_pack, space="tiny.yaml", weights="none", views=96, pins={"backbone": "test_resnet"}, device="cpu"
+    )
+    study = create_or_open_study("pcam", None, asked, say=lambda text: None)
+    run_worker(Objective(study, CPU), n_trials=1)
+    return study
+
+
+KILLED = """
+import os, signal, sys
+from pcam_automl.training import engine
+write, calls = engine.write_checkpoint, []
+def dying(folder, **options):
+    calls.append(1)
+    if len(calls) == {at}:
+        if {inside}:
+            options["parts"]["model"]["x"] = None  # makes the write itself die half-way
+            import pcam_automl.training.checkpoint as c
+            c.sha256_of_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(folder, **options)
+engine.write_checkpoint = dying
+from pcam_automl.cli import main
+sys.argv = ["pcam-automl", "finalize", "--epochs", "4", "--device", "cpu"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("at", "inside"), [(1, False), (3, False), (2, True)])
+def test_killed_and_repeated_ends_in_the_weights_of_an_uninterrupted_run(
+    opened: OpenStudy, in_tmp: Path, at: int, inside: bool
+) -> None:
+    whole = finalize(opened, out=in_tmp / "whole", epochs=4.0, device=CPU)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED.format(at=at, inside=inside)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (opened.folder / "final" / "model").exists()
+    again = finalize(opened, epochs=4.0, device=CPU)
+    one, two = (load_file(result.out / "model" / "model.safetensors") for result in (whole, again))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert whole.submission is not None
+    assert again.submission is not None
+    assert whole.submission.read_bytes() == again.submission.read_bytes()
+    assert not [f for f in (opened.folder / "final").iterdir() if f.name.endswith((".checkpoints", ".partial"))]
+
+
+def test_a_second_finalize_into_one_folder_is_refused(opened: OpenStudy, in_tmp: Path) -> None:
+    out = in_tmp / "out"
+    out.mkdir()
+    with locked(out / ".model.lock", busy="x"), pytest.raises(DataError, match="another process is training into"):
+        finalize(opened, out=out, epochs=1.0, device=CPU)
+
+
+def test_disk_full_while_finalizing_is_one_line_and_resumes(opened: OpenStudy) -> None:
+    """RLIMIT_FSIZE below a checkpoint's size: every write of weights fails as on a full disk."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        "from pcam_automl.cli import main; sys.argv = ['pcam-automl', 'finalize', '--epochs', '2', '--device', 'cpu']; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert "no space left to write" in run.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in run.stderr
+    assert finalize(opened, epochs=2.0, device=CPU).submission is not None
+
+
+def test_the_recipe_is_the_trials_for_the_whole_data(opened: OpenStudy) -> None:
+    trial = choose_trial(opened.study, "best")
+    recipe = final_recipe(trial, 96, None)
+    assert recipe.schedule == "one_cycle"
+    assert recipe.epochs == 4.0, "four times the 96 views of the trial, on 96 patches"
+    assert recipe.views is None
+    assert recipe.lr == trial.params["lr"]
+    assert final_recipe(trial, 10_000, None).epochs == 3.0
+    assert final_recipe(trial, 4, None).epochs == 20.0
+
+
+def test_every_labelled_patch_less_the_holdout_is_trained_on(opened: OpenStudy) -> None:
+    result = finalize(opened, epochs=1.0, device=CPU)
+    card = json.loads((result.out / "model" / "bundle.json").read_text())
+    assert card["provenance"]["n_train"] == len(opened.store.development_rows()) == 120
+    assert card["provenance"]["pack_hash"] == opened.store.content_hash
+    assert result.auc == opened.study.trials[0].value
+    submission = json.loads((result.out / "submission.json").read_text())
+    assert (submission["trial"], submission["n_test"], submission["test_time_views"]) == (0, 30, 8)
+
+
+def test_only_finished_trials_can_be_chosen(opened: OpenStudy) -> None:
+    opened.study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.FAIL))
+    with pytest.raises(StudyError, match="trial 1 of study 'pcam' is FAIL"):
+        choose_trial(opened.study, "1")
+
+
+def test_epochs_become_rungs_that_end_at_the_views() -> None:
+    assert [r.views for r in epoch_rungs(Recipe(epochs=2.5), 100)] == [100, 200, 250]
+    assert [r.views for r in epoch_rungs(Recipe(views=30), 100)] == [30]
+    assert [r.views for r in epoch_rungs(Recipe(epochs=3.0, schedule="wsd"), 100)] == [300]
+
+
+def test_excluded_ids_are_not_trained_on(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    rows = store.development_rows()
+    ids = store.ids[rows[:7]].tolist()
+    left = usable_rows(store, Recipe(exclude_ids=tuple(ids)), rows)
+    assert len(left) == len(rows) - 7
+    assert not set(store.ids[left]) & set(ids)
+    negatives = store.ids[rows[store.label[rows] == 0]].tolist()
+    with pytest.raises(DataError, match="training needs both classes"):
+        usable_rows(store, Recipe(exclude_ids=tuple(negatives)), rows)
+
+
+def test_read_only_data_serves_a_whole_run(easy_pack: Path, in_tmp: Path) -> None:
+    """A pack that nothing may write to: root ignores rights, so the files are watched instead."""
+    before = {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()}
+    asked = Asked(
+        data=easy_pack,
+        weights="none",
+        views=64,
+        pins={"backbone": "test_resnet", "crop_size": 32, "batch_size": 16},
+        device="cpu",
+    )
+    study = create_or_open_study("ro", None, asked, say=lambda text: None)
+    run_worker(Objective(study, CPU), n_trials=1)
+    finalize(study, epochs=1.0, device=CPU)
+    assert {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()} == before
+    assert np.isfinite(study.study.best_value)
