@@ -31,7 +31,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    backbone: str = Field("resnet18", min_length=1, description="a timm model name")
+    backbone: str = Field("resnet10t", min_length=1, description="a timm model name")
     pretrained: bool = Field(False, description="start from pretrained weights; where they lie is a setting of the run")
     crop_size: int = Field(64, ge=CENTRE_PX, le=PATCH_PX, description="side of the centre crop in px, even")
     input_size: int | None = Field(
@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="0.1 trains towards 0.05 and 0.95")
 
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
-    lr: Positive = Field(1e-3, description="peak learning rate")
+    lr: Positive = Field(2e-3, description="peak learning rate")
     weight_decay: NonNegative = Field(1e-2, description="decoupled for adamw, L2 else; not on biases and norms")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="adam's first beta; sgd's and rmsprop's momentum")
     beta2: float = Field(0.99, ge=0.0, lt=1.0, description="adam's second beta; rmsprop's alpha")

@@ -351,6 +351,6 @@ def test_every_shipped_space_and_recipe_is_valid_and_holds_the_default() -> None
         for backbone in space.choices("backbone"):
             check_backbone(str(backbone))
         fixed = optuna.trial.FixedTrial(space.params_of(default_recipe(False)))
-        assert space.suggest(fixed, default_recipe(False).model_dump()).backbone == "resnet18"
+        assert space.suggest(fixed, default_recipe(False).model_dump()).backbone == "resnet10t"
     for name in list_configs("recipes"):
         check_runs(load_recipe(find_config("recipes", name)))
