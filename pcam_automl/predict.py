@@ -16,13 +16,7 @@ from pcam_automl.bundle import ModelBundle
 from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
 from pcam_automl.errors import DataError
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import EVAL_BATCH, logits_of_rows, logits_of_view
-
-
-def probs_of_logits(logits: np.ndarray) -> np.ndarray:
-    """Sigmoid in float64: (n,) in (0, 1), without overflow."""
-    x = logits.astype(np.float64)
-    return np.where(x >= 0, 1.0 / (1.0 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1.0 + np.exp(-np.abs(x))))
+from pcam_automl.training.scoring import EVAL_BATCH, logits_of_rows, logits_of_view, probs_of_logits
 
 
 @dataclass(frozen=True)

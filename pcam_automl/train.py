@@ -23,11 +23,11 @@ from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
 from pcam_automl.models.factory import build_network, n_parameters, normalisation
 from pcam_automl.models.weights import Weights
-from pcam_automl.predict import probs_of_logits
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, TrainingData, fit, peak_memory_bytes
+from pcam_automl.training.scoring import probs_of_logits
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.versions import versions
 

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from easy_set import write_easy_set, write_table
+from easy_set import easy_patches, write_easy_set, write_table
+from PIL import Image
 
 from pcam_automl import cli
 
@@ -248,6 +249,44 @@ def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Pat
         run("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)[0] == 0
     )
     fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40)
+
+
+def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) -> None:
+    """PCam HDF5: official validation is what the search validates on, the official test is predicted."""
+    import h5py
+
+    raw = in_tmp / "pcam"
+    raw.mkdir()
+    for seed, (part, n) in enumerate({"train": 96, "valid": 24, "test": 20}.items()):
+        images, label = easy_patches(n, seed)
+        prefix = raw / f"camelyonpatch_level_2_split_{part}"
+        for name, values in (("x", images), ("y", label.reshape(-1, 1, 1, 1).astype(np.uint8))):
+            with h5py.File(f"{prefix}_{name}.h5", "w") as file:
+                file[name] = values
+        rows = [(i, f"{part}_slide{i // 8}") for i in range(n)]
+        write_table(Path(f"{prefix}_meta.csv"), "row,wsi", rows)
+    search = ("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 480)
+    code, _, err = run(*search)
+    assert code == 0, err
+    assert "96 patches train, 24 validate" in err
+    code, out, err = run("finalize", "--epochs", 3, "--json")
+    assert code == 0, err
+    assert len(pd.read_csv(json.loads(out)["submission"])) == 20
+
+
+def test_class_folders_go_the_whole_path(run: Any, in_tmp: Path) -> None:
+    images, label = easy_patches(60, seed=1)
+    for number, (image, positive) in enumerate(zip(images, label, strict=True)):
+        folder = in_tmp / "raw" / str(positive)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"p{number}.png")
+    search = ("search", "--data", "raw", "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 320)
+    code, _, err = run(*search)
+    assert code == 0, err
+    assert "validation will be optimistic" in err
+    code, out, _ = run("finalize", "--epochs", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["submission"] is None
 
 
 def test_one_class_only_is_one_line(run: Any, in_tmp: Path) -> None:

@@ -23,6 +23,8 @@ TYPICAL_TRIAL_S = 30.0
 CAP_S = 60.0
 SLOWEST_SHARE = 0.2
 """A backbone that could see less than this share of the planned views within CAP_S is left out of the search."""
+OVERHEAD = 1.2
+"""A real step also gathers, augments, averages and records: about a fifth more than the measured bare step."""
 EVAL_SPEEDUP = 2.5
 """Scoring is about this much faster than training, per image (forward only: a third of the arithmetic)."""
 MOST_EPOCHS = 20
@@ -59,7 +61,7 @@ class Plan:
 def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_per_s: float) -> float:
     """Expected seconds of a whole trial: every rung's stable part and decay branch, and its scoring."""
     views = rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
-    return (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
+    return OVERHEAD * (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
 
 
 def build_rungs(views: int, n_train: int) -> tuple[Rung, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     """Close or give back the slot; 1 if the trial counts."""
     if trial.state in FINISHED:
         slots.finish(slot)
+        # a finished lineage never goes on, and fifty of them would fill the disk
+        shutil.rmtree(objective.opened.folder / "checkpoints" / trial.user_attrs["lineage"], ignore_errors=True)
         return 1
     slots.reopen(slot, keep_lineage=objective.interrupted is not None)
     return 0

@@ -40,7 +40,7 @@ from pcam_automl.training.checkpoint import (
 )
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.optim import WeightAverage, build_optimizer, decay_branch, one_cycle, set_lr, warm_up
-from pcam_automl.training.scoring import logits_of_rows
+from pcam_automl.training.scoring import logits_of_rows, probs_of_logits
 
 STEPS_BETWEEN_CHECKS = 50  # reading the loss syncs with the device
 ProgressCall = Callable[[int], None]
@@ -224,7 +224,7 @@ class Training:
         logits = self.logits(rows, stop=stop)
         if not np.isfinite(logits).all():
             raise TrainingDiverged("the network's outputs on the validation patches are not finite")
-        probs = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+        probs = probs_of_logits(logits)
         label = self.data.label[rows]
         return auc(label, probs), log_loss(label, probs)
 

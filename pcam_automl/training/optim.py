@@ -25,7 +25,8 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     if recipe.optimizer == "adam":
         return torch.optim.Adam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.beta1, nesterov=recipe.beta1 > 0, fused=True)
+        # foreach, not fused: fused SGD fails when parameters thaw after others have momentum ("expected Tensor as element 0")
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.beta1, nesterov=recipe.beta1 > 0, foreach=True)
     return torch.optim.RMSprop(
         groups, lr=recipe.lr, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, foreach=True
     )

@@ -65,3 +65,8 @@ def logits_of_view(network: nn.Module, view: Tensor, compute: Compute, *, all_vi
         for turned in views:
             total += network(compute.layout(turned)).squeeze(1).float()
     return total / len(views)
+
+
+def probs_of_logits(logits: np.ndarray) -> np.ndarray:
+    """Sigmoid in float64: (n,) in [0, 1], without overflow for logits of any size."""
+    return np.asarray(torch.sigmoid(torch.from_numpy(logits.astype(np.float64))).numpy())
