@@ -267,7 +267,11 @@ def test_frozen_phase_moves_the_classifier_only(data: TrainingData) -> None:
 def test_a_backbone_can_thaw_in_the_middle_of_a_rung(data: TrainingData, optimizer: str) -> None:
     recipe = replace_recipe(frozen=0.5, optimizer=optimizer, lr=1e-3)
     training = start(recipe, data)
-    before = training.network.state_dict()["conv1.weight"].clone() if "conv1.weight" in training.network.state_dict() else None
+    before = (
+        training.network.state_dict()["conv1.weight"].clone()
+        if "conv1.weight" in training.network.state_dict()
+        else None
+    )
     results = list(fit(training, RUNGS))
     assert len(results) == 3
     assert all(math.isfinite(r.train_loss) for r in results)
