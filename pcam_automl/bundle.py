@@ -63,12 +63,11 @@ def write_bundle(folder: Path, bundle: ModelBundle) -> None:
     Raises:
         DataError: the disk is full or the folder is read-only.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with folder_written_whole(folder) as partial:
-        save_file(
-            {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}, partial / WEIGHTS
-        )
+        tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}
+        (partial / WEIGHTS).write_bytes(save(tensors))  # save_file hides the operating system's error
         write_json(
             partial / CARD,
             {

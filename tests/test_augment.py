@@ -183,7 +183,7 @@ def test_a_wide_crop_uses_the_full_ranges() -> None:
         (draws.brightness - 1, 0.2),
         (draws.contrast - 1, 0.2),
         (draws.saturation - 1, 0.2),
-        (draws.hue, 0.05),
+        (draws.hue, 0.04),
         (draws.stain_scale[:, 2] - 1, 0.1),
         (draws.stain_shift[:, 0], 0.01),
         (draws.blur * 2 - 0.5, 0.5),

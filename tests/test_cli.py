@@ -293,7 +293,7 @@ def test_one_class_only_is_one_line(run: Any, in_tmp: Path) -> None:
     raw = write_easy_set(in_tmp / "raw", n_train=40, n_test=4)
     ids = [line.split(",")[0] for line in (raw / "train_labels.csv").read_text().splitlines()[1:]]
     write_table(raw / "train_labels.csv", "id,label", [(name, 0) for name in ids])
-    fails_with(run("search", "--data", raw, "--trials", 1, "--weights", "none"), "both classes")
+    fails_with(run("search", "--data", raw, "--trials", 1, "--weights", "none"), "only 40 patches of label 0")
 
 
 def test_unreadable_files_are_named_and_left_out_of_a_prediction(

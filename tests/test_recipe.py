@@ -58,7 +58,7 @@ def test_yaml_gives_the_same_recipe_back(
 
 
 def test_another_value_gives_another_hash() -> None:
-    assert Recipe().hash != Recipe(lr=2e-3).hash
+    assert Recipe().hash != Recipe(lr=3e-3).hash
 
 
 @pytest.mark.parametrize(

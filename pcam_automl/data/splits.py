@@ -155,7 +155,7 @@ def _sealed(fold: NDArray[np.int8], order: Ints, seed: int, grouped: bool, notes
 
 def _check_arguments(seed: int, n_folds: int, holdout: float) -> None:
     if not 0.0 <= holdout <= 0.5:
-        raise DataError(f"holdout must be in [0, 0.5], got {holdout}")
+        raise DataError(f"--holdout must be in [0, 0.5], got {holdout}")
     if not 2 <= n_folds <= 100:
         raise DataError(f"n_folds must be in [2, 100], got {n_folds}")
     if seed < 0:

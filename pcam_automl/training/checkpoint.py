@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pcam_automl.errors import BundleError
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, *, parts: dict[str, dict[str, Tensor]], state
         sums = {}
         for name, tensors in parts.items():
             file = partial / f"{name}.safetensors"
-            save_file(_contiguous(tensors), file)
+            file.write_bytes(save(_contiguous(tensors)))  # save_file hides the operating system's error
             sums[file.name] = sha256_of_file(file)
         write_json(partial / "state.json", {"format": FORMAT, "sha256": sums, **state})
 
