@@ -16,6 +16,8 @@ N_SLIDES = 24
 LEAST_AUC = 0.90
 STUDY = "quickstart"
 FINAL_EPOCHS = 8.0
+VIEWS = 16_000
+"""Fixed, not planned from the speed: below about 10,000 no network gets going on this set, however busy the machine is."""
 
 
 def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, device: str) -> None:
@@ -32,7 +34,7 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     _step(2, "prepare: check and pack them")
     run_prepare(raw, pack, groups=None, domains=None, sample=None, keep_outliers=False, check=False, as_json=False)
     _step(3, f"search: {n_trials} trials, from scratch, validated on slides that training does not see")
-    asked = Asked(data=pack, space="quick", weights="none", seed=seed, device=device)
+    asked = Asked(data=pack, space="quick", weights="none", views=VIEWS, seed=seed, device=device)
     run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=None, as_json=False)
     _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
     final = run_finalize(
