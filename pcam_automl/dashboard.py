@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from pcam_automl.errors import InputError
@@ -25,7 +26,7 @@ def check_port(host: str, port: int) -> None:
         ) from None
 
 
-def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
+def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path, ready: Callable[[], None]) -> None:
     """Serve until interrupted.
 
     Args:
@@ -33,6 +34,7 @@ def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
         host: address to bind.
         port: in [1, 65535].
         artifacts: folder of the studies' artifacts.
+        ready: called once the storage is open, just before serving.
     """
     import optuna_dashboard
     from optuna.artifacts import FileSystemArtifactStore
@@ -40,7 +42,7 @@ def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path) -> None:
     from pcam_automl.search.storage import open_storage
 
     check_port(host, port)
+    storage = open_storage(url, create=False)
     artifacts.mkdir(parents=True, exist_ok=True)
-    optuna_dashboard.run_server(
-        open_storage(url, create=False), host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts)
-    )
+    ready()
+    optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts))

@@ -189,6 +189,12 @@ def run_dashboard(url: str | None, *, host: str, port: int) -> None:
         terminal.say(
             f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies"
         )
+    line = f"dashboard of {safe_url(url)}: http://{host}:{port}/  (Ctrl-C ends it)"
     with stop_signal("nothing was lost"):
-        terminal.result(f"dashboard of {safe_url(url)}: http://{host}:{port}/  (Ctrl-C ends it)")
-        serve_dashboard(url, host=host, port=port, artifacts=studies_folder(url) / "artifacts")
+        serve_dashboard(
+            url,
+            host=host,
+            port=port,
+            artifacts=studies_folder(url) / "artifacts",
+            ready=lambda: terminal.result(line),
+        )

@@ -36,6 +36,7 @@ from pcam_automl.versions import versions
 
 SETTINGS_KEY = "pcam_automl"
 VALIDATION_FOLD = 0
+LARGEST_HOLDOUT = 0.5
 _WAIT_FOR_CREATOR_S = 60.0
 
 Say = Callable[[str], None]
@@ -217,6 +218,7 @@ def create_or_open_study(
     """
     url = storage_url(url)
     check_study_name(name)
+    check_options(asked)  # whatever is wrong is said before the data is packed
     storage = open_storage(url)
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
@@ -238,7 +240,6 @@ def create_or_open_study(
 
 def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
     """Everything a new study remembers."""
-    build_sampler(asked.sampler or "tpe", 0)  # a wrong name is said before the data is packed
     use_cores()
     device = choose_device(asked.device)
     weights, text = decide_weights(asked.weights or "auto")
@@ -297,6 +298,20 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         versions=versions(),
     )
     return settings, split
+
+
+def check_options(asked: Asked) -> None:
+    """Options that can be judged without data.
+
+    Raises:
+        RecipeError, DataError: an unknown sampler or pruner, a holdout out of range, or two budgets.
+    """
+    build_sampler(asked.sampler or "tpe", 0)
+    build_pruner(asked.pruner or "asha", rungs=[1, 2])
+    if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
+        raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
+    if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
+        raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
 
 
 def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:

@@ -314,6 +314,7 @@ def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: A
         ({"space": "defualt"}, RecipeError, "did you mean 'default'"),
         ({"holdout": 0.9}, DataError, "holdout must be in"),
         ({"weights": "nowhere"}, RecipeError, "an existing folder"),
+        ({"pins": {"views": 10}}, RecipeError, "--views 192 and --set views both name the budget; keep one"),
     ],
 )
 def test_bad_options_are_one_line_and_leave_no_study(
