@@ -355,7 +355,7 @@ def check_submission(
 
 def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
-    # Threads that wait must not spin: next to another busy process that halves torch's speed (measured 13 -> 31 images/s).
+    # Threads that wait must not spin: next to another busy process that halves torch's speed (by hand: 13 -> 31 images/s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -397,9 +396,3 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None]) -
     training.micro_batch = state["micro_batch"]
     training.results = [RungResult(**result) for result in state["results"]]
     return int(state["rung"]) + 1
-
-
-def finished(results: Sequence[RungResult]) -> dict[str, Any]:
-    """Sums over the rungs, for a trial's record."""
-    seen = sum(result.seconds for result in results)
-    return {"seconds": seen, "images_per_s": results[-1].images_per_s if results else 0.0}
