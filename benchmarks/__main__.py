@@ -3,11 +3,11 @@
 import importlib
 import sys
 
-NAMES = ("ingest",)
+NAMES = ("ingest", "keras-cnn")
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(NAMES)
     if unknown := [name for name in wanted if name not in NAMES]:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     for name in wanted:
-        importlib.import_module(f"benchmarks.{name}").main()
+        importlib.import_module(f"benchmarks.{name.replace('-', '_')}").main()

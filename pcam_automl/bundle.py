@@ -15,6 +15,7 @@ from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
 from pcam_automl.models.factory import Normalisation, build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.scores import FILE as SCORES
 
 FORMAT = "pcam-automl bundle 1"
 WEIGHTS = "model.safetensors"
@@ -31,6 +32,7 @@ class ModelBundle:
         state: tensor name to value.
         metrics: figures of the training, e.g. ``auc`` and on what it was measured.
         provenance: data, split, study, versions, seconds.
+        scores: text of ``scores.csv``, the validation patches' probabilities; None where there was no validation.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class ModelBundle:
     state: dict[str, Tensor]
     metrics: dict[str, Any]
     provenance: dict[str, Any]
+    scores: str | None = None
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, in evaluation mode.
@@ -68,6 +71,8 @@ def write_bundle(folder: Path, bundle: ModelBundle) -> None:
     with folder_written_whole(folder) as partial:
         tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in bundle.state.items()}
         (partial / WEIGHTS).write_bytes(save(tensors))  # save_file hides the operating system's error
+        if bundle.scores is not None:
+            (partial / SCORES).write_text(bundle.scores, encoding="utf-8")
         write_json(
             partial / CARD,
             {
@@ -110,7 +115,9 @@ def load_bundle(folder: Path) -> ModelBundle:
         if sha256_of_file(weights_file) != card["weights_sha256"]:
             raise BundleError(f"{weights_file} has changed since the bundle was written (its SHA-256 differs)")
         state = load_file(weights_file)
-        return ModelBundle(recipe, Normalisation(mean, std), state, dict(card["metrics"]), dict(card["provenance"]))
+        scores = (folder / SCORES).read_text(encoding="utf-8") if (folder / SCORES).is_file() else None
+        norm = Normalisation(mean, std)
+        return ModelBundle(recipe, norm, state, dict(card["metrics"]), dict(card["provenance"]), scores)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RecipeError) as fault:
         raise BundleError(
             f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})"

@@ -73,6 +73,14 @@ WeightsFrom = Annotated[
     ),
 ]
 
+RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe (`recipes` lists them), or a YAML file.")]
+Fold = Annotated[
+    int, typer.Option("--fold", min=0, max=4, help="Validation fold, for recipes without a valid_share.", metavar="F")
+]
+SplitSeed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the split; the training's is --set seed=N.", metavar="N")
+]
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -261,15 +269,16 @@ def predict(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option("--out", help="Folder of the model bundle.", metavar="DIR")],
     data: Data = None,
     set_: Sets = None,
     weights: WeightsFrom = None,
     groups: Groups = None,
     domains: Domains = None,
-    fold: Annotated[int, typer.Option("--fold", min=0, max=4, help="Validation fold.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split; the training's is --set seed=N.")] = 0,
+    fold: Fold = 0,
+    seed: SplitSeed = 0,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the bundle.")] = True,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -278,18 +287,118 @@ def train(
 
     pins = parse_assignments(set_ or [])
     from pcam_automl.commands.models import run_train
+    from pcam_automl.commands.setup import DataOptions
 
     run_train(
         recipe,
-        data=data,
+        pins,
+        DataOptions(data, groups, domains, fold, seed),
         out=out,
-        pins=pins,
-        groups=groups,
-        domains=domains,
         weights=weights,
         device=device,
-        fold=fold,
-        seed=seed,
+        with_report=report,
+        as_json=json,
+    )
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """The shipped recipes, a line each: `train NAME` trains one."""
+    from pcam_automl import terminal
+    from pcam_automl.configs_folder import find_config, first_line, list_configs
+
+    lines = {name: first_line(find_config("recipes", name)) for name in list_configs("recipes")}
+    if json:
+        terminal.print_json(lines)
+        return
+    for name, line in lines.items():
+        terminal.result(f"{name:<22} {line}")
+
+
+@app.command("lr-find")
+def lr_find(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option("--out", help="Folder for lr_find.png and lr_find.json.", metavar="DIR")],
+    data: Data = None,
+    weight_decay: Annotated[
+        list[float] | None,
+        typer.Option("--weight-decay", help="A curve each; 1e-2, 1e-4 and 1e-6 by default.", metavar="WD"),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Steps of a curve.", metavar="N")] = 600,
+    stage: Annotated[int, typer.Option("--stage", min=1, help="Stage whose layers train, from 1.", metavar="N")] = 1,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Begin with this bundle's weights, e.g. OUT-stage1 of `train`.", metavar="DIR"),
+    ] = None,
+    set_: Sets = None,
+    weights: WeightsFrom = None,
+    groups: Groups = None,
+    domains: Domains = None,
+    fold: Fold = 0,
+    seed: SplitSeed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Loss against a rising learning rate, for several weight decays in one plot."""
+    from pcam_automl.recipe import parse_assignments
+
+    pins = parse_assignments(set_ or [])
+    from pcam_automl.commands.recipes import run_lr_find
+    from pcam_automl.commands.setup import DataOptions
+
+    run_lr_find(
+        recipe,
+        pins,
+        DataOptions(data, groups, domains, fold, seed),
+        out=out,
+        weights=weights,
+        device=device,
+        weight_decays=weight_decay or [1e-2, 1e-4, 1e-6],
+        n_steps=steps,
+        stage=stage - 1,
+        start=start,
+        as_json=json,
+    )
+
+
+@app.command("compare-backbones")
+def compare_backbones(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; finished ones are kept.", metavar="DIR")],
+    backbones: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="timm names; by default mobilenetv2_100, resnetv2_152, inception_resnet_v2, densenet201, efficientnet_b2."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Everything but the backbone.", metavar="NAME")
+    ] = "resnet152v2_transfer",
+    data: Data = None,
+    set_: Sets = None,
+    weights: WeightsFrom = None,
+    groups: Groups = None,
+    domains: Domains = None,
+    fold: Fold = 0,
+    seed: SplitSeed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Rank backbones by their first and by their short-training validation loss and accuracy."""
+    from pcam_automl.recipe import parse_assignments
+
+    pins = parse_assignments(set_ or [])
+    from pcam_automl.commands.recipes import run_compare
+    from pcam_automl.commands.setup import DataOptions
+    from pcam_automl.compare import PUBLISHED
+
+    run_compare(
+        recipe,
+        pins,
+        DataOptions(data, groups, domains, fold, seed),
+        out=out,
+        backbones=backbones or list(PUBLISHED),
+        weights=weights,
+        device=device,
         as_json=json,
     )
 

@@ -49,3 +49,10 @@ def find_config(kind: Kind, name_or_path: str) -> Path:
             f"{word} file {name_or_path} {reason}{did_you_mean(path.stem, known)}; known: {', '.join(known)}"
         )
     return path
+
+
+def first_line(path: Path) -> str:
+    """The description of a shipped file: its first comment line, empty where it has none."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline().strip()
+    return line.removeprefix("#").strip() if line.startswith("#") else ""

@@ -94,11 +94,20 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
 
 
 def final_recipe(trial: FrozenTrial, n_train: int, epochs: float | None) -> Recipe:
-    """The trial's recipe for the whole data: one cycle over ``epochs``, the views of a trial times four otherwise."""
+    """The trial's recipe for the whole data, subsample and early end lifted.
+
+    A search's ``wsd`` becomes one cycle over ``epochs``, by default four times a trial's views; a recipe with a schedule
+    of its own keeps it, and its length.
+    """
     searched = build_recipe(json.loads(trial.user_attrs["recipe"]), where=f"trial {trial.number}")
+    changes: dict[str, Any] = {"subsample": 1.0, "patience": None}
     if epochs is None:
-        epochs = min(max(VIEWS_FACTOR * searched.n_views(n_train) / n_train, LEAST_EPOCHS), MOST_EPOCHS)
-    fields = merge_fields(searched.model_dump(), {"epochs": round(epochs, 4), "schedule": "one_cycle"})
+        epochs = searched.n_views(n_train) / n_train
+        if searched.schedule == "wsd":
+            epochs = min(max(VIEWS_FACTOR * epochs, LEAST_EPOCHS), MOST_EPOCHS)
+    if searched.schedule == "wsd":
+        changes["schedule"] = "one_cycle"
+    fields = merge_fields(searched.model_dump(), {**changes, "epochs": round(epochs, 4)})
     return build_recipe(fields, where="finalize")
 
 
@@ -212,7 +221,8 @@ def _predict(
         "notes": list(notes),
         "recipe": bundle.recipe.model_dump(mode="json"),
         "n_test": len(test),
-        "test_time_views": 8,
+        "test_time_views": len(predictor.views),
+        "test_time_averaging": predictor.views.averaging,
     }
     if len(test):
         watch.predicting(len(test), "test")

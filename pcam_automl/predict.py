@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from pcam_automl.augment import centre_view
 from pcam_automl.batches import Patches
 from pcam_automl.bundle import ModelBundle
 from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
 from pcam_automl.errors import DataError
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import EVAL_BATCH, logits_of_rows, logits_of_view, probs_of_logits
+from pcam_automl.training.scoring import (
+    EVAL_BATCH,
+    Averaging,
+    Views,
+    logits_of_images,
+    logits_of_rows,
+    probs_of_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,13 @@ class Predictor:
         bundle: recipe and normalisation.
         network: in evaluation mode.
         compute: device, precision, layout.
-        all_views: average the eight views of the dihedral group.
+        views: what is shown of each patch and averaged.
     """
 
     bundle: ModelBundle
     network: nn.Module
     compute: Compute
-    all_views: bool = True
+    views: Views
 
     def rows(
         self,
@@ -44,33 +50,19 @@ class Predictor:
         progress: Callable[[int], None] = lambda n: None,
     ) -> np.ndarray:
         """Probabilities (n,) of store rows."""
-        recipe = self.bundle.recipe
-        logits = logits_of_rows(
-            self.network,
-            patches,
-            rows,
-            crop_size=recipe.crop_size,
-            out_px=recipe.network_px,
-            normalisation=self.bundle.normalisation,
-            compute=self.compute,
-            all_views=self.all_views,
-            stop=stop,
-            progress=progress,
-        )
+        logits = logits_of_rows(self.network, patches, rows, self.views, self.compute, stop=stop, progress=progress)
         return probs_of_logits(logits)
 
-    @torch.inference_mode()
     def images(self, images: np.ndarray) -> np.ndarray:
         """Probabilities (B,) of patches (B, 96, 96, 3) uint8."""
-        recipe, norm = self.bundle.recipe, self.bundle.normalisation
         batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
-        view = centre_view(batch, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
-        return probs_of_logits(logits_of_view(self.network, view, self.compute, all_views=self.all_views).cpu().numpy())
+        return probs_of_logits(logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy())
 
 
-def build_predictor(bundle: ModelBundle, compute: Compute, *, all_views: bool = True) -> Predictor:
-    """Place the bundle's network on the device."""
-    return Predictor(bundle, compute.place(bundle.build()).eval(), compute, all_views)
+def build_predictor(bundle: ModelBundle, compute: Compute, *, averaging: Averaging | None = None) -> Predictor:
+    """Place the bundle's network on the device; views are averaged as its recipe says unless ``averaging`` does."""
+    views = Views(bundle.recipe, bundle.normalisation, averaging or bundle.recipe.tta)
+    return Predictor(bundle, compute.place(bundle.build()).eval(), compute, views)
 
 
 def list_images(inputs: Sequence[Path]) -> list[Path]:

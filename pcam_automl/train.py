@@ -16,19 +16,20 @@ import torch
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.counter import key_of
-from pcam_automl.data.splits import Split
+from pcam_automl.data.splits import Split, make_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError
 from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
-from pcam_automl.models.factory import build_network, n_parameters, normalisation
+from pcam_automl.models.factory import n_parameters, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
+from pcam_automl.scores import scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.compute import Compute, device_name
-from pcam_automl.training.engine import Rung, RungResult, Training, TrainingData, fit, peak_memory_bytes
-from pcam_automl.training.scoring import probs_of_logits
+from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
+from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.speed import SpeedBook
+from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
 
 
@@ -53,26 +54,19 @@ class Trained:
 
 
 def epoch_rungs(recipe: Recipe, n_train: int) -> tuple[Rung, ...]:
-    """One rung an epoch; the last ends exactly at the recipe's views. ``wsd`` is scored at its end only."""
+    """One rung an epoch and one at each end of a stage; the last ends at the recipe's views. ``wsd`` is scored once."""
     views = recipe.n_views(n_train)
     if recipe.schedule == "wsd":
         return (Rung(views, n_train),)
     n_epochs = max(1, math.ceil(views / n_train - 1e-9))
-    return tuple(Rung(min(views, n_train * (epoch + 1)), n_train) for epoch in range(n_epochs))
+    ends = {min(views, n_train * (epoch + 1)) for epoch in range(n_epochs)} | set(stage_ends(recipe, views))
+    return tuple(Rung(end, n_train) for end in sorted(ends))
 
 
-def usable_rows(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.ndarray:
-    """``rows`` without the recipe's ``exclude_ids``.
-
-    Raises:
-        DataError: fewer than one batch, or one class only, is left.
-    """
-    if recipe.exclude_ids:
-        rows = rows[~np.isin(store.ids[rows], list(recipe.exclude_ids))]
-    positives = int((store.label[rows] == 1).sum())
-    if positives in (0, len(rows)):
-        raise DataError(f"training needs both classes, got {positives} patches of label 1 among {len(rows)}")
-    return rows
+def stage_ends(recipe: Recipe, views: int) -> tuple[int, ...]:
+    """Views at which each stage ends, the last being ``views``; empty without stages."""
+    shares = np.cumsum([stage.share for stage in recipe.stages])
+    return tuple(min(views, max(1, round(float(share) * views))) for share in shares)
 
 
 def train_to_bundle(
@@ -104,19 +98,25 @@ def train_to_bundle(
         busy=f"another process is training into {out}; wait for it, or choose another --out",
     ):
         began = time.perf_counter()
-        train_rows, score_rows = usable_rows(store, recipe, train_rows), _without(store, recipe, score_rows)
+        rows = choose_rows(store, recipe, train_rows, score_rows)
         compute = _variant(recipe, device, speed, checkpoints)
-        data = TrainingData(
-            open_patches(store, device), np.asarray(store.label), train_rows, score_rows, normalisation(recipe.backbone)
+        training = start_training(
+            recipe,
+            store,
+            rows,
+            patches=open_patches(store, device),
+            weights=weights,
+            compute=compute,
+            key=key_of(recipe.seed, "views"),
         )
-        training = Training(
-            recipe, build_network(recipe, weights, seed=recipe.seed), data, compute, key=key_of(recipe.seed, "views")
-        )
-        rungs = epoch_rungs(recipe, len(train_rows))
+        rungs = epoch_rungs(recipe, len(rows.train))
+        ends = stage_ends(recipe, rungs[-1].views)[:-1]
         watch.begins(recipe, compute, rungs[-1].views)
         for result in fit(
             training,
+            rows.train,
             rungs,
+            scored=len(rows.score) > 0,
             checkpoints=checkpoints,
             keep_final=recipe.schedule != "wsd",
             note=watch.note,
@@ -124,14 +124,19 @@ def train_to_bundle(
             progress=watch.views,
         ):
             watch.epoch(result)
-        bundle = _bundle(training, store, provenance, began)
+            if result.views in ends and result.views == training.views:  # not one that a resumed training repeats
+                write_bundle(
+                    stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
+                )
+        bundle = _bundle(training, rows, store, provenance, began)
         write_bundle(out, bundle)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(bundle, training.results, time.perf_counter() - began)
 
 
-def _without(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.ndarray:
-    return rows[~np.isin(store.ids[rows], list(recipe.exclude_ids))] if recipe.exclude_ids and len(rows) else rows
+def stage_folder(out: Path, stage: int) -> Path:
+    """Where the bundle of a stage that is not the last lies: ``<out>-stage1``, ``<out>-stage2``, ..."""
+    return out.with_name(f"{out.name}-stage{stage + 1}")
 
 
 def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints: Path) -> Compute:
@@ -141,18 +146,25 @@ def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints
     return speed.compute_for(recipe, device)
 
 
-def _bundle(training: Training, store: PatchStore, provenance: dict[str, Any], began: float) -> ModelBundle:
-    rows = training.data.score_rows
+def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[str, Any], began: float) -> ModelBundle:
+    recipe = training.recipe
+    kept = best_result(training.results, recipe)
     metrics: dict[str, Any] = {
         "images_per_s": _images_per_s(training.results),
         "epochs": [asdict(result) for result in training.results],
+        "kept_epoch": kept.rung,
     }
-    if len(rows):
-        probs = probs_of_logits(training.logits(rows))
-        low, high = auc_interval(store.label[rows], probs, np.asarray(store.group)[rows])
-        metrics |= {"auc": training.results[-1].auc, "auc_95": [low, high], "auc_on": f"{len(rows)} validation patches"}
+    text = None
+    if len(rows.score):
+        _, scores = training.score()
+        text = scores_text(scores, store.ids)
+        low, high = auc_interval(scores.label, scores.prob, np.asarray(store.group)[scores.rows])
+        metrics |= {"auc": kept.auc, "auc_95": [low, high], "auc_on": f"{len(rows.score)} validation patches"}
+        metrics |= {"loss": kept.loss, "accuracy": kept.accuracy} | (
+            {"dice": kept.dice} if kept.dice is not None else {}
+        )
     record = {
-        "n_train": len(training.data.train_rows),
+        "n_train": len(rows.train),
         "n_parameters": n_parameters(training.network),
         "pack_hash": store.content_hash,
         "compute": training.compute.to_json(),
@@ -162,9 +174,8 @@ def _bundle(training: Training, store: PatchStore, provenance: dict[str, Any], b
         "train_s": round(time.perf_counter() - began, 3),
         "versions": versions(),
     }
-    return ModelBundle(
-        training.recipe, training.data.normalisation, training.averaged_state(), metrics, {**provenance, **record}
-    )
+    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
+    return ModelBundle(recipe, norm, training.averaged_state(), metrics, {**provenance, **record}, text)
 
 
 def _images_per_s(results: list[RungResult]) -> float:
@@ -177,6 +188,14 @@ def _images_per_s(results: list[RungResult]) -> float:
     return round(views / seconds, 1) if seconds else 0.0
 
 
-def training_split(split: Split, fold: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, rows to validate on) of a fold; neither has a row of the holdout."""
-    return split.train_order(fold), split.score_rows(fold, len(split.order))
+def training_split(store: PatchStore, recipe: Recipe, *, seed: int, fold: int) -> tuple[Split, np.ndarray, np.ndarray]:
+    """(split, rows to train on, rows to validate on): a fold, or whole slides of about the recipe's ``valid_share``.
+
+    Raises:
+        DataError: the store cannot be split.
+    """
+    if recipe.valid_share is not None:
+        split = make_split(store, seed=seed, holdout=recipe.valid_share)
+        return split, split.order, split.holdout_rows()
+    split = make_split(store, seed=seed)
+    return split, split.train_order(fold), split.score_rows(fold, len(split.order))

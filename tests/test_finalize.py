@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
 from pcam_automl.finalize import choose_trial, final_recipe, finalize
@@ -22,7 +21,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study
 from pcam_automl.search.worker import run_worker
-from pcam_automl.train import epoch_rungs, usable_rows
+from pcam_automl.train import epoch_rungs, stage_ends
 
 CPU = torch.device("cpu")
 SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
@@ -44,8 +43,8 @@ def opened(easy_pack: Path, in_tmp: Path) -> OpenStudy:
 
 KILLED = """
 import os, signal, sys
-from pcam_automl.training import engine
-write, calls = engine.write_checkpoint, []
+from pcam_automl.training import fit
+write, calls = fit.write_checkpoint, []
 def dying(folder, **options):
     calls.append(1)
     if len(calls) == {at}:
@@ -55,7 +54,7 @@ def dying(folder, **options):
         else:
             os.kill(os.getpid(), signal.SIGKILL)
     return write(folder, **options)
-engine.write_checkpoint = dying
+fit.write_checkpoint = dying
 from pcam_automl.cli import main
 sys.argv = ["pcam-automl", "finalize", "--epochs", "4", "--device", "cpu"]
 main()
@@ -136,18 +135,6 @@ def test_epochs_become_rungs_that_end_at_the_views() -> None:
     assert [r.views for r in epoch_rungs(Recipe(epochs=3.0, schedule="wsd"), 100)] == [300]
 
 
-def test_excluded_ids_are_not_trained_on(easy_pack: Path) -> None:
-    store = open_store(easy_pack)
-    rows = store.development_rows()
-    ids = store.ids[rows[:7]].tolist()
-    left = usable_rows(store, Recipe(exclude_ids=tuple(ids)), rows)
-    assert len(left) == len(rows) - 7
-    assert not set(store.ids[left]) & set(ids)
-    negatives = store.ids[rows[store.label[rows] == 0]].tolist()
-    with pytest.raises(DataError, match="training needs both classes"):
-        usable_rows(store, Recipe(exclude_ids=tuple(negatives)), rows)
-
-
 def test_read_only_data_serves_a_whole_run(easy_pack: Path, in_tmp: Path) -> None:
     """A pack that nothing may write to: root ignores rights, so the files are watched instead."""
     before = {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()}
@@ -163,3 +150,10 @@ def test_read_only_data_serves_a_whole_run(easy_pack: Path, in_tmp: Path) -> Non
     finalize(study, epochs=1.0, device=CPU)
     assert {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()} == before
     assert np.isfinite(study.study.best_value)
+
+
+def test_stages_end_at_rungs_of_their_own() -> None:
+    stages = ({"share": 0.3, "lr": 1e-2}, {"share": 0.7, "lr": 1e-3})
+    recipe = Recipe.model_validate({"epochs": 4, "stages": stages})
+    assert stage_ends(recipe, 400) == (120, 400)
+    assert [rung.views for rung in epoch_rungs(recipe, 100)] == [100, 120, 200, 300, 400]

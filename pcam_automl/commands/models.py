@@ -14,25 +14,21 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.bundle import load_bundle
-from pcam_automl.config import find_data, storage_url, studies_folder
-from pcam_automl.configs_folder import find_config
-from pcam_automl.data.packs import find_pack
-from pcam_automl.data.splits import make_split
+from pcam_automl.commands.setup import DataOptions, set_up
+from pcam_automl.config import storage_url
 from pcam_automl.data.tables import read_ids, read_labels, read_names
 from pcam_automl.errors import DataError, first_few
 from pcam_automl.finalize import FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.metrics import accuracy, auc, auc_interval
-from pcam_automl.models.weights import decide_weights
 from pcam_automl.predict import build_predictor, list_images, predict_files
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.submission import check_submission, check_threshold, write_probabilities
-from pcam_automl.train import TrainWatch, train_to_bundle, training_split
+from pcam_automl.train import TrainWatch, train_to_bundle
 from pcam_automl.training.compute import Compute, choose_device, use_cores
 from pcam_automl.training.engine import RungResult
-from pcam_automl.training.speed import SpeedBook
 
 
 @contextmanager
@@ -124,50 +120,29 @@ def _print_final(final: FinalResult, as_json: bool) -> None:
 
 def run_train(
     recipe: str,
-    *,
-    data: Path | None,
-    out: Path,
     pins: dict[str, Any],
-    groups: Path | None,
-    domains: Path | None,
+    options: DataOptions,
+    *,
+    out: Path,
     weights: str | None,
     device: str,
-    fold: int,
-    seed: int,
     as_json: bool,
 ) -> None:
-    """Train one recipe on the split's other folds, validated on ``fold``."""
+    """Train one recipe on the split's other folds, validated on one of them."""
     began = time.perf_counter()
     with stop_signal("the last epoch is stored; the same command goes on") as stop:
-        chosen = load_recipe(find_config("recipes", recipe), overrides=pins)
-        place, source, text = (
-            choose_device(device),
-            *decide_weights(weights or ("auto" if chosen.pretrained else "none")),
-        )
-        if chosen.pretrained or weights:
-            terminal.say(text)
-        chosen = load_recipe(find_config("recipes", recipe), overrides={"pretrained": source.pretrained, **pins})
-        folder = studies_folder(storage_url(None))
-        with terminal.counting("packing") as call:
-            store = find_pack(
-                find_data(data), folder / "packs", groups=groups, domains=domains, say=terminal.say, call=call
-            )
-        split = make_split(store, seed=seed)
-        for note in split.notes:
-            terminal.say(note)
-        use_cores()
-        train_rows, score_rows = training_split(split, fold)
+        setup = set_up(recipe, pins, options, weights=weights, device=device)
         with stop.deferred(), _training_bar(stop.check) as watch:
             trained = train_to_bundle(
-                chosen,
-                store,
-                train_rows=train_rows,
-                score_rows=score_rows,
-                weights=source,
-                device=place,
-                speed=SpeedBook(folder / "speed.json"),
+                setup.recipe,
+                setup.store,
+                train_rows=setup.train_rows,
+                score_rows=setup.score_rows,
+                weights=setup.weights,
+                device=setup.device,
+                speed=setup.speed,
                 out=out.resolve(),
-                provenance={"recipe_name": recipe, "split_hash": split.hash, "fold": fold},
+                provenance={"recipe_name": recipe, "split_hash": setup.split.hash, "fold": options.fold},
                 watch=watch,
             )
     metrics, wall_s = trained.bundle.metrics, time.perf_counter() - began
@@ -179,7 +154,7 @@ def run_train(
                 "images_per_s": metrics["images_per_s"],
                 "wall_s": round(wall_s, 2),
                 "out": str(out),
-                "recipe": chosen.model_dump(mode="json"),
+                "recipe": setup.recipe.model_dump(mode="json"),
             }
         )
         return
@@ -205,7 +180,7 @@ def run_predict(
         if measured.get("device") == str(place)
         else Compute(str(place))
     )
-    predictor = build_predictor(bundle, compute, all_views=all_views)
+    predictor = build_predictor(bundle, compute, averaging=None if all_views else "none")
     ids: list[str] = []
     probs: list[np.ndarray] = []
     left_out: list[str] = []

@@ -1,10 +1,10 @@
-"""Backbones from timm with one output logit. Holds no weights policy (see weights.py) and trains nothing."""
+"""The network of a recipe: timm's backbones, the notebooks' own, heads and decoders. No weights policy, no training."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from pcam_automl.errors import RecipeError, did_you_mean
+from pcam_automl.models import cnn, unet
+from pcam_automl.models.head import build_head
+from pcam_automl.models.layers import classifier_parameters
 from pcam_automl.models.weights import Weights, load_folder_weights
 from pcam_automl.recipe import CENTRE_PX, Recipe
 
 LARGEST_PROBED_PX = 384
+_CNN_FIELDS = tuple(name for name in Recipe.model_fields if name.startswith("cnn_"))
+_CANNOT_RUN = (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError)
+
+__all__ = [
+    "Normalisation",
+    "build_network",
+    "check_backbone",
+    "check_runs",
+    "classifier_parameters",
+    "logit_of",
+    "n_keras_parameters",
+    "n_parameters",
+    "normalisation",
+    "normalisation_of",
+    "smallest_input",
+]
 
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)  # its warnings on num_classes repeat what we ask for
 
@@ -56,7 +75,36 @@ def normalisation(name: str) -> Normalisation:
     return Normalisation((r, g, b), (sr, sg, sb))
 
 
-def _create(name: str, px: int, **options: Any) -> nn.Module:
+def normalisation_of(
+    recipe: Recipe, channel_mean: Sequence[float] | None = None, channel_std: Sequence[float] | None = None
+) -> Normalisation:
+    """The normalisation that the recipe asks for.
+
+    Args:
+        recipe: its ``normalise`` and ``backbone`` are used.
+        channel_mean: (3,) of the training patches on the scale [0, 1]; needed for ``dataset`` alone.
+        channel_std: (3,) their standard deviations, above 0.
+
+    Raises:
+        RecipeError: ``dataset`` without statistics, or a channel that never varies.
+    """
+    if recipe.normalise == "unit":
+        return Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    if recipe.normalise == "backbone":
+        return normalisation(recipe.backbone)
+    if channel_mean is None or channel_std is None:
+        raise RecipeError(
+            "recipe.normalise dataset needs the training set's channel statistics; use backbone or unit where there are none"
+        )
+    (r, g, b), (sr, sg, sb) = (tuple(float(v) for v in values) for values in (channel_mean, channel_std))
+    if min(sr, sg, sb) <= 0.0:
+        raise RecipeError(
+            f"recipe.normalise dataset: the standard deviations must be above 0, got {sr:g}, {sg:g}, {sb:g}; use backbone"
+        )
+    return Normalisation((r, g, b), (sr, sg, sb))
+
+
+def _create(name: str, px: int, *, num_classes: int = 1, **options: Any) -> nn.Module:
     """Timm's factory; networks with a fixed input size are asked for a dynamic one, or for ``px``."""
     config = timm.get_pretrained_cfg(name)
     sizes: list[dict[str, Any]] = [{}]
@@ -64,29 +112,36 @@ def _create(name: str, px: int, **options: Any) -> nn.Module:
         sizes = [{"dynamic_img_size": True, "dynamic_img_pad": True}, {"img_size": px}, {}]
     for size in sizes[:-1]:
         try:
-            return timm.create_model(name, num_classes=1, **size, **options)
+            return timm.create_model(name, num_classes=num_classes, **size, **options)
         except TypeError:  # this architecture does not take that option
             continue
-    return timm.create_model(name, num_classes=1, **sizes[-1], **options)
+    return timm.create_model(name, num_classes=num_classes, **sizes[-1], **options)
 
 
-@functools.cache
 def smallest_input(name: str) -> int:
     """The smallest even input side in [32, 384] px at which the backbone runs and still sees the picture.
 
-    Found by running the architecture on torch's meta device, which computes shapes and no values.
+    Found by running the architecture on torch's meta device, which computes shapes and no values. Networks for dense
+    tasks take any multiple of 16.
 
     Raises:
         RecipeError: it runs at none of them.
     """
+    return _smallest_input(name, ())
+
+
+@functools.cache
+def _smallest_input(name: str, options: tuple[tuple[str, Any], ...]) -> int:
     check_backbone(name)
+    if name in unet.OPTIONS:
+        return 16
 
     def runs(px: int) -> bool:
         try:
             with torch.device("meta"):
-                network = _create(name, px)
+                network = _create(name, px, **dict(options))
                 return tuple(network(torch.empty(2, 3, px, px)).shape) == (2, 1)
-        except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError):
+        except _CANNOT_RUN:
             return False
 
     if runs(CENTRE_PX):
@@ -100,13 +155,50 @@ def smallest_input(name: str) -> int:
     return high
 
 
+def _cnn_options(recipe: Recipe) -> Mapping[str, Any]:
+    """The ``cnn_*`` fields that are given, without their prefix."""
+    given = {name.removeprefix("cnn_"): getattr(recipe, name) for name in _CNN_FIELDS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _network_faults(recipe: Recipe) -> list[str]:
+    """Fields that do not go together with the recipe's backbone."""
+    name, faults = recipe.backbone, []
+    taken = cnn.OPTIONS if name in cnn.NETWORKS else unet.OPTIONS.get(name, frozenset())
+    for option in _cnn_options(recipe):
+        if option not in taken:
+            own = ", ".join(f"cnn_{known}" for known in sorted(taken))
+            remedy = f"it takes {own}" if taken else f"leave it out, or use one of {', '.join(cnn.NETWORKS)}"
+            faults.append(f"recipe.cnn_{option} is no option of backbone {name}; {remedy}")
+    if recipe.task == "patch" and name in unet.OPTIONS:
+        faults.append(f"recipe.backbone {name} gives one answer a pixel; it needs task dense, got task patch")
+    if recipe.head != "linear" and name in cnn.NETWORKS:
+        faults.append(f"recipe.head must be linear for {name}, whose dense layers are cnn_dense, got {recipe.head}")
+    if recipe.task == "dense" and recipe.decoder == "none" and name not in unet.OPTIONS:
+        faults.append(
+            f"recipe.backbone {name} gives no answer a pixel by itself; "
+            f"add decoder: unet, or use one of {', '.join(unet.OPTIONS)}"
+        )
+    if recipe.decoder == "unet" and (name in unet.OPTIONS or name in cnn.NETWORKS):
+        faults.append(
+            f"recipe.decoder unet needs one of timm's own backbones, got {name}; set decoder: none or another"
+        )
+    return faults
+
+
 def check_runs(recipe: Recipe) -> None:
-    """Say before any training starts whether the recipe's network can take the recipe's input.
+    """Say before any training starts whether the recipe's network exists and can take the recipe's input.
 
     Raises:
-        RecipeError: unknown backbone, or an input below its smallest.
+        RecipeError: unknown backbone, fields that do not fit it, or an input that it cannot take.
     """
-    least = smallest_input(recipe.backbone)
+    check_backbone(recipe.backbone)
+    if faults := _network_faults(recipe):
+        raise RecipeError("; ".join(faults))
+    if recipe.task == "dense":
+        _check_tile(recipe)
+        return
+    least = _smallest_input(recipe.backbone, tuple(_cnn_options(recipe).items()))
     if recipe.network_px < least:
         raise RecipeError(
             f"recipe.input_size must be at least {least} for {recipe.backbone}, got {recipe.network_px} "
@@ -114,37 +206,88 @@ def check_runs(recipe: Recipe) -> None:
         )
 
 
+def _check_tile(recipe: Recipe) -> None:
+    px = recipe.network_px
+    if recipe.decoder == "unet":
+        try:
+            with torch.device("meta"):
+                unet.TimmUnet(recipe.backbone)(torch.empty(2, 3, px, px))
+        except _CANNOT_RUN as fault:
+            reason = " ".join(str(fault).split())[:120]
+            raise RecipeError(
+                f"recipe.tile_size: {recipe.backbone} with decoder unet cannot take tiles of {px} px ({reason}); "
+                "try a larger tile_size or another backbone"
+            ) from None
+    elif recipe.backbone == "unet":
+        multiple = 2 ** (len(recipe.cnn_filters or unet.UNET_FILTERS) - 1)
+        if px % multiple:
+            raise RecipeError(
+                f"recipe.tile_size must be a multiple of {multiple} for a unet of {multiple.bit_length()} levels, got {px}"
+            )
+
+
 def build_network(recipe: Recipe, weights: Weights, *, seed: int) -> nn.Module:
-    """The recipe's network on the CPU: images (B, 3, px, px) normalised -> logits (B, 1).
+    """The recipe's network on the CPU: images (B, 3, px, px) normalised -> logits (see :func:`logit_of`).
+
+    Task patch gives (B, 1), task dense (B, 1, px, px) or (B, 2, px, px).
 
     Args:
-        recipe: its backbone, sizes, dropout and ``pretrained`` are used.
+        recipe: its backbone, head, decoder, sizes, dropout and ``pretrained`` are used.
         weights: where pretrained weights are found.
         seed: for the initial weights.
 
     Raises:
-        RecipeError: unknown backbone, input too small, or no weights for it.
+        RecipeError: unknown backbone, fields that do not fit it, input too small, or no weights for it.
     """
     check_runs(recipe)
     torch.manual_seed(seed)
-    from_hub = recipe.pretrained and weights.kind == "hub"
-    network = _create(recipe.backbone, recipe.network_px, drop_rate=recipe.dropout, pretrained=from_hub)
-    if recipe.pretrained and weights.kind == "folder":
-        load_folder_weights(network, recipe.backbone, weights)
-    elif recipe.pretrained and weights.kind == "none":
+    name, px = recipe.backbone, recipe.network_px
+    if recipe.decoder == "unet":
+        network = unet.TimmUnet(name, drop_rate=recipe.dropout)
+        if recipe.pretrained:
+            network.load_encoder(_backbone(recipe, weights, num_classes=0))
+        return network
+    if name in unet.OPTIONS:
+        return _backbone(recipe, weights, num_classes=2, drop_rate=recipe.dropout, **_cnn_options(recipe))
+    if recipe.head == "linear":
+        return _backbone(recipe, weights, num_classes=1, drop_rate=recipe.dropout, **_cnn_options(recipe))
+    backbone = _backbone(recipe, weights, num_classes=0)
+    return build_head(backbone, recipe.head, name, recipe.hidden, dropout=recipe.dropout, px=px)
+
+
+def _backbone(recipe: Recipe, weights: Weights, **options: Any) -> nn.Module:
+    """Timm's network, its pretrained weights loaded where the recipe wants them.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    name = recipe.backbone
+    if recipe.pretrained and weights.kind == "none":
         raise RecipeError(
-            f"recipe.pretrained is true for {recipe.backbone}, but weights are 'none'; give --weights hub or a folder"
+            f"recipe.pretrained is true for {name}, but weights are 'none'; give --weights hub or a folder"
         )
+    if recipe.pretrained and weights.kind == "hub" and not weights.has(name):
+        raise RecipeError(f"recipe.pretrained is true, but timm has no weights for {name}; set pretrained: false")
+    network = _create(name, recipe.network_px, pretrained=recipe.pretrained and weights.kind == "hub", **options)
+    if recipe.pretrained and weights.kind == "folder":
+        load_folder_weights(network, name, weights)
     return network
 
 
-def classifier_parameters(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters of the last layer: what trains while the backbone is frozen."""
-    classifiers = network.get_classifier()  # type: ignore[operator]
-    for module in classifiers if isinstance(classifiers, tuple) else (classifiers,):
-        yield from module.parameters()
+def logit_of(output: Tensor) -> Tensor:
+    """One logit for each answer: (B, 1) -> (B,), (B, 1, H, W) -> (B, H, W), (B, 2, H, W) -> (B, H, W).
+
+    Of two classes it is the difference: the softmax of two is the sigmoid of their difference, and cross-entropy over
+    the two is binary cross-entropy on it.
+    """
+    return output[:, 0] if output.shape[1] == 1 else output[:, 1] - output[:, 0]
 
 
 def n_parameters(network: nn.Module) -> int:
     """Number of trainable and frozen parameters, buffers left out."""
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def n_keras_parameters(network: nn.Module) -> int:
+    """Number of parameters as Keras counts them: with the running means and variances of batch norms."""
+    return n_parameters(network) + sum(b.numel() for b in network.buffers() if b.is_floating_point())

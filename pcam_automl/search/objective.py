@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
 from optuna.trial import Trial
@@ -17,14 +16,16 @@ from optuna.trial import Trial
 from pcam_automl.batches import Patches, open_patches
 from pcam_automl.counter import key_of
 from pcam_automl.errors import Interrupted, TrainingDiverged
-from pcam_automl.models.factory import build_network, n_parameters, normalisation, smallest_input
+from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy, default_recipe
 from pcam_automl.training.compute import Compute, device_name
-from pcam_automl.training.engine import Rung, RungResult, Training, TrainingData, fit, peak_memory_bytes, total_views
+from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
+from pcam_automl.training.fit import best_result, fit, total_views
 from pcam_automl.training.speed import SpeedBook
+from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
 
 
@@ -108,25 +109,31 @@ class Objective:
 
     def _train(self, trial: Trial, lineage: str) -> float:
         recipe, compute, rungs = self._settle(trial, lineage)
-        training = self._build(recipe, compute)
+        training, rows = self._build(recipe, compute)
         trial.set_user_attr("n_parameters", n_parameters(training.network))
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
         folder = self.opened.folder / "checkpoints" / lineage
         planned = self.opened.rungs
-        score = float("nan")
         for result in fit(
-            training, rungs, checkpoints=folder, note=self.watch.note, stop=self.stop, progress=self.watch.views
+            training,
+            rows.train,
+            rungs,
+            checkpoints=folder,
+            note=self.watch.note,
+            stop=self.stop,
+            progress=self.watch.views,
         ):
             assert result.auc is not None
-            score = result.auc
-            trial.report(score, step=planned[result.rung].views)
+            trial.report(result.auc, step=planned[result.rung].views)
             trial.set_user_attr("rungs", [asdict(done) for done in training.results])
             trial.set_user_attr("images_per_s", round(result.images_per_s, 1))
             trial.set_user_attr("micro_batch", training.micro_batch)
             self.watch.rung(trial.number, result)
             if result.rung < len(rungs) - 1 and trial.should_prune():
                 raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
-        return score
+        kept = best_result(training.results, recipe)
+        assert kept.auc is not None
+        return kept.auc
 
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""
@@ -164,10 +171,18 @@ class Objective:
                 return attrs
         return None
 
-    def _build(self, recipe: Recipe, compute: Compute) -> Training:
-        network = build_network(recipe, self.opened.weights, seed=recipe.seed)
-        data = training_data(self.opened.store, self._patches, recipe, self._train_rows, self._score_rows)
-        return Training(recipe, network, data, compute, key=key_of(recipe.seed, "views"))
+    def _build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
+        rows = choose_rows(self.opened.store, recipe, self._train_rows, self._score_rows)
+        training = start_training(
+            recipe,
+            self.opened.store,
+            rows,
+            patches=self._patches,
+            weights=self.opened.weights,
+            compute=compute,
+            key=key_of(recipe.seed, "views"),
+        )
+        return training, rows
 
     def _release(self) -> None:
         """Give the device's memory back before the next trial."""
@@ -175,13 +190,3 @@ class Objective:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-
-
-def training_data(
-    store: Any, patches: Patches, recipe: Recipe, train_rows: np.ndarray, score_rows: np.ndarray
-) -> TrainingData:
-    """Rows of the store for a recipe: its ``exclude_ids`` are left out, the normalisation is its backbone's."""
-    if recipe.exclude_ids:
-        excluded = np.isin(store.ids, list(recipe.exclude_ids))
-        train_rows, score_rows = train_rows[~excluded[train_rows]], score_rows[~excluded[score_rows]]
-    return TrainingData(patches, np.asarray(store.label), train_rows, score_rows, normalisation(recipe.backbone))

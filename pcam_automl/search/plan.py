@@ -13,7 +13,8 @@ from pcam_automl.errors import RecipeError
 from pcam_automl.models.factory import smallest_input
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.search.space import SearchSpace
-from pcam_automl.training.engine import Rung, stable_views
+from pcam_automl.training.engine import Rung
+from pcam_automl.training.fit import stable_views
 from pcam_automl.training.speed import SpeedBook
 
 ETA = 3

@@ -1,12 +1,8 @@
-"""The training loop: a recipe on a store's rows, rung by rung. Knows no study, no trial, no command line.
+"""One recipe in training: its network, optimizer and weight average, and the steps that move them. Knows no rungs' order
+(see fit.py), no study, no trial, no command line.
 
 Legend: B images a step, S patch side (96), px network side. A *view* is one training image shown to the network; view
 ``v`` of a lineage always shows the same patch under the same augmentation, whatever the micro-batch, worker or restart.
-
-With the ``wsd`` schedule (warm-up, stable, decay) a rung at ``views`` trains at the stable rate up to ``(1 - decay) * views``
-and is scored at the end of a decay branch that reaches ``views``; the branch is then dropped and the next rung goes on from
-the stable state. So every rung's score is that of a finished training of its length. With ``one_cycle`` and ``constant``
-there is one curve over the last rung's views, and the rungs are the points at which it is scored.
 """
 
 from __future__ import annotations
@@ -14,32 +10,27 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcam_automl.augment import augment, augment_spec, draw
-from pcam_automl.batches import Patches, ViewStream
+from pcam_automl.batches import ViewStream
 from pcam_automl.counter import key_of
 from pcam_automl.errors import TrainingDiverged
-from pcam_automl.metrics import auc, log_loss
-from pcam_automl.models.factory import Normalisation, classifier_parameters
+from pcam_automl.models.factory import logit_of
+from pcam_automl.models.layers import set_trainable
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.checkpoint import (
-    keep_newest,
-    newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    write_checkpoint,
-)
+from pcam_automl.scores import Scores
+from pcam_automl.training.checkpoint import optimizer_tensors, restore_optimizer
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.optim import WeightAverage, build_optimizer, decay_branch, one_cycle, set_lr, warm_up
-from pcam_automl.training.scoring import logits_of_rows, probs_of_logits
+from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
+from pcam_automl.training.schedule import Rates
+from pcam_automl.training.task import Score, Task
 
 STEPS_BETWEEN_CHECKS = 50  # reading the loss syncs with the device
 ProgressCall = Callable[[int], None]
@@ -60,7 +51,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class RungResult:
-    """What is known after a rung. Seconds are wall clock; ``images_per_s`` counts training steps only."""
+    """What is known after a rung. Seconds are wall clock; ``images_per_s`` counts training steps only.
+
+    ``auc``, ``loss``, ``accuracy`` and ``dice`` are of the scoring rows, None where there are none; of a dense task they
+    count pixels. ``train_loss`` and ``train_accuracy`` are means over the rung's augmented views.
+    """
 
     rung: int
     views: int
@@ -71,42 +66,40 @@ class RungResult:
     seconds: float
     images_per_s: float
     lr: float
+    train_accuracy: float | None = None
+    accuracy: float | None = None
+    dice: float | None = None
+    stage: int = 0
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """What a training reads.
+class Segment:
+    """What some steps gave: mean loss and accuracy over their views, and their seconds."""
 
-    Attributes:
-        patches: uint8 batches by store row.
-        label: (N,) 0/1 for every store row that is trained or scored on.
-        train_rows: (n,) store rows in nested order; a rung uses a prefix.
-        score_rows: (m,) store rows that a rung is scored on; empty for a training without validation.
-        normalisation: channel means and deviations for the network.
-    """
+    loss: float
+    accuracy: float
+    seconds: float
+    n_views: int
 
-    patches: Patches
-    label: np.ndarray
-    train_rows: np.ndarray
-    score_rows: np.ndarray
-    normalisation: Normalisation
+    def then(self, other: Segment) -> Segment:
+        """Both together; the figures are the later one's, which has the better weights."""
+        shown = other if other.n_views else self
+        return Segment(shown.loss, shown.accuracy, self.seconds + other.seconds, self.n_views + other.n_views)
 
 
 class Training:
     """One recipe in training: network, optimizer, weight average and how many views they have seen."""
 
-    def __init__(self, recipe: Recipe, network: nn.Module, data: TrainingData, compute: Compute, *, key: int) -> None:
-        self.recipe, self.data, self.compute, self.key = recipe, data, compute, key
+    def __init__(self, recipe: Recipe, network: nn.Module, task: Task, compute: Compute, *, key: int) -> None:
+        self.recipe, self.task, self.compute, self.key = recipe, task, compute, key
         self.network = compute.place(network)
         self.optimizer = build_optimizer(self.network, recipe)
         self.average = WeightAverage(self.network, recipe.ema) if recipe.ema > 0 else None
-        self.views = 0
+        self.views, self.phase = 0, 0
         self.micro_batch = recipe.batch_size
         self.results: list[RungResult] = []
-        self._spec = augment_spec(recipe)
-        self._label = torch.from_numpy(data.label.astype(np.float32)).to(compute.device)
-        self._head = {id(p) for p in classifier_parameters(self.network)}
-        self._frozen: bool | None = None
+        self.best: tuple[int, dict[str, Tensor]] | None = None
+        self._trainable: float | None = None
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -115,35 +108,44 @@ class Training:
         stream: ViewStream,
         first: int,
         last: int,
-        lr_share: Callable[[int], float],
-        frozen_until: float,
+        rates_of: Callable[[int], Rates],
         stop: Callable[[], None],
         progress: ProgressCall,
-    ) -> tuple[float, float]:
-        """Steps over the views [first, last), each of exactly ``batch_size``; returns (mean loss, seconds)."""
+    ) -> Segment:
+        """Steps over the views [first, last), each of exactly ``batch_size``."""
         batch_size = self.recipe.batch_size
         n_steps = max(1, round((last - first) / batch_size)) if last > first else 0
         torch.manual_seed(key_of(self.key, "dropout", first) >> 1)  # a resumed segment drops the same units
         began = time.perf_counter()
-        total = torch.zeros((), device=self.compute.device)
+        total = torch.zeros(2, device=self.compute.device)  # loss, accuracy: read once
         for step in range(n_steps):
             stop()
             view = first + step * batch_size
-            self._freeze(view < frozen_until)
-            set_lr(self.optimizer, self.recipe.lr * lr_share(view))
+            self.use(rates_of(view))
             rows = stream.rows_of(view, view + batch_size)
-            total += self._step(rows, np.arange(view, view + batch_size))
+            total += self.step(rows, np.arange(view, view + batch_size))
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
-                check_finite(total)
+                check_finite(total[0])
             progress(batch_size)
         self.views = last
-        return float(total) / max(n_steps, 1), time.perf_counter() - began
+        loss, right = (total / max(n_steps, 1)).tolist()
+        return Segment(loss, right, time.perf_counter() - began, last - first)
 
-    def _step(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """One optimizer step; halves the micro-batch and repeats when the device's memory does not suffice."""
+    def use(self, rates: Rates) -> None:
+        """Set rates and trainable layers for the next step; a new stage begins with a fresh optimizer (fastai's way)."""
+        if rates.phase != self.phase:
+            self.phase = rates.phase
+            self.optimizer.state.clear()
+        if rates.trainable != self._trainable:
+            self._trainable = rates.trainable
+            set_trainable(self.network, rates.trainable)
+        set_rates(self.optimizer, rates)
+
+    def step(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+        """One optimizer step, (loss, accuracy) still on the device; halves the micro-batch and repeats when memory is short."""
         while True:
             try:
-                loss = self._gradients(rows, views)
+                figures = self._gradients(rows, views)
                 break
             except (torch.OutOfMemoryError, RuntimeError) as fault:
                 if not is_out_of_memory(fault) or self.micro_batch <= 2:
@@ -158,74 +160,45 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        return loss
+        return figures
 
     def _gradients(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """Forward and backward over the micro-batches; returns the mean loss, still on the device."""
-        total = torch.zeros((), device=self.compute.device)
-        smoothing, data = self.recipe.label_smoothing, self.data
+        """Forward and backward over the micro-batches; returns mean loss and accuracy, (2,) on the device."""
+        total = torch.zeros(2, device=self.compute.device)
+        smoothing = self.recipe.label_smoothing
         for cut in range(0, len(rows), self.micro_batch):
-            part, part_views = rows[cut : cut + self.micro_batch], views[cut : cut + self.micro_batch]
-            images = augment(  # (b, 3, S, S) uint8 -> (b, 3, px, px) float
-                data.patches.gather(part),
-                draw(self._spec, self.key, part_views),
-                self._spec,
-                data.normalisation.mean,
-                data.normalisation.std,
-                dtype=torch.float32,
-            )
-            target = self._label[torch.from_numpy(part).to(self._label.device)]
-            target = target * (1.0 - smoothing) + 0.5 * smoothing
+            images, target = self.task.batch(
+                rows[cut : cut + self.micro_batch], views[cut : cut + self.micro_batch]
+            )  # (b, 3, px, px), (b, ...)
+            share = len(images) / len(rows)
             with self.compute.autocast():
-                logits = self.network(self.compute.layout(images)).squeeze(1)  # (b, 1) -> (b,)
-            loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum") / len(rows)
+                logits = logit_of(self.network(self.compute.layout(images))).float()  # the target's shape
+            smooth = target * (1.0 - smoothing) + 0.5 * smoothing
+            loss = F.binary_cross_entropy_with_logits(logits, smooth) * share
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            right = ((logits > 0) == (target > 0.5)).float().mean()
+            total += torch.stack((loss.detach(), right * share))
         return total
-
-    def _freeze(self, frozen: bool) -> None:
-        """Train the classifier alone, its backbone in evaluation mode, or everything."""
-        if self._frozen == frozen:
-            return
-        self._frozen = frozen
-        for parameter in self.network.parameters():
-            parameter.requires_grad_(not frozen or id(parameter) in self._head)
-        self.network.train(not frozen)
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
-    def logits(self, rows: np.ndarray, *, stop: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Logits (n,) of store rows by the averaged weights, centre view."""
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network in evaluation mode with the averaged weights; the live ones come back at the end."""
         self.network.eval()
-        self._frozen = None
+        self._trainable = None
         if self.average is not None:
             self.average.swap()
         try:
-            return logits_of_rows(
-                self.network,
-                self.data.patches,
-                rows,
-                crop_size=self.recipe.crop_size,
-                out_px=self.recipe.network_px,
-                normalisation=self.data.normalisation,
-                compute=self.compute,
-                stop=stop,
-            )
+            yield self.network
         finally:
             if self.average is not None:
                 self.average.swap()
 
-    def score(self, stop: Callable[[], None]) -> tuple[float | None, float | None]:
-        """(AUC, log-loss) on the scoring rows, (None, None) where there are none."""
-        rows = self.data.score_rows
-        if not len(rows):
-            return None, None
-        logits = self.logits(rows, stop=stop)
-        if not np.isfinite(logits).all():
-            raise TrainingDiverged("the network's outputs on the validation patches are not finite")
-        probs = probs_of_logits(logits)
-        label = self.data.label[rows]
-        return auc(label, probs), log_loss(label, probs)
+    def score(self, stop: Callable[[], None] = lambda: None) -> tuple[Score, Scores]:
+        """Figures of the averaged weights on the scoring rows, and what they are of."""
+        with self.averaged() as network:
+            return self.task.score(network, stop)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -251,6 +224,12 @@ class Training:
             state.update(self.average.state())
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
+    def keep(self, state: dict[str, Tensor]) -> None:
+        """Make these the weights to keep, live and averaged."""
+        self.network.load_state_dict(state)
+        if self.average is not None:
+            self.average.load(state, self.average.n_updates)
+
 
 def check_finite(loss: Tensor) -> None:
     """Raise TrainingDiverged for a loss that is NaN or infinite."""
@@ -271,128 +250,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def total_views(recipe: Recipe, rungs: Sequence[Rung]) -> int:
-    """Views that all rungs take together, decay branches that are dropped included: what a progress bar counts."""
-    if recipe.schedule != "wsd":
-        return rungs[-1].views
-    return rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
-
-
-def stable_views(recipe: Recipe, rung: Rung) -> int:
-    """Where a rung's decay branch leaves the stable phase."""
-    return rung.views - round(recipe.decay * rung.views) if recipe.schedule == "wsd" else rung.views
-
-
-def fit(
-    training: Training,
-    rungs: Sequence[Rung],
-    *,
-    checkpoints: Path | None = None,
-    keep_final: bool = False,
-    note: Callable[[str], None] = lambda text: None,
-    stop: Callable[[], None] = lambda: None,
-    progress: ProgressCall = lambda n: None,
-) -> Iterator[RungResult]:
-    """Train rung by rung, yielding each result; stop iterating to prune. Goes on from the newest checkpoint.
-
-    Args:
-        training: the recipe at its start.
-        rungs: views and subset sizes, both never falling.
-        checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
-        keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
-        note: told of checkpoints that could not be read.
-        stop: called at every step; raises :class:`Interrupted` to end early.
-        progress: called with the number of views just seen.
-
-    Raises:
-        TrainingDiverged: the loss or the outputs are not finite.
-    """
-    recipe, wsd, end = training.recipe, training.recipe.schedule == "wsd", rungs[-1].views
-    horizon = rungs[0].views if wsd else end  # warm-up and the frozen phase are shares of this
-    resumed = resume(training, checkpoints, note)
-    yield from training.results
-    for index in range(resumed, len(rungs)):
-        rung, began, start = rungs[index], time.perf_counter(), training.views
-        stream = ViewStream(training.key, training.data.train_rows[: rung.subset], start)
-        stable = stable_views(recipe, rung)
-
-        def lr_share(view: int) -> float:
-            if recipe.schedule == "one_cycle":
-                return one_cycle(view / end, warmup=recipe.warmup)
-            return warm_up(view, warmup_views=recipe.warmup * horizon)
-
-        def branch_share(view: int, stable: int = stable, rung: Rung = rung) -> float:
-            return lr_share(view) * decay_branch((view - stable) / (rung.views - stable))
-
-        frozen_until = recipe.frozen * horizon
-        loss, seconds = training.train(stream, start, stable, lr_share, frozen_until, stop, progress)
-        n_views, last = stable - start, index == len(rungs) - 1
-        kept = training.snapshot() if wsd and (not last or keep_final) else None
-        ema_updates = training.average.n_updates if training.average else 0
-        lr = recipe.lr * lr_share(max(stable - 1, 0))
-        if wsd and stable < rung.views:
-            branch_loss, branch_s = training.train(
-                stream, stable, rung.views, branch_share, frozen_until, stop, progress
-            )
-            loss, seconds, n_views = branch_loss, seconds + branch_s, rung.views - start
-        score, score_loss = training.score(stop)
-        result = RungResult(
-            index,
-            rung.views,
-            rung.subset,
-            score,
-            score_loss,
-            loss,
-            time.perf_counter() - began,
-            n_views / seconds if seconds > 0 else 0.0,
-            lr,
-        )
-        training.results.append(result)
-        if kept is not None and not last:
-            training.restore(kept, views=stable, ema_updates=ema_updates)
-        if checkpoints is not None and (not last or keep_final):
-            save(training, checkpoints, index)
-        yield result
-
-
-def save(training: Training, root: Path, index: int) -> None:
-    """Checkpoint ``<root>/<index>``; the two newest stay."""
-    parts = training.snapshot()
-    if training.average is None:
-        parts.pop("ema", None)
-    write_checkpoint(
-        root / str(index),
-        parts=parts,
-        state={
-            "rung": index,
-            "views": training.views,
-            "key": training.key,
-            "recipe": training.recipe.hash,
-            "compute": training.compute.to_json(),
-            "micro_batch": training.micro_batch,
-            "ema_updates": training.average.n_updates if training.average else 0,
-            "param_groups": [
-                {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
-                for g in training.optimizer.param_groups
-            ],
-            "results": [asdict(result) for result in training.results],
-        },
-    )
-    keep_newest(root, 2)
-
-
-def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
-    """Take over the newest checkpoint of the same recipe and key; returns the number of rungs that it has behind it."""
-    found = newest_checkpoint(root, note=note) if root is not None else None
-    if found is None:
-        return 0
-    folder, parts, state = found
-    if (state["recipe"], state["key"]) != (training.recipe.hash, training.key):
-        note(f"{folder} belongs to another recipe or seed; training starts afresh")
-        return 0
-    training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
-    training.micro_batch = state["micro_batch"]
-    training.results = [RungResult(**result) for result in state["results"]]
-    return int(state["rung"]) + 1

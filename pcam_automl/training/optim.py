@@ -1,24 +1,30 @@
-"""Optimizers, parameter groups, learning-rate schedules and the weight average. Runs no step."""
+"""Optimizers, parameter groups and the weight average. Runs no step and knows no schedule (see schedule.py)."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 
+from pcam_automl.models.layers import depth_groups
 from pcam_automl.recipe import Recipe
-
-ONE_CYCLE_START = 1 / 25
-ONE_CYCLE_END = 1e-4
-"""Smith & Topin 2018 as torch's OneCycleLR has it: start at lr / 25, end at lr / 25 / 1e4; here the end is lr * 1e-4."""
+from pcam_automl.training.schedule import Rates
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer in two groups: matrices and kernels with weight decay, biases and norms without."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    plain = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    """The recipe's optimizer; matrices and kernels have weight decay, biases and norms have none.
+
+    Each group carries ``depth`` in [0, 1] (first layers to head) and ``decays``, which :func:`set_rates` reads. Groups
+    by depth exist only where the recipe has discriminative rates, so that other trainings keep two large groups.
+    """
+    layered = any(phase.lr_low is not None for phase in recipe.phases)
+    parts = depth_groups(network) if layered else [list(network.parameters())]
+    groups = []
+    for number, part in enumerate(parts):
+        depth = number / (len(parts) - 1) if len(parts) > 1 else 1.0
+        for decays in (True, False):
+            if members := [p for p in part if (p.ndim > 1) == decays]:
+                decay = recipe.weight_decay if decays else 0.0
+                groups.append({"params": members, "weight_decay": decay, "depth": depth, "decays": decays})
     betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
@@ -32,29 +38,11 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     )
 
 
-def one_cycle(progress: float, *, warmup: float) -> float:
-    """Share of the peak learning rate at ``progress`` in [0, 1]: cosine up for ``warmup``, cosine down after."""
-    if progress < warmup:
-        low, high, at = ONE_CYCLE_START, 1.0, progress / warmup
-    else:
-        low, high, at = 1.0, ONE_CYCLE_END, (progress - warmup) / max(1.0 - warmup, 1e-12)
-    return high + (low - high) * (1.0 + math.cos(math.pi * min(at, 1.0))) / 2.0
-
-
-def warm_up(views: int, *, warmup_views: float) -> float:
-    """Share of the peak learning rate in a linear warm-up that lasts ``warmup_views``; 1 after it."""
-    return min(1.0, (views + 1) / warmup_views) if warmup_views > 1 else 1.0
-
-
-def decay_branch(progress: float) -> float:
-    """Share of the peak at ``progress`` in [0, 1] of a decay: 1 - sqrt (Haegele et al. 2024, better than linear)."""
-    return max(0.0, 1.0 - math.sqrt(min(progress, 1.0)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One learning rate for every group."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    """Learning rates by depth, geometric between the first layers and the head, and the weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rates.lr * (rates.lr_low / rates.lr) ** (1.0 - group["depth"]) if rates.lr > 0 else 0.0
+        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
 
 
 class WeightAverage:

@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pcam_automl.augment import centre_view, eight_views
+from pcam_automl.augment import augment, augment_spec, centre_view, draw, eight_views
 from pcam_automl.batches import Patches, in_batches
-from pcam_automl.models.factory import Normalisation
+from pcam_automl.counter import key_of
+from pcam_automl.models.factory import Normalisation, logit_of
+from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute
 
 EVAL_BATCH = 256
+Averaging = Literal["dihedral", "random", "none"]
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a patch is shown to a network that judges it.
+
+    Attributes:
+        recipe: its crop, input size and, for ``random``, augmentation and ``tta_views``.
+        normalisation: channel means and deviations.
+        averaging: ``dihedral``: the mean logit of the eight flips and turns of the centre view; ``random``: of
+            ``tta_views`` augmented views, every patch under the same draws; ``none``: the centre view.
+    """
+
+    recipe: Recipe
+    normalisation: Normalisation
+    averaging: Averaging = "none"
+
+    def __len__(self) -> int:
+        return {"dihedral": 8, "random": self.recipe.tta_views, "none": 1}[self.averaging]
+
+    def of(self, images: Tensor) -> Iterator[Tensor]:
+        """Normalised views (B, 3, px, px) of patches (B, 3, S, S) uint8, one after the other."""
+        recipe, norm = self.recipe, self.normalisation
+        if self.averaging == "random":
+            spec, key = augment_spec(recipe), key_of(recipe.seed, "test time")
+            for view in range(recipe.tta_views):
+                draws = draw(spec, key, np.full(len(images), view))
+                yield augment(images, draws, spec, norm.mean, norm.std, dtype=torch.float32)
+            return
+        view_ = centre_view(images, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
+        yield from eight_views(view_) if self.averaging == "dihedral" else (view_,)
 
 
 @torch.inference_mode()
+def logits_of_images(network: nn.Module, images: Tensor, views: Views, compute: Compute) -> Tensor:
+    """Logits (B,) float32 on the device for patches (B, 3, S, S) uint8, averaged over the views."""
+    total = torch.zeros(len(images), device=images.device)
+    for view in views.of(images):
+        with compute.autocast():
+            total += logit_of(network(compute.layout(view))).float()
+    return total / len(views)
+
+
 def logits_of_rows(
     network: nn.Module,
     patches: Patches,
     rows: np.ndarray,
-    *,
-    crop_size: int,
-    out_px: int,
-    normalisation: Normalisation,
+    views: Views,
     compute: Compute,
-    all_views: bool = False,
+    *,
     stop: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
@@ -36,35 +78,19 @@ def logits_of_rows(
         network: in evaluation mode on ``compute.device``.
         patches: the source of uint8 batches.
         rows: (n,) int64.
-        crop_size: side of the centre crop in px.
-        out_px: side of the network's input in px.
-        normalisation: the backbone's.
+        views: what is shown of each patch.
         compute: precision and layout.
-        all_views: average the eight views of the dihedral group (logits), at eight times the cost.
         stop: called once a batch; raises to end early.
         progress: called with the number of rows done in each batch.
     """
     answers: list[Tensor] = []
     for batch in in_batches(rows, EVAL_BATCH):
         stop()
-        view = centre_view(
-            patches.gather(batch), crop_size, out_px, normalisation.mean, normalisation.std, dtype=torch.float32
-        )
-        answers.append(logits_of_view(network, view, compute, all_views=all_views))
+        answers.append(logits_of_images(network, patches.gather(batch), views, compute))
         progress(len(batch))
     if not answers:
         return np.zeros(0, np.float32)
     return torch.cat(answers).cpu().numpy()
-
-
-def logits_of_view(network: nn.Module, view: Tensor, compute: Compute, *, all_views: bool) -> Tensor:
-    """Logits (B,) float32 on the device for normalised images (B, 3, px, px), averaged over eight views if asked."""
-    views = list(eight_views(view)) if all_views else [view]
-    total = torch.zeros(len(view), device=view.device)
-    with compute.autocast():
-        for turned in views:
-            total += network(compute.layout(turned)).squeeze(1).float()
-    return total / len(views)
 
 
 def probs_of_logits(logits: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from pcam_automl.errors import RecipeError
 from pcam_automl.models import weights as weights_module
 from pcam_automl.models.factory import (
+    Normalisation,
     build_network,
     check_backbone,
     classifier_parameters,
     normalisation,
+    normalisation_of,
     smallest_input,
 )
 from pcam_automl.models.weights import Weights, decide_weights, parse_weights
@@ -124,3 +126,19 @@ def test_auto_falls_back_visibly_and_hub_is_an_error(monkeypatch: pytest.MonkeyP
 def test_sources_survive_being_written_down(tmp_path: Path) -> None:
     for source in (SCRATCH, Weights("hub"), Weights("folder", tmp_path)):
         assert parse_weights(str(source)) == source
+
+
+def test_normalisation_follows_the_recipe() -> None:
+    assert normalisation_of(Recipe(backbone="resnet18")) == normalisation("resnet18")
+    assert normalisation_of(Recipe(normalise="unit")) == Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    recipe = Recipe(normalise="dataset")
+    assert normalisation_of(recipe, [0.7, 0.5, 0.7], [0.2, 0.3, 0.2]).std == (0.2, 0.3, 0.2)
+    with pytest.raises(RecipeError, match="needs the training set's channel statistics"):
+        normalisation_of(recipe)
+    with pytest.raises(RecipeError, match=r"must be above 0, got 0\.2, 0, 0\.2"):
+        normalisation_of(recipe, [0.7, 0.5, 0.7], [0.2, 0.0, 0.2])
+
+
+def test_compared_backbones_run_at_96_px() -> None:
+    for name in ("mobilenetv2_100", "resnetv2_152", "densenet201", "efficientnet_b2"):
+        assert smallest_input(name) <= 96

@@ -172,7 +172,7 @@ def test_failing_trials_are_recorded_and_stop_the_search_in_the_end(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(objective_module, "build_network", broken)
+    monkeypatch.setattr(objective_module, "start_training", broken)
     opened = opened_in(tmp_path, asked)
     with pytest.raises(SearchFailed, match=r"10 trials failed.*10 times: RuntimeError: no kernel image"):
         search(opened, 2)
@@ -185,7 +185,7 @@ def test_failing_trials_are_recorded_and_stop_the_search_in_the_end(
 def test_one_failing_trial_does_not_stop_the_search(
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, calls = objective_module.build_network, []
+    build, calls = objective_module.start_training, []
 
     def once(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -193,7 +193,7 @@ def test_one_failing_trial_does_not_stop_the_search(
             raise RuntimeError("a cosmic ray")
         return build(*args, **options)
 
-    monkeypatch.setattr(objective_module, "build_network", once)
+    monkeypatch.setattr(objective_module, "start_training", once)
     opened = opened_in(tmp_path, replace(asked, views=64))
     assert search(opened, 2) == SearchEnd(2, "done")
     assert [t.state == TrialState.FAIL for t in opened.study.get_trials()] == [True, False, False]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.engine import Rung, Training, TrainingData, fit, is_out_of_memory, stable_views, total_views
+from pcam_automl.training.engine import Rung, RungResult, Training, is_out_of_memory
+from pcam_automl.training.fit import best_result, fit, stable_views, total_views
+from pcam_automl.training.schedule import Rates, rates_at
+from pcam_automl.training.task import PatchTask, TrainingData
 
 CPU = torch.device("cpu")
 RUNGS = (Rung(64, 40), Rung(128, 60), Rung(192, 60))
@@ -47,9 +52,15 @@ def data() -> TrainingData:
 
 def start(recipe: Recipe, data: TrainingData, compute: Compute | None = None) -> Training:
     torch.set_num_threads(1)
-    return Training(
-        recipe, build_network(recipe, Weights("none"), seed=recipe.seed), data, compute or Compute("cpu"), key=99
-    )
+    compute = compute or Compute("cpu")
+    network = build_network(recipe, Weights("none"), seed=recipe.seed)
+    return Training(recipe, network, PatchTask(recipe, data, compute, 99), compute, key=99)
+
+
+def fitted(training: Training, rungs: tuple[Rung, ...], **options: Any) -> Iterator[RungResult]:
+    assert isinstance(training.task, PatchTask)
+    data = training.task.data
+    return fit(training, data.train_rows, rungs, scored=len(data.score_rows) > 0, **options)
 
 
 def same(one: Training, two: Training) -> bool:
@@ -80,7 +91,7 @@ def test_gather_gives_the_stores_pixels() -> None:
 def test_rungs_are_reported_in_order_and_learn(data: TrainingData) -> None:
     training = start(replace_recipe(views=None), data)
     rungs = (Rung(128, 60), Rung(480, 60))
-    results = list(fit(training, rungs))
+    results = list(fitted(training, rungs))
     assert [r.views for r in results] == [128, 480]
     assert results[-1].auc is not None
     assert results[-1].auc > 0.95
@@ -99,13 +110,13 @@ def test_resumed_from_a_rung_equals_uninterrupted(
 ) -> None:
     recipe, compute = replace_recipe(optimizer=optimizer), Compute("cpu", channels_last=channels_last)
     whole = start(recipe, data, compute)
-    results = list(fit(whole, RUNGS))
+    results = list(fitted(whole, RUNGS))
     first = start(recipe, data, compute)
-    for result in fit(first, RUNGS, checkpoints=tmp_path):
+    for result in fitted(first, RUNGS, checkpoints=tmp_path):
         if result.rung == 1:
             break
     second = start(recipe, data, compute)
-    resumed = list(fit(second, RUNGS, checkpoints=tmp_path))
+    resumed = list(fitted(second, RUNGS, checkpoints=tmp_path))
     assert [(r.views, r.auc, r.loss) for r in resumed] == [(r.views, r.auc, r.loss) for r in results]
     assert same(whole, second)
 
@@ -116,7 +127,7 @@ def test_one_cycle_killed_at_any_step_ends_in_the_same_weights(
 ) -> None:
     recipe, rungs = replace_recipe(schedule="one_cycle"), (Rung(60, 60), Rung(120, 60), Rung(180, 60), Rung(240, 60))
     whole = start(recipe, data)
-    list(fit(whole, rungs))
+    list(fitted(whole, rungs))
     calls = 0
 
     def stop() -> None:
@@ -126,16 +137,16 @@ def test_one_cycle_killed_at_any_step_ends_in_the_same_weights(
             raise Interrupted("enough", 15)
 
     with pytest.raises(Interrupted):
-        list(fit(start(recipe, data), rungs, checkpoints=tmp_path, keep_final=True, stop=stop))
+        list(fitted(start(recipe, data), rungs, checkpoints=tmp_path, keep_final=True, stop=stop))
     again = start(recipe, data)
-    list(fit(again, rungs, checkpoints=tmp_path, keep_final=True))
+    list(fitted(again, rungs, checkpoints=tmp_path, keep_final=True))
     assert same(whole, again)
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_older_one_used(data: TrainingData, tmp_path: Path) -> None:
     whole, first, second = start(RECIPE, data), start(RECIPE, data), start(RECIPE, data)
-    list(fit(whole, RUNGS))
-    for result in fit(first, RUNGS, checkpoints=tmp_path):
+    list(fitted(whole, RUNGS))
+    for result in fitted(first, RUNGS, checkpoints=tmp_path):
         if result.rung == 1:
             break
     model = tmp_path / "1" / "model.safetensors"
@@ -143,16 +154,16 @@ def test_a_corrupt_checkpoint_is_named_and_the_older_one_used(data: TrainingData
     raw[-1] ^= 1
     model.write_bytes(raw)
     notes: list[str] = []
-    list(fit(second, RUNGS, checkpoints=tmp_path, note=notes.append))
+    list(fitted(second, RUNGS, checkpoints=tmp_path, note=notes.append))
     assert len(notes) == 1
     assert "has changed since it was written" in notes[0]
     assert same(whole, second)
 
 
 def test_a_checkpoint_of_another_recipe_is_not_used(data: TrainingData, tmp_path: Path) -> None:
-    list(fit(start(RECIPE, data), RUNGS, checkpoints=tmp_path))
+    list(fitted(start(RECIPE, data), RUNGS, checkpoints=tmp_path))
     notes: list[str] = []
-    results = list(fit(start(replace_recipe(lr=1e-4), data), RUNGS, checkpoints=tmp_path, note=notes.append))
+    results = list(fitted(start(replace_recipe(lr=1e-4), data), RUNGS, checkpoints=tmp_path, note=notes.append))
     assert len(results) == 3
     assert "another recipe" in notes[0]
 
@@ -161,27 +172,24 @@ def test_dropping_a_decay_branch_leaves_the_stable_training_untouched(data: Trai
     """A training scored at three rungs reaches the stable state that one scored only at the end reaches."""
     one, three = start(replace_recipe(dropout=0.0), data), start(replace_recipe(dropout=0.0), data)
     rungs = (Rung(64, 60), Rung(192, 60))
-    for result in fit(three, rungs):
+    for result in fitted(three, rungs):
         if result.rung == 0:
             break
     state = three.averaged_state()
     one_rung = replace_recipe(dropout=0.0, schedule="constant", warmup=RECIPE.warmup)
     straight = start(one_rung, data)
     # the same views at the same rates: the stable part of the first rung is 48 views, its warm-up a share of 64
-    from pcam_automl.training.optim import warm_up
-
     stream = ViewStream(99, data.train_rows, 0)
     straight.train(
         stream,
         0,
         stable_views(RECIPE, rungs[0]),
-        lambda v: warm_up(v, warmup_views=RECIPE.warmup * 64),
-        0.0,
+        lambda view: rates_at(one_rung, view, end=192, horizon=64),
         lambda: None,
         lambda n: None,
     )
     assert stable_views(RECIPE, rungs[0]) == 48
-    assert len(list(fit(one, rungs))) == 2
+    assert len(list(fitted(one, rungs))) == 2
     assert set(state) == set(straight.averaged_state())
     resumed = next_stable(data, rungs)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.averaged_state().items())
@@ -196,7 +204,7 @@ def next_stable(data: TrainingData, rungs: tuple[Rung, ...]) -> dict[str, torch.
         if training.results and not seen:
             seen.update(training.averaged_state())
 
-    list(fit(training, rungs, stop=stop))
+    list(fitted(training, rungs, stop=stop))
     return seen
 
 
@@ -213,7 +221,7 @@ def test_micro_batches_give_the_same_gradients(data: TrainingData) -> None:
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = start(RECIPE, data)
+    training = start(RECIPE, replace(data, score_rows=data.score_rows[:0]))
     forward = training.network.forward
 
     def small_device(images: torch.Tensor) -> torch.Tensor:
@@ -223,8 +231,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, mo
 
     monkeypatch.setattr(training.network, "forward", small_device)
     rungs = (Rung(64, 40),)
-    training.data = replace(data, score_rows=data.score_rows[:0])
-    (result,) = fit(training, rungs)
+    (result,) = fitted(training, rungs)
     assert training.micro_batch == 4
     assert result.auc is None
     assert math.isfinite(result.train_loss)
@@ -242,7 +249,7 @@ def test_what_is_not_memory_is_not_swallowed(data: TrainingData, monkeypatch: py
 
     monkeypatch.setattr(training.network, "forward", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        list(fit(training, RUNGS))
+        list(fitted(training, RUNGS))
 
 
 def test_a_nan_loss_ends_as_diverged(data: TrainingData) -> None:
@@ -250,14 +257,14 @@ def test_a_nan_loss_ends_as_diverged(data: TrainingData) -> None:
     with torch.no_grad():
         next(training.network.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="loss became nan"):
-        list(fit(training, RUNGS))
+        list(fitted(training, RUNGS))
 
 
 def test_frozen_phase_moves_the_classifier_only(data: TrainingData) -> None:
     recipe = replace_recipe(frozen=1.0, weight_decay=0.0, schedule="one_cycle", ema=0.0)
     training = start(recipe, data)
     before = {key: tensor.clone() for key, tensor in training.network.state_dict().items()}
-    list(fit(training, (Rung(64, 60),)))
+    list(fitted(training, (Rung(64, 60),)))
     moved = {key for key, tensor in training.network.state_dict().items() if not torch.equal(tensor, before[key])}
     assert moved
     assert all(key.startswith("fc.") for key in moved)
@@ -272,7 +279,7 @@ def test_a_backbone_can_thaw_in_the_middle_of_a_rung(data: TrainingData, optimiz
         if "conv1.weight" in training.network.state_dict()
         else None
     )
-    results = list(fit(training, RUNGS))
+    results = list(fitted(training, RUNGS))
     assert len(results) == 3
     assert all(math.isfinite(r.train_loss) for r in results)
     assert before is None or not torch.equal(before, training.network.state_dict()["conv1.weight"])
@@ -285,7 +292,101 @@ def test_dropped_branches_count_in_the_bar_and_only_there() -> None:
 
 def test_bf16_reaches_the_same_quality(data: TrainingData) -> None:
     rungs = (Rung(480, 60),)
-    (full,) = fit(start(RECIPE, data), rungs)
-    (half,) = fit(start(RECIPE, data, Compute("cpu", "bf16", True)), rungs)
+    (full,) = fitted(start(RECIPE, data), rungs)
+    (half,) = fitted(start(RECIPE, data, Compute("cpu", "bf16", True)), rungs)
     assert full.auc is not None
     assert half.auc == pytest.approx(full.auc, abs=0.05)
+
+
+STAGES = (
+    {"share": 0.5, "lr": 2e-3, "trainable": 0.0},
+    {"share": 0.5, "lr": 1e-3, "lr_low": 1e-4, "weight_decay": 0.0},
+)
+
+
+def staged(**changes: object) -> Recipe:
+    fields = {**RECIPE.model_dump(), "schedule": "one_cycle", "ema": 0.0, "dropout": 0.0, "stages": STAGES, **changes}
+    return Recipe.model_validate(fields)
+
+
+def test_stages_train_the_head_then_everything(data: TrainingData) -> None:
+    training = start(staged(), data)
+    before = {key: tensor.clone() for key, tensor in training.network.state_dict().items()}
+    seen: list[set[str]] = []
+    results = []
+    for result in fitted(training, (Rung(60, 60), Rung(120, 60))):
+        state = training.network.state_dict()
+        seen.append({key for key in state if not torch.equal(state[key], before[key])})
+        results.append(result)
+    assert seen[0]
+    assert all(key.startswith("fc.") for key in seen[0])
+    assert len(seen[1]) > len(seen[0])
+    assert [r.stage for r in results] == [0, 1]
+
+
+def test_a_stage_has_its_own_rates_by_depth_and_a_fresh_optimizer(data: TrainingData) -> None:
+    training = start(staged(), data)
+    recipe = training.recipe
+    used: list[tuple[int, Rates]] = []
+    for view in (0, 59, 60, 119):
+        rates = rates_at(recipe, view, end=120, horizon=120)
+        training.use(rates)
+        training.step(np.arange(16), np.arange(16))
+        used.append((len(training.optimizer.state), rates))
+    assert [rates.phase for _, rates in used] == [0, 0, 1, 1]
+    assert used[0][0] < used[2][0]  # the head alone, then all
+    training.use(Rates(1, 1e-3, 1e-5, 0.0, 1.0))
+    by_depth = {group["depth"]: group["lr"] for group in training.optimizer.param_groups}
+    assert by_depth == pytest.approx({0.0: 1e-5, 0.5: 1e-4, 1.0: 1e-3})
+    assert {group["weight_decay"] for group in training.optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 7, 11])
+def test_a_staged_training_killed_at_any_step_ends_in_the_same_weights(
+    data: TrainingData, tmp_path: Path, stop_at: int
+) -> None:
+    recipe, rungs = staged(ema=0.9), (Rung(60, 60), Rung(90, 60), Rung(120, 60), Rung(180, 60))
+    whole = start(recipe, data)
+    list(fitted(whole, rungs))
+    calls = iter(range(1, 10_000))
+
+    def stop() -> None:
+        if next(calls) == stop_at:
+            raise Interrupted("enough", 15)
+
+    with pytest.raises(Interrupted):
+        list(fitted(start(recipe, data), rungs, checkpoints=tmp_path, keep_final=True, stop=stop))
+    again = start(recipe, data)
+    list(fitted(again, rungs, checkpoints=tmp_path, keep_final=True))
+    assert same(whole, again)
+
+
+def result_with(rung: int, auc: float, loss: float) -> RungResult:
+    return RungResult(rung, rung, 1, auc, loss, 0.5, 1.0, 1.0, 1e-3)
+
+
+def test_patience_keeps_the_best_rung_by_its_monitor() -> None:
+    results = [result_with(0, 0.8, 0.3), result_with(1, 0.9, 0.5), result_with(2, 0.9, 0.4)]
+    by_loss = replace_recipe(patience=2, monitor="loss", schedule="constant")
+    assert best_result(results, by_loss).rung == 0
+    assert best_result(results, by_loss.model_copy(update={"monitor": "auc"})).rung == 1  # the earliest of equals
+    assert best_result(results, RECIPE).rung == 2
+
+
+def test_patience_ends_the_training_and_gives_back_the_best_weights(data: TrainingData, tmp_path: Path) -> None:
+    # a rate that destroys what was learnt: the first rung stays the best one
+    recipe = replace_recipe(patience=2, monitor="auc", schedule="constant", lr=1e-7, ema=0.0, dropout=0.0)
+    training, rungs = start(recipe, data), tuple(Rung(16 * n, 60) for n in range(1, 12))
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    results = []
+    for result in fitted(training, rungs, checkpoints=tmp_path, keep_final=True):
+        kept[result.rung] = training.averaged_state()
+        results.append(result)
+    best = best_result(results, recipe)
+    assert len(results) == best.rung + 3
+    assert len(results) < len(rungs)
+    state = training.averaged_state()
+    assert all(torch.equal(state[key], kept[best.rung][key]) for key in state)
+    resumed = start(recipe, data)  # nothing is left to do, and the best weights are found again
+    assert len(list(fitted(resumed, rungs, checkpoints=tmp_path, keep_final=True))) == len(results)
+    assert same(training, resumed)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.optim import WeightAverage, build_optimizer, decay_branch, one_cycle, set_lr, warm_up
+from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
+from pcam_automl.training.schedule import Rates, decay_branch, one_cycle, rates_at, warm_up
 
 
 def test_one_cycle_is_torchs_at_every_step() -> None:
@@ -75,5 +76,22 @@ def test_biases_and_norms_are_not_decayed(name: str) -> None:
     optimizer = build_optimizer(network, Recipe(optimizer=name, weight_decay=0.1))
     by_decay = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
     assert by_decay == {0.1: 1, 0.0: 3}
-    set_lr(optimizer, 0.5)
+    set_rates(optimizer, Rates(0, 0.5, 0.5, 0.2, 1.0))
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
+
+
+def test_each_stage_has_a_whole_cycle_and_the_last_holds_beyond_the_end() -> None:
+    stages = ({"share": 0.25, "lr": 1.0}, {"share": 0.75, "lr": 0.5, "lr_low": 0.05})
+    recipe = Recipe.model_validate({"schedule": "one_cycle", "warmup": 0.5, "stages": stages})
+    rates = [rates_at(recipe, view, end=1000, horizon=1000) for view in range(1000)]
+    assert [r.phase for r in rates] == [0] * 250 + [1] * 750
+    assert max(r.lr for r in rates[:250]) == pytest.approx(1.0)
+    assert max(r.lr for r in rates[250:]) == pytest.approx(0.5)
+    assert all(r.lr_low == pytest.approx(r.lr / 10) for r in rates[250:])
+    assert rates_at(recipe, 1005, end=1000, horizon=1000).phase == 1
+
+
+def test_the_frozen_phase_is_a_share_of_the_horizon() -> None:
+    recipe = Recipe(frozen=0.5, schedule="wsd", trainable=0.3)
+    assert [rates_at(recipe, v, end=900, horizon=100).trainable for v in (0, 49, 50, 800)] == [0.0, 0.0, 0.3, 0.3]

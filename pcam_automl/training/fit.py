@@ -1,0 +1,209 @@
+"""The order of a training: rung by rung, with decay branches, early ends and checkpoints. Takes its steps through engine.py.
+
+With the ``wsd`` schedule (warm-up, stable, decay) a rung at ``views`` trains at the stable rate up to ``(1 - decay) * views``
+and is scored at the end of a decay branch that reaches ``views``; the branch is then dropped and the next rung goes on from
+the stable state. So every rung's score is that of a finished training of its length. With ``one_cycle`` and ``constant``
+there is one curve over the last rung's views, and the rungs are the points at which it is scored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from pcam_automl.batches import ViewStream
+from pcam_automl.recipe import Recipe
+from pcam_automl.training.checkpoint import keep_newest, newest_checkpoint, write_checkpoint
+from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
+from pcam_automl.training.schedule import Rates, decay_branch, rates_at
+
+Stop = Callable[[], None]
+
+
+def total_views(recipe: Recipe, rungs: Sequence[Rung]) -> int:
+    """Views that all rungs take together, decay branches that are dropped included: what a progress bar counts."""
+    if recipe.schedule != "wsd":
+        return rungs[-1].views
+    return rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
+
+
+def stable_views(recipe: Recipe, rung: Rung) -> int:
+    """Where a rung's decay branch leaves the stable phase."""
+    return rung.views - round(recipe.decay * rung.views) if recipe.schedule == "wsd" else rung.views
+
+
+def fit(
+    training: Training,
+    train_rows: np.ndarray,
+    rungs: Sequence[Rung],
+    *,
+    scored: bool = True,
+    checkpoints: Path | None = None,
+    keep_final: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+    stop: Stop = lambda: None,
+    progress: ProgressCall = lambda n: None,
+) -> Iterator[RungResult]:
+    """Train rung by rung, yielding each result; stop iterating to prune. Goes on from the newest checkpoint.
+
+    Args:
+        training: the recipe at its start.
+        train_rows: (n,) store rows in nested order; a rung uses a prefix.
+        rungs: views and subset sizes, both never falling.
+        scored: whether there are rows to score on.
+        checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
+        keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
+        note: told of checkpoints that could not be read.
+        stop: called at every step; raises :class:`Interrupted` to end early.
+        progress: called with the number of views just seen.
+
+    Raises:
+        TrainingDiverged: the loss or the outputs are not finite.
+    """
+    resumed = resume(training, checkpoints, note)
+    yield from training.results
+    for index in range(resumed, len(rungs)):
+        if _is_over(training):
+            break
+        last = index == len(rungs) - 1
+        result, keeps = _rung(training, train_rows, rungs, index, scored, keep_final, stop, progress)
+        training.results.append(result)
+        if training.recipe.patience is not None and _is_best(training):
+            training.best = (index, training.averaged_state())
+        keeps()
+        if checkpoints is not None and (not last or keep_final):
+            save(training, checkpoints, index)
+        yield result
+    if training.best is not None:
+        training.keep(training.best[1])
+
+
+def _rung(
+    training: Training,
+    train_rows: np.ndarray,
+    rungs: Sequence[Rung],
+    index: int,
+    scored: bool,
+    keep_final: bool,
+    stop: Stop,
+    progress: ProgressCall,
+) -> tuple[RungResult, Callable[[], None]]:
+    """One rung: stable part, decay branch, score; and what drops the branch again, to be called after it is recorded."""
+    recipe, rung, began, start = training.recipe, rungs[index], time.perf_counter(), training.views
+    wsd, end, last = recipe.schedule == "wsd", rungs[-1].views, index == len(rungs) - 1
+    horizon = rungs[0].views if wsd else end  # warm-up and the frozen phase are shares of this
+    stream = ViewStream(training.key, train_rows[: rung.subset], start)
+    stable = stable_views(recipe, rung)
+
+    def rates_of(view: int) -> Rates:
+        return rates_at(recipe, view, end=end, horizon=horizon)
+
+    def branch_rates(view: int) -> Rates:
+        return rates_of(view).times(decay_branch((view - stable) / (rung.views - stable)))
+
+    done = training.train(stream, start, stable, rates_of, stop, progress)
+    kept = training.snapshot() if wsd and (not last or keep_final) else None
+    ema_updates = training.average.n_updates if training.average else 0
+    if wsd and stable < rung.views:
+        done = done.then(training.train(stream, stable, rung.views, branch_rates, stop, progress))
+    result = _result(training, rung, index, done, rates_of(max(stable - 1, 0)), scored, began, stop)
+
+    def drop_branch() -> None:
+        if kept is not None and not last:
+            training.restore(kept, views=stable, ema_updates=ema_updates)
+
+    return result, drop_branch
+
+
+def _result(
+    training: Training, rung: Rung, index: int, done: Segment, rates: Rates, scored: bool, began: float, stop: Stop
+) -> RungResult:
+    score = training.score(stop)[0] if scored else None
+    return RungResult(
+        index,
+        rung.views,
+        rung.subset,
+        score.auc if score else None,
+        score.loss if score else None,
+        done.loss,
+        time.perf_counter() - began,
+        done.n_views / done.seconds if done.seconds > 0 else 0.0,
+        rates.lr,
+        done.accuracy,
+        score.accuracy if score else None,
+        score.dice if score else None,
+        rates.phase,
+    )
+
+
+def _watched(result: RungResult, monitor: str) -> float:
+    """The monitored figure as one that should grow; a training without validation has none and never ends early."""
+    value = result.auc if monitor == "auc" else None if result.loss is None else -result.loss
+    return float("-inf") if value is None else value
+
+
+def best_result(results: Sequence[RungResult], recipe: Recipe) -> RungResult:
+    """The result whose weights are kept: the last one, or with ``patience`` the best by the recipe's monitor."""
+    if recipe.patience is None or results[-1].auc is None:
+        return results[-1]
+    return max(results, key=lambda result: (_watched(result, recipe.monitor), -result.rung))
+
+
+def _is_best(training: Training) -> bool:
+    return best_result(training.results, training.recipe) is training.results[-1]
+
+
+def _is_over(training: Training) -> bool:
+    """Whether ``patience`` rungs have passed without a better one."""
+    patience, results = training.recipe.patience, training.results
+    if patience is None or not results or results[-1].auc is None:
+        return False
+    return len(results) - 1 - best_result(results, training.recipe).rung >= patience
+
+
+def save(training: Training, root: Path, index: int) -> None:
+    """Checkpoint ``<root>/<index>``; the two newest stay."""
+    parts = training.snapshot()
+    if training.best is not None:
+        parts["best"] = training.best[1]
+    write_checkpoint(
+        root / str(index),
+        parts=parts,
+        state={
+            "rung": index,
+            "views": training.views,
+            "phase": training.phase,
+            "best": None if training.best is None else training.best[0],
+            "key": training.key,
+            "recipe": training.recipe.hash,
+            "compute": training.compute.to_json(),
+            "micro_batch": training.micro_batch,
+            "ema_updates": training.average.n_updates if training.average else 0,
+            "param_groups": [
+                {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
+                for g in training.optimizer.param_groups
+            ],
+            "results": [asdict(result) for result in training.results],
+        },
+    )
+    keep_newest(root, 2)
+
+
+def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
+    """Take over the newest checkpoint of the same recipe and key; returns the number of rungs that it has behind it."""
+    found = newest_checkpoint(root, note=note) if root is not None else None
+    if found is None:
+        return 0
+    folder, parts, state = found
+    if (state["recipe"], state["key"]) != (training.recipe.hash, training.key):
+        note(f"{folder} belongs to another recipe or seed; training starts afresh")
+        return 0
+    training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
+    training.micro_batch, training.phase = state["micro_batch"], state["phase"]
+    training.best = None if state["best"] is None else (state["best"], parts["best"])
+    training.results = [RungResult(**result) for result in state["results"]]
+    return int(state["rung"]) + 1

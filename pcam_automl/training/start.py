@@ -1,0 +1,99 @@
+"""A recipe, a pack and some rows to a training at its beginning. Takes no step (see engine.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pcam_automl.batches import Patches
+from pcam_automl.data.store import PatchStore
+from pcam_automl.errors import DataError, RecipeError
+from pcam_automl.models.factory import build_network, normalisation_of
+from pcam_automl.models.weights import Weights
+from pcam_automl.recipe import Recipe
+from pcam_automl.training.compute import Compute
+from pcam_automl.training.engine import Training
+from pcam_automl.training.task import PatchTask, TrainingData
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Store rows that a recipe uses of those it was given: ``train`` in nested order, ``score`` to be scored on."""
+
+    train: np.ndarray
+    score: np.ndarray
+
+
+def check_task(recipe: Recipe, store: PatchStore) -> None:
+    """Whether the store holds what the recipe's task needs.
+
+    Raises:
+        RecipeError: a dense task without masks, or a crop or tile larger than the patches.
+    """
+    side = min(store.patches.shape[1:3])
+    if recipe.task == "dense" and store.masks is None:
+        raise RecipeError(
+            "recipe.task is dense, but the data have no masks; give folders of images and masks, "
+            "a synthetic set, or the PCam HDF5 files with their masks"
+        )
+    if recipe.tile_size is not None and recipe.tile_size > side:
+        raise RecipeError(
+            f"recipe.tile_size must be at most the images' side of {side} px, got {recipe.tile_size}; set tile_size={side // 16 * 16}"
+        )
+    if recipe.task == "patch" and recipe.crop_size > side:
+        raise RecipeError(f"recipe.crop_size must be at most the patches' side of {side} px, got {recipe.crop_size}")
+
+
+def without_excluded(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.ndarray:
+    """``rows`` without the recipe's ``exclude_ids``."""
+    return rows[~np.isin(store.ids[rows], list(recipe.exclude_ids))] if recipe.exclude_ids and len(rows) else rows
+
+
+def choose_rows(store: PatchStore, recipe: Recipe, train_rows: np.ndarray, score_rows: np.ndarray) -> Rows:
+    """Leave out what the recipe excludes, then take its subsample and balance it; the nested order stays.
+
+    Raises:
+        DataError: a patch task without both classes.
+    """
+    train = without_excluded(store, recipe, train_rows)
+    train = train[: max(1, round(recipe.subsample * len(train)))]
+    if recipe.task == "patch":
+        positive = np.asarray(store.label[train] == 1)
+        n_positive = int(positive.sum())
+        if n_positive in (0, len(train)):
+            raise DataError(f"training needs both classes, got {n_positive} patches of label 1 among {len(train)}")
+        if recipe.balance == "undersample":  # of each class the first ones of the nested order
+            n = min(n_positive, len(train) - n_positive)
+            train = train[(positive & (np.cumsum(positive) <= n)) | (~positive & (np.cumsum(~positive) <= n))]
+    return Rows(train, without_excluded(store, recipe, score_rows))
+
+
+def start_training(
+    recipe: Recipe,
+    store: PatchStore,
+    rows: Rows,
+    *,
+    patches: Patches,
+    weights: Weights,
+    compute: Compute,
+    key: int,
+) -> Training:
+    """Network, task and optimizer of a recipe, nothing trained yet.
+
+    Args:
+        recipe: what to train.
+        store: its labels and channel statistics are used; pixels come from ``patches``.
+        rows: from :func:`choose_rows`.
+        patches: the store's patches on the device.
+        weights: where pretrained weights come from.
+        compute: device, precision and layout.
+        key: of the lineage's views.
+
+    Raises:
+        RecipeError: the network cannot be built, or its input does not fit.
+    """
+    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
+    data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm)
+    network = build_network(recipe, weights, seed=recipe.seed)
+    return Training(recipe, network, PatchTask(recipe, data, compute, key), compute, key=key)

@@ -1,0 +1,52 @@
+"""Which rows a recipe trains on: exclusions, subsample and balance keep the nested order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pcam_automl.data.splits import make_split
+from pcam_automl.data.store import open_store
+from pcam_automl.errors import DataError
+from pcam_automl.recipe import Recipe
+from pcam_automl.training.start import choose_rows
+
+
+def in_order(part: np.ndarray, whole: np.ndarray) -> bool:
+    return np.array_equal(whole[np.isin(whole, part)], part)
+
+
+def test_excluded_ids_are_neither_trained_nor_scored_on(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    rows = store.development_rows()
+    ids = store.ids[rows[:7]].tolist()
+    left = choose_rows(store, Recipe(exclude_ids=tuple(ids)), rows, rows)
+    assert len(left.train) == len(left.score) == len(rows) - 7
+    assert not set(store.ids[left.train]) & set(ids)
+
+
+def test_one_class_alone_is_refused(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    rows = store.development_rows()
+    negatives = store.ids[rows[store.label[rows] == 0]].tolist()
+    with pytest.raises(DataError, match="training needs both classes"):
+        choose_rows(store, Recipe(exclude_ids=tuple(negatives)), rows, rows)
+
+
+def test_a_subsample_is_a_prefix_of_the_nested_order(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    order = make_split(store).train_order(0)
+    part = choose_rows(store, Recipe(subsample=0.3), order, order[:5])
+    assert np.array_equal(part.train, order[: round(0.3 * len(order))])
+    assert np.array_equal(part.score, order[:5])
+
+
+def test_undersampling_balances_and_keeps_the_order(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    order = store.development_rows()
+    order = np.concatenate([order[store.label[order] == 1][:9], order[store.label[order] == 0]])
+    part = choose_rows(store, Recipe(balance="undersample"), order, order[:0]).train
+    assert (store.label[part] == 1).sum() == (store.label[part] == 0).sum() == 9
+    assert in_order(part, order)
