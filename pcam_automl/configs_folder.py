@@ -25,6 +25,12 @@ def list_configs(kind: Kind) -> list[str]:
     return sorted(file.stem for file in _folder(kind).glob("*.yaml"))
 
 
+def shown_name(path: Path) -> str:
+    """How messages name a file that :func:`find_config` found: a shipped one by its name, the user's by its path."""
+    shipped = any(path.parent == _folder(kind) for kind in _WORDS)
+    return path.stem if shipped else str(path)
+
+
 def find_config(kind: Kind, name_or_path: str) -> Path:
     """The file of a shipped name (``quick``), or the user's own YAML file (``my/space.yaml``).
 

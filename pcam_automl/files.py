@@ -1,7 +1,8 @@
 """Whole-file writes, checksums and locks. Knows nothing of patches, models or studies.
 
 Everything the package writes goes through :func:`written_whole` or :func:`folder_written_whole`:
-fill a neighbour named ``.<name>.<pid>.partial``, fsync it, rename it over the target.
+fill a neighbour named ``.<name>.<pid>.partial``, fsync it, rename it over the target. A folder being filled holds a
+locked file ``.writing``: what a killed process left is known by its free lock and removed by the next writer beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from typing import Any
 from pcam_automl.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
+_WRITING = ".writing"
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>partial|old)", re.DOTALL)
 
 
 def _partial(target: Path) -> Path:
@@ -76,35 +80,102 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(target: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success every file is fsynced and the folder takes ``target``'s place.
+    """Yield a folder to fill; on success every file is fsynced and the folder takes ``target``'s place.
 
-    An older ``target`` stays readable until the new one is complete.
+    An older ``target`` stays readable until the new one is complete. What killed processes left beside ``target`` is
+    removed first. The name ``.writing`` in the folder is taken.
 
     Raises:
-        DataError: the disk is full or the folder is read-only.
+        DataError: the disk is full, the folder is read-only, or another process is writing ``target`` under our pid.
     """
     target = Path(target)
     partial = _partial(target)
     with write_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_left_behind(target)
+        if partial.exists():
+            raise DataError(
+                f"another process is writing {target} ({partial.name}); wait for it, then repeat the command"
+            )
         try:
             partial.mkdir()
-            yield partial
-            for file in partial.rglob("*"):
-                _fsync(file)
-            _fsync(partial)
-            if target.exists():
-                old = target.with_name(f".{target.name}.{os.getpid()}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-                partial.rename(target)
-                shutil.rmtree(old)
-            else:
-                partial.rename(target)
-            _fsync(target.parent)
+            with _marked_as_written(partial) as mark:
+                yield partial
+                mark.unlink()
+                for file in partial.rglob("*"):
+                    _fsync(file)
+                _fsync(partial)
+                _put_in_place(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename a finished folder to ``target``; an older one is moved aside first, for no rename replaces a full folder."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.rename(target)
+    _fsync(target.parent)
+
+
+@contextmanager
+def _marked_as_written(folder: Path) -> Iterator[Path]:
+    """Hold a lock inside ``folder`` for the block; yields the lock file, which the block may remove."""
+    import fcntl
+
+    with (folder / f"{_WRITING}.new").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Locked before it has its name: nobody ever finds it free while we live.
+        yield Path(file.name).rename(folder / _WRITING)
+
+
+def _remove_left_behind(target: Path) -> None:
+    """Remove half-written folders of dead processes beside ``target``; give back an older ``target`` moved aside by one."""
+    with os.scandir(target.parent) as entries:
+        found = [(entry.name, match) for entry in entries if (match := _LEFT_BEHIND.fullmatch(entry.name))]
+    for name, match in found:
+        folder, ours = target.parent / name, match["name"] == target.name
+        if match["kind"] == "partial":
+            if _is_abandoned(folder, int(match["pid"]), ours=ours):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif ours and not _is_running(int(match["pid"])):
+            if target.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.rename(target)
+
+
+def _is_abandoned(folder: Path, pid: int, *, ours: bool) -> bool:
+    """Whether the folder's lock is free; without a lock, whether it is for our target and ``pid`` is dead or our own."""
+    import fcntl
+
+    try:
+        file = (folder / _WRITING).open("r+")
+    except (
+        OSError
+    ):  # not a folder, not ours to read, or without a lock: being made, being renamed, or of an older version
+        return ours and folder.is_dir() and (pid == os.getpid() or not _is_running(pid))
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_text(target: Path, text: str) -> None:

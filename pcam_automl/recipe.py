@@ -7,16 +7,19 @@ of them can be pinned with ``--set field=value`` or varied by a search space.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pcam_automl.configs_folder import shown_name
 from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.files import sha256_of_json
 
+PINS = "--set"
+"""The option that fixes single fields, as messages name it."""
 PATCH_PX = 96
 CENTRE_PX = 32
 """Only the centre 32x32 decides the label (PatchCamelyon, Veeling et al. 2018)."""
@@ -247,12 +250,13 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def build_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+def build_recipe(fields: Mapping[str, Any], *, where: str = "recipe", pinned: Collection[str] = ()) -> Recipe:
     """A recipe from its fields; all faults are reported together.
 
     Args:
         fields: field name to value; fields left out keep their defaults.
         where: what to call the origin in the message.
+        pinned: fields that came from ``--set``; their faults are named after it.
 
     Raises:
         RecipeError: unknown fields, values out of range, contradictions.
@@ -260,20 +264,30 @@ def build_recipe(fields: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(dict(fields))
     except ValidationError as fault:
-        raise RecipeError("; ".join(validation_faults(fault, where, Recipe.model_fields))) from None
+        raise RecipeError("; ".join(validation_faults(fault, where, Recipe.model_fields, pinned))) from None
 
 
-def validation_faults(fault: ValidationError, where: str, known: Sequence[str] | Mapping[str, Any]) -> list[str]:
+def key_of(where: str, *parts: object) -> str:
+    """How a message names a field: ``recipe.lr``, ``my/space.yaml.parameters.lr``, ``--set lr``."""
+    name = ".".join(map(str, parts))
+    return f"{where}{' ' if where == PINS else '.'}{name}" if name else where
+
+
+def validation_faults(
+    fault: ValidationError, where: str, known: Sequence[str] | Mapping[str, Any], pinned: Collection[str] = ()
+) -> list[str]:
     """One readable line for each fault: ``recipe.lr must be greater than 0, got -1``."""
     lines = []
     for error in fault.errors():
-        key = ".".join([where, *(str(part) for part in error["loc"])])
+        loc = error["loc"]
+        key = key_of(PINS if loc and loc[0] in pinned else where, *loc)
         if error["type"] == "extra_forbidden":
-            lines.append(f"{key} is not a known field{did_you_mean(str(error['loc'][-1]), known)}")
+            lines.append(f"{key} is not a known field{did_you_mean(str(loc[-1]), known)}")
         elif error["type"] == "missing":
             lines.append(f"{key} is required")
         elif error["type"] == "value_error":
-            lines.append(f"{key} {error['msg'].removeprefix('Value error, ')}")
+            colon = "" if loc else ":"  # a rule between fields, said of the whole
+            lines.append(f"{key}{colon} {error['msg'].removeprefix('Value error, ')}")
         else:
             rule = error["msg"].replace("Input should be", "must be", 1).replace("Input should", "must", 1)
             value = error["input"]
@@ -290,18 +304,32 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """A YAML mapping by the safe loader, a repeated key being a fault; an empty text is an empty mapping.
 
     Raises:
-        RecipeError: not YAML, a repeated key, or not a mapping.
+        RecipeError: not YAML, a key repeated at any level, or not a mapping.
+    """
+    faults: list[str] = []
+    value = read_yaml(text, where, faults)
+    if faults:
+        raise RecipeError("; ".join(faults))
+    return value
+
+
+def read_yaml(text: str, where: str, faults: list[str]) -> dict[str, Any]:
+    """As :func:`parse_yaml`, but keys given twice are noted in ``faults`` (the last value holds), so that they can be
+    reported with what else is wrong in the file.
+
+    Raises:
+        RecipeError: not YAML (``where``, line and column are named), or not a mapping.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            if repeated := sorted({str(key) for key in keys if keys.count(key) > 1}):
-                raise RecipeError(f"{where}: {', '.join(repeated)} given twice; keep one")
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as fault:
-        line = " ".join(str(fault).split())
-        raise RecipeError(f"{where} is not valid YAML: {line[:300]}") from None
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            faults.extend(f"{where}: {key} given twice; keep one" for key in _repeated_keys(node))
+        value = None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise RecipeError(f"{where} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeError, ValueError) as fault:
+        raise RecipeError(f"{where} is not valid YAML: {_yaml_fault(fault, text)}") from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
@@ -309,14 +337,54 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     return value
 
 
+def _repeated_keys(root: yaml.Node) -> list[str]:
+    """Dotted names of the keys given twice in one mapping, at every level."""
+    found: list[str] = []
+    waiting, seen = [("", root)], set()
+    while waiting:
+        path, node = waiting.pop()
+        if id(node) in seen:  # an alias, which may even lead back to where it stands
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(f"{path}{number}.", item) for number, item in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            found += [path + name for name in dict.fromkeys(names) if names.count(name) > 1]
+            waiting += [(f"{path}{key.value}.", item) for key, item in node.value]
+    return sorted(found)
+
+
+def _yaml_fault(fault: Exception, text: str) -> str:
+    """``line 3, column 5: expected ',' or ']', but got '<stream end>'``, on one line."""
+    if isinstance(fault, yaml.MarkedYAMLError) and (mark := fault.problem_mark or fault.context_mark) is not None:
+        said = ", ".join(part for part in (fault.context, fault.problem) if part)
+        line, column = mark.line, mark.column
+    elif isinstance(fault, yaml.reader.ReaderError):
+        before = text[: fault.position]
+        said = f"{fault.reason} (character {fault.character:#x})"
+        line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
+    else:  # a value that YAML reads and Python cannot hold, such as the date 2020-13-45
+        return " ".join(str(fault).split())[:300]
+    return f"line {line + 1}, column {column + 1}: {' '.join(said.split())[:300]}"
+
+
 def load_recipe(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe file, apply overrides, validate.
+    """Read a recipe file, apply overrides (those of ``--set``), validate.
 
     Raises:
-        RecipeError: the file is missing, unreadable or invalid.
+        RecipeError: the file is missing, unreadable or invalid; all its faults together.
     """
-    fields = parse_yaml(read_config_text(path), path.name)
-    return build_recipe(merge_fields(fields, overrides or {}), where=path.stem)
+    where, pins = shown_name(path), overrides or {}
+    faults: list[str] = []
+    fields = read_yaml(read_config_text(path), where, faults)
+    try:
+        recipe = build_recipe(merge_fields(fields, pins), where=where, pinned=pins)
+    except RecipeError as fault:
+        raise RecipeError("; ".join([*faults, str(fault)])) from None
+    if faults:
+        raise RecipeError("; ".join(faults))
+    return recipe
 
 
 def read_config_text(path: Path, limit_bytes: int = 1 << 20) -> str:
@@ -341,7 +409,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """``["lr=1e-3", "flips=false"]`` to typed values, as YAML would read them; all faults reported together.
 
     Raises:
-        RecipeError: no ``=``, an unknown field, the same field twice with two values.
+        RecipeError: no ``=`` or nothing after it, an unknown field, the same field twice with two values.
     """
     fields: dict[str, Any] = {}
     faults = []
@@ -353,6 +421,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             continue
         if name not in Recipe.model_fields:
             faults.append(f"--set {name}: not a field of a recipe{did_you_mean(name, Recipe.model_fields)}")
+            continue
+        if not value.strip():
+            faults.append(f"--set {name}= has no value; write --set {name}=VALUE, or {name}=null for none")
             continue
         parsed = parse_scalar(value)
         if name in fields and fields[name] != parsed:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import subprocess
 import sys
 from contextlib import AbstractContextManager
@@ -50,6 +52,84 @@ def test_failed_folder_write_leaves_the_old_folder(tmp_path: Path) -> None:
         (partial / "y").write_text("3")
     assert [f.name for f in target.iterdir()] == ["y"]
     assert [f.name for f in tmp_path.iterdir()] == ["box"]
+
+
+DYING = (
+    "import os, signal, sys; from pathlib import Path; from pcam_automl.files import folder_written_whole\n"
+    "with folder_written_whole(Path(sys.argv[1])) as partial:\n"
+    "    (partial / 'deep').mkdir(); (partial / 'deep' / 'half').write_bytes(bytes(1000))\n"
+    "    print('ready', flush=True)\n"
+    "    sys.stdin.read() if sys.argv[2] == 'live' else os.kill(os.getpid(), signal.SIGKILL)\n"
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["box", "other"])
+def test_what_a_killed_writer_left_is_gone_after_the_next_write(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", DYING, str(tmp_path / "box"), "die"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    (left,) = names_in(tmp_path)
+    # its pid has been given to a living process: the lock tells, not the number
+    (tmp_path / left).rename(tmp_path / f".box.{os.getppid()}.partial")
+    with folder_written_whole(tmp_path / name) as partial:
+        assert names_in(tmp_path) == [partial.name]
+        (partial / "x").write_text("1")
+    assert names_in(tmp_path) == [name]
+    assert names_in(tmp_path / name) == ["x"]
+
+
+def test_a_living_writers_folder_is_left_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DYING, str(tmp_path / "box"), "live"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        half = tmp_path / f".box.{other.pid}.partial"
+        with folder_written_whole(tmp_path / "box") as partial:
+            (partial / "x").write_text("1")
+        assert (half / "deep" / "half").is_file()
+        other.communicate("")
+    assert other.returncode == 0
+    assert names_in(tmp_path) == ["box"]
+    assert names_in(tmp_path / "box") == ["deep"]
+
+
+def test_a_second_writer_under_the_same_pid_is_refused(tmp_path: Path) -> None:
+    with folder_written_whole(tmp_path / "box") as partial:
+        (partial / "x").write_text("1")
+        with (
+            pytest.raises(DataError, match="another process is writing"),
+            folder_written_whole(tmp_path / "box"),
+        ):
+            pass
+    assert names_in(tmp_path / "box") == ["x"]
+
+
+def dead_pid() -> int:
+    return int(
+        subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True).stdout
+    )
+
+
+def test_folders_without_a_lock_go_by_their_pid_and_foreign_names_stay(tmp_path: Path) -> None:
+    dead = dead_pid()
+    gone, stays = [f".box.{dead}.partial"], [f".box.{os.getppid()}.partial", f".other.{dead}.partial", ".box.x.partial"]
+    for name in gone + stays:
+        (tmp_path / name).mkdir()
+    with folder_written_whole(tmp_path / "box"):
+        pass
+    assert names_in(tmp_path) == sorted([*stays, "box"])
+
+
+def test_an_older_folder_moved_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> None:
+    old = tmp_path / f".box.{dead_pid()}.old"
+    old.mkdir()
+    (old / "x").write_text("old")
+    assert fails(folder_written_whole(tmp_path / "box"), "y")
+    assert (tmp_path / "box" / "x").read_text() == "old"
+    assert names_in(tmp_path) == ["box"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

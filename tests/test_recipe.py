@@ -107,6 +107,49 @@ def test_bad_assignments_are_reported_together() -> None:
         parse_assignments(["lr", "cropsize=3", "lr=1", "lr=2"])
 
 
+def test_a_value_left_out_is_said_to_be_missing() -> None:
+    with pytest.raises(RecipeError, match=r"--set crop_size= has no value; write .*; --set lr= has no value"):
+        parse_assignments(["crop_size=", "lr= "])
+    assert parse_assignments(["input_size=null"]) == {"input_size": None}
+
+
+def test_keys_given_twice_are_found_at_every_level() -> None:
+    text = "a: {b: {c: 1, c: 2}, d: [{e: 1, e: 1}]}\nf: 1\nf: 2\n"
+    with pytest.raises(RecipeError) as fault:
+        parse_yaml(text, "x.yaml")
+    for key in ("a.b.c", "a.d.0.e", "f"):
+        assert f"x.yaml: {key} given twice; keep one" in str(fault.value)
+    assert parse_yaml("a: &same {b: 1}\nc: *same\nd: &loop [*loop]\n", "x")["c"] == {"b": 1}
+
+
+def test_a_repeated_key_hides_no_other_fault_and_set_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("lr: 1\nlr: 2\nbatch_size: 1\n")
+    with pytest.raises(RecipeError) as fault:
+        load_recipe(file, overrides={"crop_size": 33})
+    for part in (f"{file}: lr given twice", f"{file}.batch_size must be", "--set crop_size must be even"):
+        assert part in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("a: 1\nlr: [1,\n", "line 3, column 1"),
+        ("a: 1\n\tb: 2", "line 2, column 1"),
+        ("a: 1\nb: \a", "line 2, column 4"),
+    ],
+)
+def test_yaml_faults_name_the_file_the_line_and_the_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=f"^mine/r.yaml is not valid YAML: {place}: ") as fault:
+        load_recipe(Path("mine/r.yaml"))
+    assert "unicode string" not in str(fault.value)
+
+
 def test_naming_one_budget_drops_the_other() -> None:
     assert merge_fields({"epochs": 3, "lr": 1}, {"views": 10}) == {"views": 10, "lr": 1}
     assert merge_fields({"views": 3}, {"epochs": 2.0}) == {"epochs": 2.0}

@@ -1,10 +1,10 @@
-"""`search`, `status` and `dashboard`."""
+"""`search`, `status` and `dashboard`. What trains is imported in :func:`run_search`, so that the others start at once."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -12,21 +12,28 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl import terminal
 from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.recipe import Recipe
-from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.reading import FINISHED, best_of, load_study, n_finished_of
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.storage_url import safe_url
-from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study, load_study
-from pcam_automl.search.summary import Summary, best_of, summarise
-from pcam_automl.search.worker import SearchEnd, n_finished_of, run_worker
-from pcam_automl.training.compute import choose_device, use_cores
-from pcam_automl.training.engine import RungResult
+from pcam_automl.search.summary import Summary, summarise
+
+if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
+    from pcam_automl.recipe import Recipe
+    from pcam_automl.search.objective import Watch
+    from pcam_automl.search.study import Asked, OpenStudy
+    from pcam_automl.search.worker import SearchEnd
+    from pcam_automl.training.engine import RungResult
 
 
 def run_search(
     name: str, url: str | None, asked: Asked, *, n_trials: int, timeout_s: float | None, as_json: bool
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones."""
+    from pcam_automl.search.objective import Objective
+    from pcam_automl.search.study import create_or_open_study
+    from pcam_automl.search.worker import run_worker
+    from pcam_automl.training.compute import choose_device, use_cores
+
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     go_on = "every finished trial is stored; the same command goes on"
@@ -77,6 +84,8 @@ class _SearchShow:
         self._score = ""
 
     def watch(self) -> Watch:
+        from pcam_automl.search.objective import Watch
+
         return Watch(
             begins=self._begins, views=lambda n: self.bars.step(self.trial, n), rung=self._rung, note=terminal.say
         )
@@ -91,7 +100,7 @@ class _SearchShow:
     def finished(self, trial: FrozenTrial) -> None:
         trials = self.opened.study.get_trials(deepcopy=False)
         best = best_of(trials)
-        self.bars.set(self.total, done=sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials))
+        self.bars.set(self.total, done=sum(t.state in FINISHED for t in trials))
         terminal.say(trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else ""))
 
 

@@ -70,7 +70,7 @@ def read_patch(path: Path, side_px: int | None = None) -> NDArray[np.uint8] | Pa
         (H, W, 3) uint8, C-contiguous; or the fault, returned and not raised: one bad file among thousands is no error.
     """
     try:
-        image = decode_patch(_file_bytes(path))
+        image = decode_patch(file_bytes(path))
         check_shape(image, None if side_px is None else (side_px, side_px))
     except PatchFault as fault:
         return fault
@@ -104,7 +104,7 @@ def read_patches(
         for row, name in enumerate(names):
             try:
                 if not (templates and _read_by_template(folder_fd, name, rows[row], templates[0])):
-                    image = _decode_with_templates(_file_bytes(Path(name), folder_fd), templates)
+                    image = _decode_with_templates(file_bytes(Path(name), folder_fd), templates)
                     check_shape(image, out.shape[1:3])
                     out[row] = image
             except PatchFault as fault:
@@ -142,14 +142,14 @@ def _read_by_template(folder_fd: int, name: str, row: memoryview, template: Temp
     try:
         n_read = os.readv(fd, (head, row, tail))
     except OSError:
-        return False  # _file_bytes meets and words the same fault
+        return False  # file_bytes meets and words the same fault
     finally:
         os.close(fd)
     n_want = len(head) + len(row) + len(template.tail)
     return n_read == n_want and template.fits(head, memoryview(tail)[:-1])
 
 
-def _file_bytes(path: Path, folder_fd: int | None = None) -> bytes:
+def file_bytes(path: Path, folder_fd: int | None = None) -> bytes:
     """The file's content; O_NONBLOCK so that a named pipe cannot hang us."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder_fd)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pcam_automl.data.h5 import open_dataset, plain_h5
 from pcam_automl.data.images import PatchFault, read_patch, read_patches
-from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, n_workers_for, run_tasks
+from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, n_workers_for, read_task_masks, run_tasks
 from pcam_automl.data.quality import complete_flags, findings, pixel_digests, write_sheet
 from pcam_automl.data.sources import PatchSource, fingerprint
 from pcam_automl.data.store import FORMAT, TEST, VERSION, Flag, PatchStore, Progress, content_hash, open_store
@@ -39,7 +39,8 @@ def pack(
     """Read every patch of ``source`` once and write the pack folder ``out``, whole or not at all.
 
     Training patches that cannot be read, or are of another shape than the rest, are left out (row kept, zeros);
-    so are all-dark and all-bright ones. Test patches are never left out.
+    so are all-dark and all-bright ones. Test patches are never left out. Masks, where the source has them, must all be
+    sound: a wrong one would be trained on unseen.
 
     Args:
         source: what to read.
@@ -49,7 +50,7 @@ def pack(
         progress: called with (patches done, patches in all) in this process.
 
     Raises:
-        DataError: no training patch is usable, an HDF5 file is corrupt, or ``out`` cannot be written.
+        DataError: no training patch is usable, a mask or an HDF5 file is corrupt, or ``out`` cannot be written.
     """
     out = Path(out)
     _check_target(source, out)
@@ -101,11 +102,29 @@ def verify(
             h5 = _h5_files(source, store.root.parent, stack)
             job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0)
             arrays, _ = _measure_all(source, h5, job, workers, progress)
+            lines += _changed_masks(store, source, h5)
         if changed := store.ids[(arrays["digest"] != store.digest).any(axis=1)].tolist():
             lines.append(f"{len(changed)} patches of the source are not what was packed: {first_few(changed)}")
     if lines:
         raise DataError(f"{store.root} does not match {source.root}: {'; '.join(lines)}; pack it again")
     return len(store)
+
+
+def _changed_masks(store: PatchStore, source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> list[str]:
+    """One line if the pack's masks are not those of the source."""
+    if store.masks is None:
+        return ["the source has masks, the pack has none"] if source.masks is not None else []
+    if source.masks is None and not h5:
+        return ["the pack has masks, the source has none"]
+    changed: list[str] = []
+    for task in _tasks(source, h5):
+        rows = slice(task.first, task.first + task.n)
+        masks = read_task_masks(task, (store.masks.shape[1], store.masks.shape[2]))
+        wrong = (
+            list(masks) if isinstance(masks, dict) else np.flatnonzero((masks != store.masks[rows]).any(axis=(1, 2)))
+        )
+        changed += store.ids[rows][wrong].tolist()
+    return [f"{len(changed)} masks of the source are not what was packed: {first_few(changed)}"] if changed else []
 
 
 def _check_target(source: PatchSource, out: Path) -> None:
@@ -164,7 +183,7 @@ def _probe(
 def _prepare_files(folder: Path, source: PatchSource, shape: tuple[int, int], templates: tuple[Template, ...]) -> Job:
     """Write the ``.npy`` headers of the large arrays and give them their final size."""
     n = len(source)
-    with_masks = bool(source.h5) and all(part.mask for part in source.h5.values())
+    with_masks = source.masks is not None or (bool(source.h5) and all(part.mask for part in source.h5.values()))
     patches_at = _write_npy_header(folder / "patches.npy", (n, *shape, 3))
     masks_at = _write_npy_header(folder / "masks.npy", (n, *shape)) if with_masks else 0
     masks = folder / "masks.npy" if with_masks else None
@@ -190,7 +209,8 @@ def _tasks(source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> Iter
                 x, mask = h5[int(source.part[first])]
                 yield Task(first, n, source.root, (), x, mask, int(source.files[first]))
             else:
-                yield Task(first, n, source.root, tuple(source.files[first : first + n].tolist()))
+                masks = () if source.masks is None else tuple(source.masks[first : first + n].tolist())
+                yield Task(first, n, source.root, tuple(source.files[first : first + n].tolist()), mask_names=masks)
 
 
 def _measure_all(
@@ -209,15 +229,23 @@ def _measure_all(
         "digest": np.zeros((n, 16), np.uint8),
     }
     faults: dict[int, str] = {}
+    mask_faults: dict[int, str] = {}
     n_done = 0
     with closing(run_tasks(_tasks(source, h5), job, n_workers_for(n, workers))) as results:
         for done in results:
             for name, values in arrays.items():
                 values[done.first : done.first + len(done.flags)] = getattr(done, name)
             faults.update(done.faults)
+            mask_faults.update(done.mask_faults)
             n_done += len(done.flags)
             if progress is not None:
                 progress(n_done, n)
+    if mask_faults:
+        named = [f"{source.ids[row]}: {reason}" for row, reason in sorted(mask_faults.items())]
+        raise DataError(
+            f"{source.root / 'masks'}: {len(named)} masks cannot be used ({first_few(named)}); "
+            "repair them, or move the folder masks away to pack none"
+        )
     return arrays, dict(sorted(faults.items()))
 
 

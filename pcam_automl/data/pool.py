@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.data.h5 import read_rows
 from pcam_automl.data.images import PatchFault, read_patches
+from pcam_automl.data.masks import read_masks
 from pcam_automl.data.quality import Measures, measure
 from pcam_automl.data.store import Flag
 from pcam_automl.data.template import Template
@@ -27,6 +30,7 @@ from pcam_automl.errors import DataError
 CHUNK_PATCHES = 512
 _BLOCK_PATCHES = 64  # 1.8 MB of 96 px patches: read, measured and written while they are in the cache
 _IN_PROCESS_BELOW = 6_000  # two workers take 0.4 s to start: 0.05 ms a patch here, 0.2 ms where files are compressed
+_HOLDS_LOCKS = frozenset({"torch", "h5py"})
 _MAX_WORKERS = 8  # beyond, reading is bound by the disk; each costs about 45 MB
 
 
@@ -42,6 +46,8 @@ class Task:
     h5: Path | None = None
     h5_mask: Path | None = None
     h5_first: int = 0
+    mask_names: tuple[str, ...] = ()
+    """Mask files, empty names for patches without; empty for HDF5."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,13 @@ class Done:
     sharpness: NDArray[np.float32]
     digest: NDArray[np.uint8]
     faults: dict[int, str]
+    mask_faults: dict[int, str]
 
     @classmethod
     def empty(cls, task: Task) -> Done:
         """Room for the rows of ``task``."""
         flags, stats = np.zeros(task.n, np.uint16), np.zeros((task.n, 6), np.float32)
-        return cls(task.first, flags, stats, np.zeros(task.n, np.float32), np.zeros((task.n, 16), np.uint8), {})
+        return cls(task.first, flags, stats, np.zeros(task.n, np.float32), np.zeros((task.n, 16), np.uint8), {}, {})
 
     def take(self, block: slice, measures: Measures, faults: dict[int, PatchFault]) -> None:
         """Enter a block's measures; those of faulty patches are zero."""
@@ -100,7 +107,7 @@ def run_tasks(tasks: Iterator[Task], job: Job, n_workers: int) -> Generator[Done
         for task in tasks:
             yield _do(task, job, templates)
         return
-    context = multiprocessing.get_context("spawn")  # the caller may hold torch's threads: fork would copy their locks
+    context = multiprocessing.get_context(_start_method())
     with _one_thread_each(), ProcessPoolExecutor(n_workers, context, _start_worker, (job,)) as pool:
         pending: set[Future[Done]] = set()
         try:
@@ -117,6 +124,14 @@ def run_tasks(tasks: Iterator[Task], job: Job, n_workers: int) -> Generator[Done
             raise DataError("a packing process was killed, perhaps for want of memory; try --workers 1") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_method() -> Literal["fork", "spawn"]:
+    """Fork only where this process is known to hold no lock that a copy would wait for: it has one Python thread and
+    neither torch nor HDF5. (numpy's OpenBLAS ends its own threads before a fork.) Spawning imports for half a second.
+    """
+    alone = threading.active_count() == 1 and _HOLDS_LOCKS.isdisjoint(sys.modules)
+    return "fork" if sys.platform == "linux" and alone else "spawn"
 
 
 @contextmanager
@@ -185,11 +200,22 @@ def _do(task: Task, job: Job, templates: list[Template]) -> Done:
         done.take(block, measure(patches), faults)
         if job.patches is not None:
             _write_rows(job.patches, job.patches_at, task.first + begin, patches)
-    if job.masks is not None and task.h5_mask is not None:
-        masks = np.empty((task.n, *job.shape, 1), np.uint8)
-        read_rows(task.h5_mask, "mask", task.h5_first, masks)
-        _write_rows(job.masks, job.masks_at, task.first, masks)
+    if job.masks is not None:
+        masks = read_task_masks(task, job.shape)
+        if isinstance(masks, dict):
+            done.mask_faults.update({task.first + row: reason for row, reason in masks.items()})
+        else:
+            _write_rows(job.masks, job.masks_at, task.first, masks)
     return done
+
+
+def read_task_masks(task: Task, shape: tuple[int, int]) -> NDArray[np.uint8] | dict[int, str]:
+    """The (n, H, W) masks of a task, or the reasons of the faulty ones by row of the task."""
+    if task.h5_mask is None:
+        return read_masks(task.folder, task.mask_names, shape)
+    masks = np.empty((task.n, *shape, 1), np.uint8)
+    read_rows(task.h5_mask, "mask", task.h5_first, masks)
+    return masks[..., 0]
 
 
 def _write_rows(path: Path, start: int, first: int, rows: NDArray[np.uint8]) -> None:

@@ -74,7 +74,7 @@ class Findings:
 
 
 def measure(patches: NDArray[np.uint8]) -> Measures:
-    """Measure (B, H, W, 3) uint8 patches, H and W at least 3; about 35 us a patch of 96x96, half of it the digest."""
+    """Measure (B, H, W, 3) uint8 patches, H and W at least 3; about 46 us a patch of 96x96, 17 of it the digest."""
     n, height, width, _ = patches.shape
     stats = np.empty((n, 6), np.float32)
     sharpness = np.empty(n, np.float32)
@@ -101,29 +101,40 @@ def pixel_digests(patches: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _channel_stats(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(B, H, W * 3) to (B, 6); sums are exact integers up to H = 257 px, so equal patches have equal stats."""
     _, height, width3 = rows.shape
-    channel_of = np.tile(np.eye(3), (width3 // 3, 1))  # (W * 3, 3): adds up the columns of each channel
     values = rows.astype(np.float32)
     columns = rows.sum(axis=1, dtype=np.uint16 if height <= 257 else np.uint32)
     n_px = height * width3 / 3
-    mean = columns.astype(np.float64) @ channel_of / n_px
-    squares = np.einsum("bhw,bhw->bw", values, values).astype(np.float64) @ channel_of / n_px
+    mean = _by_channel(columns) / n_px
+    squares = _by_channel(np.einsum("bhw,bhw->bw", values, values)) / n_px
     deviation = np.sqrt(np.maximum(squares - mean**2, 0.0))
     return (np.concatenate([mean, deviation], axis=1) / 255.0).astype(np.float32)
 
 
+def _by_channel(columns: NDArray[Any]) -> NDArray[np.float64]:
+    """Column sums (B, W * 3) added up by channel, (B, 3). Not a matrix product: BLAS may start threads for it."""
+    return np.asarray(columns.reshape(len(columns), -1, 3).sum(axis=1, dtype=np.float64))
+
+
 def _laplacian_variance(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Of the green channel, where both stains absorb most; 2.5 us a patch to extract, a weighted grey would take 7."""
-    green = patches[..., _GREEN].astype(np.int16)
-    laplacian = green[:, 1:-1, 1:-1] * 4
-    laplacian -= green[:, :-2, 1:-1]
-    laplacian -= green[:, 2:, 1:-1]
-    laplacian -= green[:, 1:-1, :-2]
-    laplacian -= green[:, 1:-1, 2:]
-    values = laplacian.reshape(len(green), -1).astype(np.float32)
-    mean = values.sum(axis=1).astype(np.float64) / values.shape[1]
-    variance: NDArray[np.float32] = (np.einsum("bi,bi->b", values, values) / values.shape[1] - mean**2).astype(
-        np.float32
-    )
+    """Of the green channel, where both stains absorb most; 2.5 us a patch to extract, a weighted grey would take 7.
+
+    One flat run over all patches (9 us a patch, 21 row by row); what it makes of the borders is set to zero.
+    """
+    n, height, width, _ = patches.shape
+    green = patches[..., _GREEN].astype(np.int16).ravel()
+    laplacian = np.zeros((n, height, width), np.int16)
+    inner = laplacian.ravel()[width:-width]
+    np.multiply(green[width:-width], 4, out=inner)
+    inner -= green[: -2 * width]
+    inner -= green[2 * width :]
+    inner -= green[width - 1 : -width - 1]
+    inner -= green[width + 1 : len(green) - width + 1]
+    laplacian[:, :: height - 1] = 0
+    laplacian[:, :, :: width - 1] = 0
+    values = laplacian.reshape(n, -1).astype(np.float32)
+    n_inner = (height - 2) * (width - 2)
+    mean = values.sum(axis=1).astype(np.float64) / n_inner
+    variance: NDArray[np.float32] = (np.einsum("bi,bi->b", values, values) / n_inner - mean**2).astype(np.float32)
     return variance
 
 

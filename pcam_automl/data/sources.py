@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.data.h5 import H5_PREFIX, PART_CODES, H5Part, find_h5_parts, read_h5_labels
-from pcam_automl.data.images import IMAGE_SUFFIXES
+from pcam_automl.data.listing import bad_name_notes, find_masks, list_images
 from pcam_automl.data.store import TEST, TRAIN, VALID
-from pcam_automl.data.tables import Strings, is_id, read_column, read_ids, read_labels, read_names, repeated
+from pcam_automl.data.tables import Strings, read_column, read_ids, read_labels, read_names, repeated
 from pcam_automl.errors import DataError, first_few
 
 GET_THE_DATA = (
@@ -50,6 +50,8 @@ class PatchSource:
     """CSVs and small HDF5 files that were read."""
     h5: Mapping[int, H5Part] = field(default_factory=dict)
     """By part code; empty unless ``kind`` is ``h5``."""
+    masks: Strings | None = None
+    """(N,) paths of mask files relative to ``root``, empty for a test patch without one; None without masks or for h5."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,6 +102,7 @@ def fingerprint(source: PatchSource) -> str:
     total = hashlib.sha256(source.kind.encode())
     names = [name for part in source.h5.values() for name in (part.x, part.mask) if name]
     names += [] if source.h5 else source.files.tolist()
+    names += [] if source.masks is None else [name for name in source.masks.tolist() if name]
     root = os.open(source.root, os.O_RDONLY)
     try:
         for name in names:
@@ -128,36 +131,13 @@ def _nothing_found(root: Path) -> str:
     )
 
 
-def _list_images(folder: Path, prefix: str) -> tuple[dict[str, str], int]:
-    """Image files of one folder as id -> ``prefix`` + name, and how many names cannot be ids; one scan, no stat."""
-    found: dict[str, str] = {}
-    n_bad = 0
-    twice: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            stem, dot, suffix = entry.name.rpartition(".")
-            if (dot + suffix).lower() not in IMAGE_SUFFIXES or stem.startswith(".") or not entry.is_file():
-                continue
-            if not is_id(stem):
-                n_bad += 1
-            elif stem in found:
-                twice.append(stem)
-            else:
-                found[stem] = prefix + entry.name
-    if twice:
-        raise DataError(
-            f"{folder} holds {len(twice)} ids in more than one file ({first_few(sorted(twice))}); keep one of each"
-        )
-    return found, n_bad
-
-
 def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
     labels_csv = root / "train_labels.csv"
     if not (root / "train").is_dir():
         raise DataError(f"{root} has train_labels.csv but no folder train/ with the images; {GET_THE_DATA}")
     ids, labels = read_labels(labels_csv)
-    images, n_bad = _list_images(root / "train", "train/")
-    notes = _bad_name_notes(n_bad, root / "train")
+    images, n_bad = list_images(root / "train", "train/")
+    notes = bad_name_notes(n_bad, root / "train")
     label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
     if absent := [name for name in label_of if name not in images]:
         notes.append(f"{len(absent)} labelled ids have no image in train/ and are left out: {first_few(absent)}")
@@ -171,13 +151,15 @@ def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
             f"(labels name {ids[0]}, the folder holds {example})"
         )
     test, test_files, missing, test_notes, sample_csv = _list_test(root, sample)
+    masks, mask_notes = find_masks(root, train, test)
     return _assemble(
         _Rows(train, [images[name] for name in train], [label_of[name] for name in train]),
         _Rows([], [], []),
         _Rows(test, test_files, [-1] * len(test)),
         kind="kaggle",
         root=root,
-        notes=(*notes, *test_notes),
+        masks=masks,
+        notes=(*notes, *test_notes, *mask_notes),
         missing_test_ids=missing,
         tables=(labels_csv, *sample_csv),
     )
@@ -188,8 +170,8 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     found: dict[str, str] = {}
     notes: list[str] = []
     if (root / "test").is_dir():
-        found, n_bad = _list_images(root / "test", "test/")
-        notes += _bad_name_notes(n_bad, root / "test")
+        found, n_bad = list_images(root / "test", "test/")
+        notes += bad_name_notes(n_bad, root / "test")
     else:
         notes.append("no folder test/: there is nothing to predict for a submission")
     csv = sample or root / "sample_submission.csv"
@@ -207,10 +189,6 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
         notes.append(f"{len(extra)} images in test/ are not in {csv.name} and are left out: {first_few(extra)}")
     names = [name for name in wanted if name in found]
     return names, [found[name] for name in names], missing, notes, [csv]
-
-
-def _bad_name_notes(n_bad: int, folder: Path) -> list[str]:
-    return [f"{n_bad} files in {folder.name}/ have unprintable names and are left out"] if n_bad else []
 
 
 def _class_root(root: Path) -> str | None:
@@ -252,8 +230,8 @@ def _list_classes(root: Path, prefix: str, notes: list[str]) -> _Rows:
     for label in (0, 1):
         folder = root / f"{prefix}{label}"
         if folder.is_dir():
-            found, n_bad = _list_images(folder, f"{prefix}{label}/")
-            notes += _bad_name_notes(n_bad, folder)
+            found, n_bad = list_images(folder, f"{prefix}{label}/")
+            notes += bad_name_notes(n_bad, folder)
             rows += [(name, file, label) for name, file in found.items()]
     rows.sort()
     if both := repeated([name for name, _, _ in rows]):

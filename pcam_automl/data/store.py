@@ -81,7 +81,7 @@ class PatchStore:
     digest: NDArray[np.uint8]
     """(N, 16) first half of the SHA-256 of the pixels; zeros where a file was faulty."""
     masks: NDArray[np.uint8] | None
-    """(N, H, W) uint8 or None."""
+    """(N, H, W) uint8, 1 = tumour, or None; zeros where a test patch has no mask (``source["notes"]`` counts them)."""
     group_names: tuple[str, ...]
     domain_names: tuple[str, ...]
     content_hash: str

@@ -48,21 +48,25 @@ class Normalisation:
     std: tuple[float, float, float]
 
 
+def backbone_fault(name: str) -> str | None:
+    """What is wrong with a backbone's name, to stand after the key it was given under; None for a timm model."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        return f"must be a timm model name, got {name!r}{did_you_mean(architecture, timm.list_models())}"
+    if tag and not timm.models.is_model_pretrained(name):
+        tags = timm.list_pretrained(f"{architecture}.*")
+        return f"{name!r}: {architecture} has no weights tag {tag!r}{did_you_mean(name, tags)}; drop the tag"
+    return None
+
+
 def check_backbone(name: str) -> None:
     """Accept any timm model name, with or without a weights tag.
 
     Raises:
         RecipeError: timm has no such model; the nearest name is suggested.
     """
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        known = timm.list_models()
-        raise RecipeError(f"recipe.backbone must be a timm model name, got {name!r}{did_you_mean(architecture, known)}")
-    if tag and not timm.models.is_model_pretrained(name):
-        tags = timm.list_pretrained(f"{architecture}.*")
-        raise RecipeError(
-            f"recipe.backbone: {architecture} has no weights tag {tag!r}{did_you_mean(name, tags)}; drop the tag"
-        )
+    if (fault := backbone_fault(name)) is not None:
+        raise RecipeError(f"recipe.backbone {fault}")
 
 
 def normalisation(name: str) -> Normalisation:

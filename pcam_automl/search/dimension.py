@@ -8,20 +8,21 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from optuna.trial import BaseTrial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pcam_automl.errors import did_you_mean, first_few
-from pcam_automl.recipe import Recipe, validation_faults
+from pcam_automl.recipe import Recipe, key_of, validation_faults
 
 UPSCALE = "upscale"
 """A dimension that is no recipe field: ``input_size = even(crop_size * upscale)``."""
 _UPSCALE_MAX = 4.0  # 96 px * 4 is the recipe's largest input
 _GRID_CHECKED = 4096  # so many values of an integer range are checked one by one
+_KINDS = ("choice", "int", "float")
 FIELDS = [*Recipe.model_fields, UPSCALE]
 
 Conditions = tuple[tuple[str, tuple[Any, ...]], ...]
@@ -101,7 +102,10 @@ class Parameter:
 
 
 def read_parameter(name: str, value: Any, where: str, faults: list[str]) -> ParameterFile | None:
-    """The parameter's structure, or None with its faults noted."""
+    """The parameter as far as it can be read, its faults noted; None where it is no mapping.
+
+    Keys at fault are left out of what is returned, so that the rest is checked, too, and reported with them.
+    """
     where = f"{where}.parameters.{name}"
     if name not in FIELDS:
         faults.append(f"{where} is not a recipe field{did_you_mean(name, FIELDS)}")
@@ -109,54 +113,69 @@ def read_parameter(name: str, value: Any, where: str, faults: list[str]) -> Para
         faults.append(f"{where} must be a mapping such as {{choice: [...]}} or {{float: [low, high]}}, got {value!r}")
         return None
     keys = [field.alias or key for key, field in ParameterFile.model_fields.items()]
+    given = [key for key in _KINDS if value.get(key) is not None]
     try:
         file = ParameterFile.model_validate(value)
     except ValidationError as fault:
         faults.extend(validation_faults(fault, where, keys))
-        return None
-    given = [key for key in ("choice", "int", "float") if value.get(key) is not None]
+        wrong = {error["loc"][0] for error in fault.errors()}
+        file = ParameterFile.model_validate(
+            {key: item for key, item in value.items() if key in keys and key not in wrong}
+        )
+        if not given:  # very likely the misspelt key that was just reported
+            return file
     if len(given) != 1:
         faults.append(f"{where} must have exactly one of choice, int and float, got {', '.join(given) or 'none'}")
-        return None
-    return file if name in FIELDS else None
+    return file
 
 
-def build_parameter(name: str, file: ParameterFile, where: str, faults: list[str]) -> Parameter:
-    """The checked parameter; where it has faults they are noted and the result is not to be used."""
+def build_parameter(name: str, file: ParameterFile, where: str, faults: list[str]) -> Parameter | None:
+    """The checked parameter; where it has faults they are noted and the result is not to be used.
+
+    None where nothing says what it ranges over. Of several kinds given each is checked, and one returned.
+    """
     when = tuple(
         (other, tuple(allowed) if isinstance(allowed, list) else (allowed,)) for other, allowed in file.when.items()
     )
+    parameter: Parameter | None = None
+    if file.int_range is not None:
+        parameter = Parameter(name, "int", (), *file.int_range, step=file.step, log=file.log, when=when)
+        _check_range(parameter, f"{where}.int", faults)
+    if file.float_range is not None:
+        parameter = Parameter(name, "float", (), *file.float_range, step=file.step, log=file.log, when=when)
+        _check_range(parameter, f"{where}.float", faults)
     if file.choice is not None:
-        return _choice(name, file, file.choice, where, faults, when)
-    ends = file.int_range or file.float_range
-    assert ends is not None
-    low, high = ends
-    kind: Literal["int", "float"] = "int" if file.int_range is not None else "float"
-    parameter = Parameter(name, kind, (), low, high, file.step, file.log, when)
-    where = f"{where}.{kind}"
-    if _accepts(name) not in (kind, "float"):
-        remedy = "use int" if _accepts(name) == "int" else "use choice"
-        faults.append(f"{where}: {name} takes no {kind} range; {remedy}")
-        return parameter
-    if low > high:
-        faults.append(f"{where} is upside down: [{low}, {high}] (did you mean [{high}, {low}]?)")
-        return parameter
-    if file.log and low <= 0:
-        faults.append(f"{where} must start above 0 with log: true, got {low}")
-    if file.step is not None:
-        _check_step(parameter, where, faults)
-    _check_values(parameter, where, faults)
+        parameter = _choice(name, file, file.choice, where, faults, when, alone=parameter is None)
     return parameter
 
 
+def _check_range(parameter: Parameter, where: str, faults: list[str]) -> None:
+    name, kind, low, high = parameter.name, parameter.kind, parameter.low, parameter.high
+    takes_kind = name not in FIELDS or _accepts(name) in (kind, "float")
+    if not takes_kind:
+        remedy = "use int" if _accepts(name) == "int" else "use choice"
+        faults.append(f"{where}: {name} takes no {kind} range; {remedy}")
+    if low > high:
+        faults.append(f"{where} is upside down: [{low}, {high}] (did you mean [{high}, {low}]?)")
+        parameter = replace(parameter, low=high, high=low)
+    if parameter.log and parameter.low <= 0:
+        faults.append(f"{where} must start above 0 with log: true, got {parameter.low}")
+    if parameter.step is not None:
+        _check_step(parameter, where, faults)
+    if takes_kind and name in FIELDS:
+        _check_values(parameter, where, faults)
+
+
 def _choice(
-    name: str, file: ParameterFile, choice: list[Any], where: str, faults: list[str], when: Conditions
+    name: str, file: ParameterFile, choice: list[Any], where: str, faults: list[str], when: Conditions, *, alone: bool
 ) -> Parameter:
-    if file.step is not None or file.log:
+    if alone and (file.step is not None or file.log):
         faults.append(f"{where}: step and log belong to a range, not to a choice")
     if not choice:
         faults.append(f"{where}.choice is empty; name at least one value")
-    values = tuple(checked_value(name, value, where, faults, shown=f"{where}.choice") for value in choice)
+    values = tuple(choice)
+    if name in FIELDS:
+        values = tuple(checked_value(name, value, where, faults, shown=f"{where}.choice") for value in choice)
     twice = [value for i, value in enumerate(values) if value in values[:i]]
     if twice:
         faults.append(f"{where}.choice names {first_few([repr(value) for value in twice])} twice; keep one")
@@ -183,39 +202,59 @@ def _check_step(parameter: Parameter, where: str, faults: list[str]) -> None:
 
 
 def _check_values(parameter: Parameter, where: str, faults: list[str]) -> None:
-    """Both ends and, of an integer range, every value against the recipe's own rules; the first fault is noted."""
-    values = [parameter.low, parameter.high]
-    if parameter.kind == "int":
-        grid = range(int(parameter.low), int(parameter.high) + 1, max(1, int(parameter.step or 1)))
-        values = [int(parameter.low), int(parameter.high), *grid[:_GRID_CHECKED]]
-    for value in values:
+    """Both ends and, of an integer range, every value between against the recipe's own rules.
+
+    Of the values between only the first fault is noted, and none where an end has one.
+    """
+
+    def wrong(value: float) -> bool:
         n_before = len(faults)
         checked_value(parameter.name, value, where, faults, shown=where)
-        if len(faults) > n_before:
-            if parameter.name in ("crop_size", "input_size") and value % 2:
-                faults[-1] += "; give an even start and an even step"
-            return
+        if len(faults) > n_before and "must be even" in faults[-1]:
+            faults[-1] += "; give an even start and an even step"
+        return len(faults) > n_before
+
+    if parameter.kind == "float":
+        for end in dict.fromkeys((parameter.low, parameter.high)):
+            wrong(end)
+        return
+    low, high = int(parameter.low), int(parameter.high)
+    n_wrong_ends = sum(wrong(end) for end in dict.fromkeys((low, high)))
+    if not n_wrong_ends:
+        any(wrong(value) for value in range(low, high + 1, max(1, int(parameter.step or 1)))[:_GRID_CHECKED])
 
 
 def check_conditions(
-    parameter: Parameter,
-    files: Mapping[str, ParameterFile | None],
-    earlier: Mapping[str, Parameter],
+    own: str,
+    file: ParameterFile,
+    waiting: Collection[str],
+    earlier: Mapping[str, Parameter | None],
     where: str,
     faults: list[str],
 ) -> None:
-    """Note the faults of a ``when``; ``files`` holds every parameter of the file, ``earlier`` those above."""
-    for name, allowed in parameter.when:
-        if name == parameter.name:
+    """Note the faults of a ``when``.
+
+    Args:
+        own: the parameter it belongs to.
+        file: that parameter as read.
+        waiting: the parameters that come later in the file.
+        earlier: those above; None where one could not be built, so that nothing can be said of its values.
+        where: the key of the ``when``.
+        faults: receives them.
+    """
+    for name, given in file.when.items():
+        allowed = tuple(given) if isinstance(given, list) else (given,)
+        if name == own:
             faults.append(f"{where}: {name} cannot depend on itself")
         elif name not in FIELDS:
             faults.append(f"{where}: {name} is neither a parameter nor a recipe field{did_you_mean(name, FIELDS)}")
-        elif name in files and name not in earlier:
-            faults.append(f"{where}: {name} comes later (or depends on {parameter.name}); move {name} above it")
+        elif name in waiting:
+            faults.append(f"{where}: {name} comes later (or depends on {own}); move {name} above it")
         elif not allowed:
             faults.append(f"{where}.{name} names no value")
         elif name in earlier:
-            _check_allowed(earlier[name], allowed, f"{where}.{name}", faults)
+            if (other := earlier[name]) is not None:
+                _check_allowed(other, allowed, f"{where}.{name}", faults)
         else:
             for value in allowed:
                 checked_value(name, value, where, faults)
@@ -236,7 +275,8 @@ def _check_allowed(other: Parameter, allowed: tuple[Any, ...], where: str, fault
 
 def checked_value(name: str, value: Any, where: str, faults: list[str], shown: str | None = None) -> Any:
     """``value`` as the recipe would hold it; a fault is noted under ``shown`` (by default ``where.name``)."""
-    shown = shown or f"{where}.{name}"
+    own_key = key_of(where, name)
+    shown = shown or own_key
     if name == UPSCALE:
         if not is_number(value) or not 1.0 <= value <= _UPSCALE_MAX:
             faults.append(f"{shown} must be in [1, {_UPSCALE_MAX:g}], got {value!r}")
@@ -247,7 +287,7 @@ def checked_value(name: str, value: Any, where: str, faults: list[str], shown: s
     try:
         return getattr(Recipe.model_validate({name: value, **rival}), name)
     except ValidationError as fault:
-        faults.extend(line.replace(f"{where}.{name}", shown, 1) for line in validation_faults(fault, where, FIELDS))
+        faults.extend(line.replace(own_key, shown, 1) for line in validation_faults(fault, where, FIELDS))
         return value
 
 

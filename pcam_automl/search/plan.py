@@ -100,16 +100,18 @@ def make_plan(
         speed: remembered measurements.
         views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
             space, lifts the limit on a trial's seconds.
-        progress: told which backbone is being timed.
+        progress: told of each backbone that had to be timed; nothing of those whose speed was known.
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
     asked = views if views is not None else _asked_views(fields, space, n_train)
     rates, planned_px = {}, fields["input_size"] or (64 if "crop_size" in space.parameters else fields["crop_size"])
     for name in space.choices("backbone") or [fields["backbone"]]:
-        progress(f"timing {name}")
         px = max(planned_px, smallest_input(name))
         recipe = build_recipe(merge_fields(fields, {"backbone": name, "input_size": px}))
+        n_known = len(speed._known)
         rates[name] = speed.images_per_s(recipe, device)
+        if len(speed._known) > n_known:
+            progress(f"timed {name}: {rates[name]:,.0f} training images/s at {px} px")
     typical = statistics.median(rates.values())
     whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import RecipeError, did_you_mean, first_few
 from pcam_automl.files import sha256_of_json
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields, parse_yaml, read_config_text, validation_faults
+from pcam_automl.recipe import PINS, Recipe, build_recipe, merge_fields, read_config_text, read_yaml, validation_faults
 from pcam_automl.search.dimension import (
     FIELDS,
     UPSCALE,
     Parameter,
+    ParameterFile,
     build_parameter,
     check_conditions,
     checked_value,
@@ -25,6 +26,8 @@ from pcam_automl.search.dimension import (
     read_parameter,
 )
 
+BackboneFault = Callable[[str], str | None]
+"""Says what is wrong with a backbone's name, None for a good one."""
 _KEYS = ("base", "parameters")
 
 
@@ -61,7 +64,7 @@ class SearchSpace:
             RecipeError: unknown fields or values out of range, all reported together.
         """
         faults: list[str] = []
-        fixed = {name: checked_value(name, value, "--set", faults) for name, value in pins.items()}
+        fixed = {name: checked_value(name, value, PINS, faults) for name, value in pins.items()}
         _raise(faults)
         gone = set(fixed)
         gone |= {UPSCALE} if "input_size" in fixed else set()
@@ -70,7 +73,7 @@ class SearchSpace:
             gone |= {rival} if fixed.get(name) is not None and rival not in fixed else set()
         base = {name: value for name, value in merge_fields(self.base, fixed).items() if name not in gone - set(fixed)}
         space = SearchSpace(base, {name: p for name, p in self.parameters.items() if name not in gone})
-        _raise(_contradictions(space, "--set"))
+        _raise(_contradictions(space, PINS))
         return space
 
     def without_choices(self, field: str, names: Collection[str]) -> SearchSpace:
@@ -155,50 +158,81 @@ class SearchSpace:
         return params
 
 
-def load_space(name_or_path: str, *, pins: Mapping[str, Any] | None = None) -> SearchSpace:
+def load_space(
+    name_or_path: str, *, pins: Mapping[str, Any] | None = None, backbone_fault: BackboneFault | None = None
+) -> SearchSpace:
     """Read a shipped space by name, or a YAML file, and fix the pinned fields.
+
+    Args:
+        name_or_path: as :func:`find_config` takes it; messages name the file by it.
+        pins: fields fixed by ``--set``.
+        backbone_fault: judges every backbone that the file names, see :func:`parse_space`.
 
     Raises:
         RecipeError: no such file, or faults in it, all reported together.
     """
     path = find_config("space", name_or_path)
-    return parse_space(read_config_text(path), path.stem).pinned(pins or {})
+    return parse_space(read_config_text(path), name_or_path, backbone_fault=backbone_fault).pinned(pins or {})
 
 
-def parse_space(text: str, where: str) -> SearchSpace:
+def parse_space(text: str, where: str, *, backbone_fault: BackboneFault | None = None) -> SearchSpace:
     """A space from its YAML text.
 
     Args:
         text: a mapping with ``parameters`` and, optionally, ``base``.
         where: what to call the text in messages.
+        backbone_fault: judges every backbone that is named (timm's list takes a second to import, so that it is
+            given only where a search starts); None leaves the names unjudged.
 
     Raises:
         RecipeError: every fault of the text in one message.
     """
-    raw = parse_yaml(text, where)
-    faults = [f"{where}.{key} is not a known key{did_you_mean(key, _KEYS)}" for key in raw if key not in _KEYS]
+    faults: list[str] = []
+    raw = read_yaml(text, where, faults)
+    unknown = [key for key in raw if key not in _KEYS]
+    faults += [f"{where}.{key} is not a known key{did_you_mean(key, _KEYS)}" for key in unknown]
     sections = {}
     for key in _KEYS:
         value = raw.get(key)
         if value is not None and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
             faults.append(f"{where}.{key} must be a mapping of recipe fields, got {value!r}")
         sections[key] = value if isinstance(value, dict) else {}
-    if "parameters" not in raw:
+    if "parameters" not in raw and not any("'parameters'" in did_you_mean(key, _KEYS) for key in unknown):
         faults.append(f"{where}.parameters is required")
     base_raw = {str(name): value for name, value in sections["base"].items()}
     base = {name: checked_value(name, value, f"{where}.base", faults) for name, value in base_raw.items()}
     files = {str(name): read_parameter(str(name), v, where, faults) for name, v in sections["parameters"].items()}
-    parameters: dict[str, Parameter] = {}
+    built: dict[str, Parameter | None] = {}
+    waiting = dict(files)
     for name, file in files.items():
         if name in base:
             faults.append(f"{where}: {name} is both in base and in parameters; keep one")
+        key = f"{where}.parameters.{name}"
+        built[name] = None if file is None else build_parameter(name, file, key, faults)
+        del waiting[name]
         if file is not None:
-            parameters[name] = build_parameter(name, file, f"{where}.parameters.{name}", faults)
-            check_conditions(parameters[name], files, parameters, f"{where}.parameters.{name}.when", faults)
+            check_conditions(name, file, waiting, built, f"{key}.when", faults)
+    space = SearchSpace(base, {name: parameter for name, parameter in built.items() if parameter is not None})
+    faults += _contradictions(space, where)
+    if backbone_fault is not None:
+        named = _named_backbones(base, files, where)
+        faults += [f"{key} {fault}" for key, name in named if (fault := backbone_fault(name)) is not None]
     _raise(faults)
-    space = SearchSpace(base, parameters)
-    _raise(_contradictions(space, where))
     return space
+
+
+def _named_backbones(
+    base: Mapping[str, Any], files: Mapping[str, ParameterFile | None], where: str
+) -> list[tuple[str, str]]:
+    """(key, name) of every backbone in a file: fixed, a choice, or in a condition on a backbone that is no choice."""
+    found = [(f"{where}.base.backbone", base.get("backbone"))]
+    own = files.get("backbone")
+    found += [(f"{where}.parameters.backbone.choice", name) for name in (own.choice if own else None) or ()]
+    for parameter, file in files.items():
+        allowed = None if file is None or "backbone" in files else file.when.get("backbone")
+        names = allowed if isinstance(allowed, list) else [allowed]
+        found += [(f"{where}.parameters.{parameter}.when.backbone", name) for name in names]
+    return [(key, name) for key, name in found if isinstance(name, str) and name]
 
 
 def _raise(faults: list[str]) -> None:
@@ -210,15 +244,25 @@ def _contradictions(space: SearchSpace, where: str) -> list[str]:
     """Faults between fields that only their largest values show (warmup + decay, epochs and views)."""
     sized = [name for name in ("input_size", UPSCALE) if name in space.parameters or space.base.get(name) is not None]
     faults = [f"{where}: {' and '.join(sized)} exclude each other; keep one"] if len(sized) == 2 else []
-    corner = {name: space.base[name] for name in ("warmup", "decay", "epochs", "views") if name in space.base}
-    for p in space.parameters.values():
-        if p.name in ("warmup", "decay", "epochs", "views"):
-            corner[p.name] = max(filter(is_number, p.choices), default=None) if p.kind == "choice" else p.high
-    try:
-        Recipe.model_validate(corner)
-    except ValidationError as fault:
-        faults += [line.replace(f"{where} ", f"{where}: ", 1) for line in validation_faults(fault, where, FIELDS)]
+    for pair in (("warmup", "decay"), ("epochs", "views")):
+        corner = {name: value for name in pair if (value := _largest(space, name)) is not None}
+        wrong: list[str] = []  # a value that is wrong alone is reported under its own key
+        for name, value in corner.items():
+            checked_value(name, value, where, wrong)
+        if not wrong:
+            try:
+                Recipe.model_validate(corner)
+            except ValidationError as fault:
+                faults += validation_faults(fault, where, FIELDS)
     return faults
+
+
+def _largest(space: SearchSpace, name: str) -> Any:
+    """The largest value that the space gives a field; None where it names none."""
+    if name not in space.parameters:
+        return space.base.get(name)
+    p = space.parameters[name]
+    return max(filter(is_number, p.choices), default=None) if p.kind == "choice" else max(p.low, p.high)
 
 
 def _with_recipe_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:

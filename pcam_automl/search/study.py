@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-from pydantic import ValidationError
 
 from pcam_automl.config import StudySettings, check_study_name, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, open_store
-from pcam_automl.errors import DataError, RecipeError, StudyError, did_you_mean, first_few
+from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
 from pcam_automl.files import write_json
-from pcam_automl.models.factory import check_backbone
+from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, decide_weights, parse_weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import PINS, Recipe, key_of, load_recipe, merge_fields
+from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.reading import SETTINGS_KEY, load_study
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space, parse_space
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
-from pcam_automl.search.storage_url import safe_url
+from pcam_automl.search.storage_url import normalised_url, sqlite_path
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.versions import versions
 
-SETTINGS_KEY = "pcam_automl"
 VALIDATION_FOLD = 0
 LARGEST_HOLDOUT = 0.5
-_WAIT_FOR_CREATOR_S = 60.0
+DEFAULT_SPACE = "default"
 
 Say = Callable[[str], None]
 
@@ -104,41 +102,6 @@ def default_recipe(pretrained: bool) -> Recipe:
     return load_recipe(find_config("recipes", "default"), overrides={"schedule": "wsd", "pretrained": pretrained})
 
 
-def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySettings]:
-    """An existing study and what it remembers; neither its data nor its split is opened.
-
-    Raises:
-        StudyError: no such study, or one that this package did not create.
-    """
-    url = storage_url(url)
-    check_study_name(name)
-    storage = open_storage(url, create=False)
-    try:
-        study = optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        known = optuna.get_all_study_names(storage)
-        hint = f"it has {first_few(sorted(known))}" if known else "it has none yet; `pcam-automl search` makes one"
-        raise StudyError(f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}") from None
-    return study, _settings_of(study)
-
-
-def _settings_of(study: optuna.Study) -> StudySettings:
-    """Settings of a study; waits while another process is still creating it."""
-    deadline = time.monotonic() + _WAIT_FOR_CREATOR_S
-    while (text := study.user_attrs.get(SETTINGS_KEY)) is None:
-        if study.user_attrs.get(f"{SETTINGS_KEY}:creating") is None or time.monotonic() > deadline:
-            raise StudyError(
-                f"study {study.study_name!r} was not made by pcam-automl search (it has no settings); take another --study name"
-            )
-        time.sleep(0.5)
-    try:
-        return StudySettings.model_validate(json.loads(text))
-    except (ValidationError, ValueError) as fault:
-        raise StudyError(
-            f"study {study.study_name!r} was written by another version of pcam-automl ({str(fault)[:120]}); use that version, or another --study name"
-        ) from None
-
-
 def open_study(
     name: str,
     url: str | None,
@@ -181,11 +144,49 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["weights"] = (
             asked.weights if asked.weights in ("hub", "none") else str(Path(str(asked.weights)).expanduser().resolve())
         )
-    if asked.pins:
-        given["set"], remembered["set"] = asked.pins, {key: settings.pins.get(key) for key in asked.pins}
+    for field, value in _check_pins(asked.pins or {}).items():
+        key = f"set {field}"
+        given[key], remembered[key] = _Shown(repr(value)), _held(settings, field, name)
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
     check_unchanged(remembered, given, name)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A value in a message of :func:`check_unchanged`; equal where it reads the same. Unlike None it counts as given."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _held(settings: StudySettings, field: str, name: str) -> _Shown:
+    """What the study holds of a recipe field: the value that every trial has, or that it is searched, and where."""
+    space = parse_space(settings.space, name)
+    if field in space.parameters:
+        return _Shown(f"no fixed value: the study searches it in {space.parameters[field].to_file()}")
+    fields = merge_fields(default_recipe(bool(space.base["pretrained"])).model_dump(), space.base)
+    if field == "views" and not {"views", "epochs"} & set(space.base):
+        fields["views"] = settings.rungs[-1][0]
+    return _Shown(repr(fields.get(field)))
+
+
+def _check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``--set`` as a recipe holds them, backbones looked up in timm.
+
+    Raises:
+        RecipeError: every value at fault, whatever a study or a space says of the fields.
+    """
+    faults: list[str] = []
+    checked = {field: checked_value(field, value, PINS, faults) for field, value in pins.items()}
+    backbone = checked.get("backbone")
+    if isinstance(backbone, str) and backbone and (fault := backbone_fault(backbone)) is not None:
+        faults.append(f"{key_of(PINS, 'backbone')} {fault}")
+    if faults:
+        raise RecipeError("; ".join(faults))
+    return checked
 
 
 def _open_store(
@@ -218,7 +219,11 @@ def create_or_open_study(
     """
     url = storage_url(url)
     check_study_name(name)
-    check_options(asked)  # whatever is wrong is said before the data is packed
+    check_options(asked)  # whatever is wrong is said before the hub is asked or the data packed
+    database = sqlite_path(normalised_url(url))
+    if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
+        _load_asked_space(asked)
+        find_data(asked.data)
     storage = open_storage(url)
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
@@ -242,12 +247,13 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     """Everything a new study remembers."""
     use_cores()
     device = choose_device(asked.device)
-    weights, text = decide_weights(asked.weights or "auto")
-    say(text)
     pins = dict(asked.pins or {})
-    space_name = asked.space or "default"
-    space = load_space(space_name, pins={**pins, "pretrained": pins.get("pretrained", weights.pretrained)})
+    space = _load_asked_space(asked)
     path = find_data(asked.data)
+    weights, text = decide_weights(asked.weights or "auto")  # asks the network, up to 10 s: after what needs none
+    say(text)
+    space = space.pinned({"pretrained": pins.get("pretrained", weights.pretrained)})
+    space = drop_backbones_without_weights(space, weights, say)
     store = find_pack(
         path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
     )
@@ -255,7 +261,6 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
     for note in split.notes:
         say(note)
-    space = drop_backbones_without_weights(space, weights, say)
     default = default_recipe(bool(space.base["pretrained"]))
     n_train = len(split.train_order(VALIDATION_FOLD))
     n_valid = len(split.order) - n_train
@@ -291,7 +296,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         plan={
             **plan.to_json(),
             "device": str(device),
-            "space_name": space_name,
+            "space_name": asked.space or DEFAULT_SPACE,
             "n_train": n_train,
             "n_valid": n_valid,
         },
@@ -300,29 +305,35 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     return settings, split
 
 
+def _load_asked_space(asked: Asked) -> SearchSpace:
+    """The space that is asked for, with ``--set`` applied and every backbone's name looked up in timm."""
+    return load_space(asked.space or DEFAULT_SPACE, pins=asked.pins, backbone_fault=backbone_fault)
+
+
 def check_options(asked: Asked) -> None:
     """Options that can be judged without data.
 
     Raises:
-        RecipeError, DataError: an unknown sampler or pruner, a holdout out of range, or two budgets.
+        RecipeError, DataError, InputError: an unknown device, sampler or pruner, a value of ``--set`` that no recipe
+            can have, a holdout out of range, or two budgets.
     """
+    choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
     if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
         raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
+    _check_pins(asked.pins or {})
 
 
 def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:
-    """Check every backbone's name; leave out, by name, those that the weights folder or hub does not have.
+    """Leave out, by name, the backbones that the weights folder or hub does not have.
 
     Raises:
-        RecipeError: an unknown backbone, or none is left.
+        RecipeError: none is left.
     """
-    names = space.choices("backbone") or ([space.base["backbone"]] if "backbone" in space.base else [])
-    for name in names:
-        check_backbone(name)
+    names = space.choices("backbone")
     if not space.base["pretrained"]:
         return space
     missing = [name for name in names if not weights.has(name)]

@@ -11,7 +11,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.config import StudySettings
-from pcam_automl.search.worker import errors_of
+from pcam_automl.search.importances import ped_anova
+from pcam_automl.search.reading import best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
 
@@ -49,12 +50,6 @@ class Summary:
             "errors": self.errors,
             "settings": self.settings.model_dump(mode="json", exclude={"space"}),
         }
-
-
-def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The complete trial with the highest value, the earliest of equals."""
-    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    return max(complete, key=lambda t: (t.value, -t.number), default=None)
 
 
 def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
@@ -96,7 +91,7 @@ def _importances(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[dict[s
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            found = optuna.importance.get_param_importances(study)
+            found = ped_anova(study)
     except (ValueError, RuntimeError) as fault:  # e.g. every value equal, or no parameter common to the trials
         return {}, str(fault)[:200]
     return {name: round(float(share), 4) for name, share in found.items()}, None

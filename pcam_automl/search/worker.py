@@ -14,13 +14,13 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.reading import FINISHED, errors_of, n_finished_of
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy, default_recipe
 
 LEAST_FAILURES_ALLOWED = 10
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,6 @@ class SearchEnd:
 
     n_finished: int
     why: str
-
-
-def errors_of(trials: list[FrozenTrial]) -> list[str]:
-    """Reasons of the trials that failed by an error (not by an interruption or a lost worker)."""
-    return [
-        t.user_attrs["reason"]
-        for t in trials
-        if t.state == TrialState.FAIL and str(t.user_attrs.get("reason", "")).startswith("error: ")
-    ]
 
 
 def run_worker(
@@ -100,11 +91,6 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
         return 1
     slots.reopen(slot, keep_lineage=objective.interrupted is not None)
     return 0
-
-
-def n_finished_of(study: optuna.Study) -> int:
-    """Complete and pruned trials of the study."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
 
 
 def settle_lost(study: optuna.Study, slots: Slots) -> None:

@@ -222,7 +222,48 @@ def test_workers_of_a_killed_parent_end_by_themselves(tmp_path: Path) -> None:
     # The worker inherits the pipe: communicate() returns only once it has gone, too.
     done = subprocess.run(command, capture_output=True, timeout=30, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "pack").exists()
+    (left,) = (path for path in tmp_path.iterdir() if path.name.endswith(".partial"))
+    assert left.is_dir()
+    pack(open_source(raw), tmp_path / "pack", workers=0)
+    assert names_in(tmp_path) == ["pack", "raw", "script.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+def test_a_process_with_threads_or_torch_never_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_HOLDS_LOCKS", frozenset({"absent"}))
+    monkeypatch.setattr(pool.threading, "active_count", lambda: 1)
+    assert pool._start_method() == "fork"
+    monkeypatch.setattr(pool, "_HOLDS_LOCKS", frozenset({"absent", "numpy"}))
+    assert pool._start_method() == "spawn"
+    monkeypatch.setattr(pool, "_HOLDS_LOCKS", frozenset({"absent"}))
+    monkeypatch.setattr(pool.threading, "active_count", lambda: 2)
+    assert pool._start_method() == "spawn"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_forked_and_spawned_workers_write_the_same_pack(tmp_path: Path, method: str) -> None:
+    raw = write_kaggle(tmp_path / "raw", n_train=20)
+    expected = pack(open_source(raw), tmp_path / "expected", workers=0).content_hash
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        if __name__ == "__main__":
+            import pcam_automl.data.pack as packing
+            from pcam_automl.data import pool
+            from pcam_automl.data.sources import open_source
+            packing.CHUNK_PATCHES = 2
+            if sys.argv[3] == "spawn":
+                import h5py
+            assert pool._start_method() == sys.argv[3]
+            print(packing.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), workers=2).content_hash)
+        """)
+    )
+    command = [sys.executable, "-W", "error", str(script), str(raw), str(tmp_path / "pack"), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(

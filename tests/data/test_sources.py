@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -197,6 +199,8 @@ def test_byte_order_mark_crlf_and_further_columns_are_fine(tmp_path: Path) -> No
         (b"id,label\ncaf\xe9,1\n", "not UTF-8"),
         (b"id,label\na,1,2,3\n", "not a comma-separated table"),
         (b'id,label\n"a,1\n', "not a comma-separated table"),
+        (b"\n\r\n", "is empty"),
+        (b"id,label\n" + b"a" * 200_000 + b",1\n", "not a comma-separated table"),
         (b"\x89PNG\r\n\x1a\n\0\0", "not UTF-8"),
     ],
 )
@@ -206,6 +210,21 @@ def test_a_bad_table_is_one_clear_line(tmp_path: Path, text: bytes, words: str) 
         read_labels(tmp_path / "t.csv")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "t.csv") in str(caught.value)
+
+
+def test_quotes_and_empty_lines_are_those_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('id,group\n\n"a","s,1"\n\nb,"say ""x"""\n')
+    ids, names = read_names(tmp_path / "t.csv", "group")
+    assert ids.tolist() == ["a", "b"]
+    assert names.tolist() == ["s,1", 'say "x"']
+
+
+def test_reading_a_kaggle_folder_imports_no_pandas(kaggle: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pcam_automl.data.sources import open_source\n"
+        "open_source(Path(sys.argv[1])); sys.exit('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(kaggle)], check=False).returncode == 0
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:

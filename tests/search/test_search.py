@@ -25,12 +25,14 @@ from pcam_automl.errors import (
 )
 from pcam_automl.recipe import build_recipe
 from pcam_automl.search import objective as objective_module
+from pcam_automl.search import study as study_module
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study, open_study
 from pcam_automl.search.summary import summarise
-from pcam_automl.search.worker import SearchEnd, n_finished_of, run_worker
+from pcam_automl.search.worker import SearchEnd, run_worker
 
 CPU = torch.device("cpu")
 
@@ -236,15 +238,63 @@ def test_bad_trials_are_pruned_before_the_last_rung(tmp_path: Path, asked: Asked
         ({"holdout": 0.2}, r"--holdout is 0\.2, the study has 0\.0"),
         ({"views": 5000}, "--views is 5000, the study has 64"),
         ({"weights": "hub"}, "--weights is 'hub', the study has 'none'"),
-        ({"pins": {"crop_size": 64}}, r"--set is \{'crop_size': 64\}, the study has \{'crop_size': None\}"),
+        ({"pins": {"crop_size": 64}}, "--set crop_size is 64, the study has 32"),
+        ({"pins": {"dropout": 0.5}}, r"--set dropout is 0\.5, the study has 0\.\d+;"),
+        ({"pins": {"input_size": 96}}, "--set input_size is 96, the study has None"),
+        ({"pins": {"batch_size": None}}, "--set batch_size must be"),
+        ({"pins": {"crop_size": 33, "lr": 0.01}}, r"--set crop_size must be even, got 33 \(did you mean 34\?\)$"),
+        (
+            {"pins": {"lr": 0.01}},
+            r"--set lr is 0\.01, the study has no fixed value: the study searches it in \{'float'",
+        ),
+        ({"pins": {"backbone": "resnet118"}}, r"--set backbone must be a timm model name, got 'resnet118' \(did you"),
         ({"space": "quick"}, "--space is 'quick', the study has"),
         ({"sampler": "random"}, "--sampler is 'random', the study has 'tpe'"),
     ],
 )
 def test_contradictions_name_both_values(tmp_path: Path, asked: Asked, change: dict[str, Any], message: str) -> None:
     opened_in(tmp_path, replace(asked, views=64))
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises((StudyError, RecipeError), match=message):
         opened_in(tmp_path, replace(Asked(), **change))
+
+
+def test_a_pin_that_says_what_the_study_does_is_no_contradiction(tmp_path: Path, asked: Asked) -> None:
+    name = opened_in(tmp_path, replace(asked, views=64)).name
+    assert opened_in(tmp_path, Asked(pins={"crop_size": 32, "input_size": None, "batch_size": 16})).name == name
+
+
+def test_what_needs_no_network_is_judged_before_the_hub_is_asked(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for: list[str] = []
+
+    def decide(text: str) -> Any:
+        asked_for.append(text)
+        raise InputError("the hub was asked")
+
+    monkeypatch.setattr(study_module, "decide_weights", decide)
+    monkeypatch.delenv("PCAM_AUTOML_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.yaml").write_text("parameters: {backbone: {choice: [resnet118]}, droput: {choice: [0.1]}}")
+    for change, message in (
+        ({"data": None}, "no data"),
+        ({"pins": {"backbone": "resnet118"}}, "--set backbone must be a timm model name"),
+        ({"space": "odd.yaml"}, r"droput.*odd\.yaml\.parameters\.backbone\.choice must be a timm model name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            opened_in(tmp_path, replace(asked, **change))
+    assert asked_for == []
+    assert not (tmp_path / "studies").exists()
+    with pytest.raises(InputError, match="the hub was asked"):
+        opened_in(tmp_path, asked)
+
+
+def test_only_backbones_that_had_to_be_timed_are_named(tmp_path: Path, asked: Asked) -> None:
+    said: list[str] = []
+    for name in ("one", "two"):
+        create_or_open_study(name, url_in(tmp_path), replace(asked, views=64), say=said.append)
+    timed = [line.split(":")[0] for line in said if line.startswith("timed ")]
+    assert timed == ["timed test_resnet", "timed test_vit"]
 
 
 def test_a_pack_that_changed_since_the_study_began_is_refused_with_both_hashes(

@@ -154,9 +154,7 @@ def test_pinned_epochs_replace_views() -> None:
 
 
 def test_wrong_pins_are_reported_together() -> None:
-    with pytest.raises(
-        RecipeError, match=r"crop_size must be even.*--set\.learning_rat is not a known field"
-    ) as caught:
+    with pytest.raises(RecipeError, match=r"crop_size must be even.*--set learning_rat is not a known field") as caught:
         parse_space(SMALL, "s").pinned({"crop_size": 33, "learning_rat": 1.0})
     assert "\n" not in str(caught.value)
 
@@ -266,6 +264,55 @@ def test_all_faults_are_reported_at_once() -> None:
         parse_space(text, "s")
     for part in ("bass", "epoks", "upside down", "empty", "'float'", "'dropout'"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("parameters: {dropout: {float: [-0.5, 1.5], stepp: 0.1}}", ("stepp is not", "got -0.5", "got 1.5")),
+        ("parameters: {lr: {float: [1, 2], float: [0.2, -0.1]}, bta1: {choice: [1]}}",
+         ("parameters.lr.float given twice", "upside down", "got -0.1", "'beta1'")),
+        ("base: {lr: -1, epochs: 1, views: 3}\nparameters: {}", ("got -1", "epochs and views exclude each other")),
+        ("parameters: {warmup: {choice: [0.9]}, lr: {log: maybe}}", ("warmup + decay", "lr.log")),
+        ("parameters: {warmup: {choice: [0.9]}}\nbase: {epochs: 1, views: 3}", ("warmup + decay", "epochs and views")),
+        ("parameters: {lr: {float: [1, 2, 3], when: {optimiser: sgd}}}", ("lr.float", "'optimizer'")),
+        ("parameters: {lr: {float: [-1, 1], choice: [-2]}}", ("exactly one of", "got -1.0", "got -2")),
+        ("parameters: {backbone: {choice: [nope], lgo: true}}", ("'nope' is no model", "lgo is not")),
+        ("base: {backbone: nope}\nparameters: {lr: {float: [2, 1]}}", ("s.base.backbone 'nope' is no", "upside down")),
+        ("parameters: {lr: {float: [2, 1], when: {backbone: nope}}}", ("lr.when.backbone 'nope' is no", "upside down")),
+    ],
+)  # fmt: skip
+def test_no_fault_hides_another(text: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_space(text, "s", backbone_fault=lambda name: f"{name!r} is no model" if name == "nope" else None)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_mistakes"),
+    [
+        ("parametres: {lr: {float: [0.1, 0.2]}}", 1),
+        ("parameters: {optimizer: {choise: [sgd]}, lr: {float: [0.1, 0.2], when: {optimizer: sgd}}}", 1),
+        ("parameters: {dropout: {float: [1.5, 1.5]}}", 1),
+        ("base: {warmup: 1.5}\nparameters: {}", 1),
+    ],
+)
+def test_no_mistake_is_reported_twice(text: str, n_mistakes: int) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_space(text, "s")
+    assert len(str(caught.value).split("; ")) == n_mistakes, str(caught.value)
+
+
+def test_faults_name_the_file_by_the_path_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "space.yaml").write_text("parameters:\n  lr: {float: [0.1, 0.2}\n")
+    with pytest.raises(RecipeError, match=r"^my/space\.yaml is not valid YAML: line 2, column 24: .*"):
+        load_space("my/space.yaml")
+    (tmp_path / "my" / "space.yaml").write_text("parameters: {backbone: {choice: [resnet18]}}")
+    with pytest.raises(RecipeError, match=r"^my/space\.yaml\.parameters\.backbone\.choice must be another$"):
+        load_space("my/space.yaml", backbone_fault=lambda name: "must be another")
 
 
 def test_scientific_notation_without_a_point_is_a_number() -> None:

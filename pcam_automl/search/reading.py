@@ -1,0 +1,74 @@
+"""Reading a study: its settings, which trials are finished, best or failed. Creates and runs nothing, imports no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from pcam_automl.config import StudySettings, check_study_name, storage_url
+from pcam_automl.errors import StudyError, did_you_mean, first_few
+from pcam_automl.search.storage import open_storage
+from pcam_automl.search.storage_url import safe_url
+
+SETTINGS_KEY = "pcam_automl"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_WAIT_FOR_CREATOR_S = 60.0
+
+
+def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySettings]:
+    """An existing study and what it remembers; neither its data nor its split is opened.
+
+    Raises:
+        StudyError: no such study, or one that this package did not create.
+    """
+    url = storage_url(url)
+    check_study_name(name)
+    storage = open_storage(url, create=False)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        known = optuna.get_all_study_names(storage)
+        hint = f"it has {first_few(sorted(known))}" if known else "it has none yet; `pcam-automl search` makes one"
+        raise StudyError(f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}") from None
+    return study, _settings_of(study)
+
+
+def _settings_of(study: optuna.Study) -> StudySettings:
+    """Settings of a study; waits while another process is still creating it."""
+    deadline = time.monotonic() + _WAIT_FOR_CREATOR_S
+    while (text := study.user_attrs.get(SETTINGS_KEY)) is None:
+        if study.user_attrs.get(f"{SETTINGS_KEY}:creating") is None or time.monotonic() > deadline:
+            raise StudyError(
+                f"study {study.study_name!r} was not made by pcam-automl search (it has no settings); take another --study name"
+            )
+        time.sleep(0.5)
+    try:
+        return StudySettings.model_validate(json.loads(text))
+    except (ValidationError, ValueError) as fault:
+        raise StudyError(
+            f"study {study.study_name!r} was written by another version of pcam-automl ({str(fault)[:120]}); use that version, or another --study name"
+        ) from None
+
+
+def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The complete trial with the highest value, the earliest of equals."""
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    return max(complete, key=lambda t: (t.value, -t.number), default=None)
+
+
+def errors_of(trials: list[FrozenTrial]) -> list[str]:
+    """Reasons of the trials that failed by an error (not by an interruption or a lost worker)."""
+    return [
+        t.user_attrs["reason"]
+        for t in trials
+        if t.state == TrialState.FAIL and str(t.user_attrs.get("reason", "")).startswith("error: ")
+    ]
+
+
+def n_finished_of(study: optuna.Study) -> int:
+    """Complete and pruned trials of the study."""
+    return len(study.get_trials(deepcopy=False, states=FINISHED))
