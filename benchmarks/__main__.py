@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("ingest", "keras-cnn")
+NAMES = ("ingest", "keras-cnn", "recipes")
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(NAMES)

@@ -73,6 +73,7 @@ WeightsFrom = Annotated[
     ),
 ]
 
+WithReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")]
 RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe (`recipes` lists them), or a YAML file.")]
 Fold = Annotated[
     int, typer.Option("--fold", min=0, max=4, help="Validation fold, for recipes without a valid_share.", metavar="F")
@@ -137,8 +138,19 @@ def search(
     data: Data = None,
     study: StudyName = "pcam",
     storage: Storage = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Recipe to start from: trial 0, and what the space leaves open; default by default.",
+            metavar="NAME",
+        ),
+    ] = None,
     space: Annotated[
-        str | None, typer.Option("--space", help="Search space: default, quick, or a YAML file.", metavar="FILE")
+        str | None,
+        typer.Option(
+            "--space", help="Search space: default, quick, cnn, lr_only, dense, or a YAML file.", metavar="FILE"
+        ),
     ] = None,
     set_: Sets = None,
     weights: WeightsFrom = None,
@@ -184,6 +196,7 @@ def search(
         data=data,
         groups=groups,
         domains=domains,
+        recipe=recipe,
         space=space,
         pins=pins,
         weights=weights,
@@ -238,6 +251,7 @@ def finalize(
         ),
     ] = None,
     storage: Storage = None,
+    report: WithReport = True,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -245,7 +259,49 @@ def finalize(
     from pcam_automl.commands.models import run_finalize
 
     run_finalize(
-        study, storage, which=trial, data=data, out=out, threshold=threshold, epochs=epochs, device=device, as_json=json
+        study,
+        storage,
+        which=trial,
+        data=data,
+        out=out,
+        threshold=threshold,
+        epochs=epochs,
+        device=device,
+        as_json=json,
+        with_report=report,
+    )
+
+
+@app.command()
+def report(
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="Of this bundle instead of a study; its --data are needed.", metavar="DIR"),
+    ] = None,
+    data: Data = None,
+    groups: Groups = None,
+    domains: Domains = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of report.html; studies/<study> by default.", metavar="DIR")
+    ] = None,
+    threshold: Annotated[float, typer.Option("--threshold", help="Called tumour at this probability.")] = 0.5,
+    device: Device = "auto",
+) -> None:
+    """One HTML page of pictures: data, search, network, training, scores, what the network looks at."""
+    from pcam_automl.commands.report import run_report
+
+    run_report(
+        study,
+        storage,
+        model=model,
+        data=data,
+        groups=groups,
+        domains=domains,
+        out=out,
+        threshold=threshold,
+        device=device,
     )
 
 
@@ -259,12 +315,24 @@ def predict(
     one_view: Annotated[
         bool, typer.Option("--one-view", help="The centre view only instead of the mean of eight (8x faster).")
     ] = False,
+    explain: Annotated[
+        Path | None,
+        typer.Option("--explain", help="Folder for a Grad-CAM picture and a sentence for each image.", metavar="DIR"),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Probabilities, and labels if asked, for image files."""
     from pcam_automl.commands.models import run_predict
 
-    run_predict(model, [*input, *(files or [])], out, threshold=threshold, device=device, all_views=not one_view)
+    run_predict(
+        model,
+        [*input, *(files or [])],
+        out,
+        threshold=threshold,
+        device=device,
+        all_views=not one_view,
+        explain=explain,
+    )
 
 
 @app.command()
@@ -278,7 +346,7 @@ def train(
     domains: Domains = None,
     fold: Fold = 0,
     seed: SplitSeed = 0,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html beside the bundle.")] = True,
+    report: WithReport = True,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

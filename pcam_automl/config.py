@@ -97,6 +97,7 @@ class StudySettings(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     holdout: float
     weights: str
+    start: dict[str, Any]
     space: str
     pins: dict[str, Any]
     sampler: str

@@ -189,6 +189,14 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def write_png(target: Path, pixels: Any) -> None:
+    """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all."""
+    from PIL import Image
+
+    with write_faults(target), written_whole(target) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
+
+
 def sha256_of_file(path: Path) -> str:
     """The file's SHA-256 as 64 hex digits."""
     digest = hashlib.sha256()

@@ -22,6 +22,7 @@ from pcam_automl.files import write_json
 from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.predict import build_predictor
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.scores import Scores
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
@@ -55,6 +56,7 @@ class FinalResult:
         auc_95: its interval; None for the trial's.
         seconds: wall clock of this run.
         notes: test patches that could not be read.
+        scores: of the holdout, None where there is none.
     """
 
     out: Path
@@ -65,6 +67,7 @@ class FinalResult:
     auc_95: tuple[float, float] | None
     seconds: float
     notes: tuple[str, ...]
+    scores: Scores | None = None
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
@@ -206,10 +209,12 @@ def _predict(
     patches = open_patches(store, torch.device(compute.device))
     score, on, interval = float(trial.value or float("nan")), f"validation fold, trial {trial.number}", None
     holdout, test = opened.split.holdout_rows(), store.test_rows()
+    scores = None
     if len(holdout):
         watch.predicting(len(holdout), "holdout")
         probs = predictor.rows(patches, holdout, stop=watch.train.stop, progress=watch.predicted)
         score, on = auc(store.label[holdout], probs), f"holdout of {len(holdout)} patches"
+        scores = Scores(holdout, store.label[holdout].astype(np.int64), probs, on)
         interval = auc_interval(store.label[holdout], probs, np.asarray(store.group)[holdout])
     submission, notes = None, _unreadable_notes(store, test)
     provenance: dict[str, Any] = {
@@ -234,7 +239,7 @@ def _predict(
         submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
     else:
         write_json(out / "submission.json", provenance)
-    return FinalResult(out, submission, trial.number, score, on, interval, time.perf_counter() - began, notes)
+    return FinalResult(out, submission, trial.number, score, on, interval, time.perf_counter() - began, notes, scores)
 
 
 def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:

@@ -18,8 +18,9 @@ from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
 from pcam_automl.finalize import choose_trial, final_recipe, finalize
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
-from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study
+from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.worker import run_worker
 from pcam_automl.train import epoch_rungs, stage_ends
 

@@ -11,18 +11,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__"},
     {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
-    {"data", "augment", "batches", "models"},
+    {"data", "augment", "colour", "batches", "models", "scores"},
     {"training", "bundle", "submission"},
-    {"predict", "search", "train"},
-    {"finalize", "dashboard", "terminal"},
+    {"predict", "predict_dense", "explain", "search", "train", "compare", "lr_find"},
+    {"finalize", "dashboard", "terminal", "report"},
     {"commands"},
     {"cli", "__main__"},
 )
 HOMES = {
-    "optuna": {"search", "dashboard", "commands", "finalize"},
+    "optuna": {"search", "dashboard", "commands", "finalize", "report"},
     "timm": {"models"},
     "h5py": {"data"},
     "tifffile": {"data"},
+    "matplotlib": {"report", "explain"},
+    "captum": {"explain"},
 }
 """Where a package may be imported; commands and finalize read Optuna's trials."""
 
@@ -55,6 +57,18 @@ def test_imports_go_downwards(file: Path) -> None:
             assert allowed, f"{file.name} (layer {layer_of(own)}) imports {name} (layer {layer_of(other)})"
         elif package in HOMES:
             assert own in HOMES[package], f"{file.name} imports {package}"
+
+
+def test_report_reads_optuna_in_two_modules_only() -> None:
+    found = {
+        f.stem for f in (PACKAGE / "report").glob("*.py") if any(n.split(".")[0] == "optuna" for n in imports_of(f))
+    }
+    assert found == {"artifacts", "search_figures"}
+
+
+def test_no_module_uses_matplotlibs_global_state() -> None:
+    for file in MODULES:
+        assert not {name for name in imports_of(file) if name.startswith(("matplotlib.pyplot", "pylab"))}, file.name
 
 
 def test_data_layer_imports_no_torch() -> None:

@@ -14,14 +14,18 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.bundle import load_bundle
+from pcam_automl.commands.report import after_work, bundle_folder, compute_of, report_of_study, report_of_training
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
+from pcam_automl.data.images import PatchFault, read_patch
 from pcam_automl.data.tables import read_ids, read_labels, read_names
 from pcam_automl.errors import DataError, first_few
+from pcam_automl.explain import explain_image
+from pcam_automl.files import write_png
 from pcam_automl.finalize import FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.metrics import accuracy, auc, auc_interval
-from pcam_automl.predict import build_predictor, list_images, predict_files
+from pcam_automl.predict import Predictor, build_predictor, list_images, predict_files
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
@@ -65,6 +69,7 @@ def run_finalize(
     epochs: float | None,
     device: str,
     as_json: bool,
+    with_report: bool = True,
 ) -> FinalResult:
     """Retrain the chosen trial, write the bundle and the submission."""
     go_on = "the last epoch is stored; the same command goes on"
@@ -90,6 +95,19 @@ def run_finalize(
             )
             final = finalize(
                 opened, which=which, out=out, threshold=threshold, epochs=epochs, device=place, watch=watch
+            )
+        if with_report:
+            after_work(
+                lambda: report_of_study(
+                    name,
+                    url,
+                    data=data,
+                    model=final.out / "model",
+                    out=final.out,
+                    threshold=0.5 if threshold is None else threshold,
+                    device=place,
+                    scores=final.scores,
+                )
             )
     for note in final.notes:
         terminal.say(note)
@@ -127,6 +145,7 @@ def run_train(
     weights: str | None,
     device: str,
     as_json: bool,
+    with_report: bool = True,
 ) -> None:
     """Train one recipe on the split's other folds, validated on one of them."""
     began = time.perf_counter()
@@ -145,7 +164,18 @@ def run_train(
                 provenance={"recipe_name": recipe, "split_hash": setup.split.hash, "fold": options.fold},
                 watch=watch,
             )
-    metrics, wall_s = trained.bundle.metrics, time.perf_counter() - began
+        metrics, wall_s = trained.bundle.metrics, time.perf_counter() - began
+        if with_report:
+            after_work(
+                lambda: report_of_training(
+                    out.resolve(),
+                    setup.store,
+                    setup.split,
+                    device=setup.device,
+                    threshold=0.5,
+                    title=f"Recipe {recipe}",
+                )
+            )
     if as_json:
         terminal.print_json(
             {
@@ -164,23 +194,22 @@ def run_train(
 
 
 def run_predict(
-    model: Path, inputs: list[Path], out: Path, *, threshold: float | None, device: str, all_views: bool
+    model: Path,
+    inputs: list[Path],
+    out: Path,
+    *,
+    threshold: float | None,
+    device: str,
+    all_views: bool,
+    explain: Path | None = None,
 ) -> None:
-    """Write ``id,label`` for image files."""
+    """Write ``id,label`` for image files; with ``explain`` also a Grad-CAM picture and a sentence for each."""
     check_threshold(threshold)
-    bundle = load_bundle(
-        model if (model / "bundle.json").exists() or not (model / "model").is_dir() else model / "model"
-    )
+    bundle = load_bundle(bundle_folder(model))
     files = list_images(inputs)
     place = choose_device(device)
     use_cores()
-    measured = bundle.provenance.get("compute", {})
-    compute = (
-        Compute(str(place), measured.get("precision", "fp32"), measured.get("channels_last", False))
-        if measured.get("device") == str(place)
-        else Compute(str(place))
-    )
-    predictor = build_predictor(bundle, compute, averaging=None if all_views else "none")
+    predictor = build_predictor(bundle, compute_of(bundle, place), averaging=None if all_views else "none")
     ids: list[str] = []
     probs: list[np.ndarray] = []
     left_out: list[str] = []
@@ -197,6 +226,25 @@ def run_predict(
         terminal.say(f"left out {len(left_out)} of {len(files)} files: {first_few(left_out)}")
     write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
     terminal.result(f"{out}: {len(ids):,} probabilities")
+    if explain is not None:
+        _explain(predictor, [file for file in files if file.stem in set(ids)], explain)
+
+
+def _explain(predictor: Predictor, files: list[Path], out: Path) -> None:
+    """A picture ``<id>.png`` for each image, and ``explanations.csv`` with the sentences."""
+    with stop_signal("the probabilities are written; repeat the command for the pictures"), terminal.Bars() as bars:
+        task = bars.add("explaining", len(files))
+        rows = []
+        for file in files:
+            patch = read_patch(file)
+            assert not isinstance(patch, PatchFault)  # it was read a moment ago
+            picture, sentence = explain_image(predictor, patch)
+            write_png(out / f"{file.stem}.png", picture)
+            rows.append((file.stem, sentence))
+            terminal.say(f"{file.stem}: {sentence}")
+            bars.step(task)
+    pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(out / "explanations.csv", index=False)
+    terminal.result(f"{out}: {len(rows):,} pictures")
 
 
 def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold: float, as_json: bool) -> float:

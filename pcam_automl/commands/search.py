@@ -29,8 +29,8 @@ def run_search(
     name: str, url: str | None, asked: Asked, *, n_trials: int, timeout_s: float | None, as_json: bool
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones."""
+    from pcam_automl.search.create import create_or_open_study
     from pcam_automl.search.objective import Objective
-    from pcam_automl.search.study import create_or_open_study
     from pcam_automl.search.worker import run_worker
     from pcam_automl.training.compute import choose_device, use_cores
 

@@ -282,13 +282,28 @@ def checked_value(name: str, value: Any, where: str, faults: list[str], shown: s
             faults.append(f"{shown} must be in [1, {_UPSCALE_MAX:g}], got {value!r}")
             return value
         return float(value)
-    # Rules between two fields are checked once for the whole space.
-    rival = {"warmup": {"decay": 0.0}, "decay": {"warmup": 0.0}}.get(name, {})
-    try:
-        return getattr(Recipe.model_validate({name: value, **rival}), name)
+    try:  # rules between two fields are checked once for the whole space
+        return getattr(Recipe.model_validate({name: value, **_companions(name, value)}), name)
     except ValidationError as fault:
         faults.extend(line.replace(own_key, shown, 1) for line in validation_faults(fault, where, FIELDS))
         return value
+
+
+def _companions(name: str, value: Any) -> dict[str, Any]:
+    """Fields without which ``value`` alone would break a rule between two fields."""
+    if name == "task":
+        return {"tile_size": 32} if value == "dense" else {}
+    if name == "lr_low":
+        return {"lr": value}
+    fixed: dict[str, dict[str, Any]] = {
+        "warmup": {"decay": 0.0},
+        "decay": {"warmup": 0.0},
+        "tile_size": {"task": "dense"},
+        "decoder": {"task": "dense", "tile_size": 32},
+        "patience": {"schedule": "constant"},
+        "hidden": {"head": "mlp"},
+    }
+    return fixed.get(name, {})
 
 
 def _accepts(name: str) -> Literal["int", "float", "other"]:

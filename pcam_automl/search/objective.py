@@ -18,9 +18,11 @@ from pcam_automl.counter import key_of
 from pcam_automl.errors import Interrupted, TrainingDiverged
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.scores import FILE as SCORES
+from pcam_automl.scores import write_scores
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.slots import Slot
-from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy, default_recipe
+from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
@@ -131,6 +133,10 @@ class Objective:
             self.watch.rung(trial.number, result)
             if result.rung < len(rungs) - 1 and trial.should_prune():
                 raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
+        if training.scores is not None:
+            write_scores(
+                self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids
+            )
         kept = best_result(training.results, recipe)
         assert kept.auc is not None
         return kept.auc
@@ -138,7 +144,7 @@ class Objective:
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""
         opened, settings = self.opened, self.opened.settings
-        defaults = default_recipe(bool(opened.space.base["pretrained"])).model_dump()
+        defaults = opened.start.model_dump()
         seed = key_of(settings.seed, "lineage", lineage) % 2**31
         recipe = opened.space.suggest(trial, {**defaults, "epochs": None, "seed": seed}, smallest_input=smallest_input)
         earlier = self._earlier(lineage, trial.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,6 +72,13 @@ def build_rungs(views: int, n_train: int) -> tuple[Rung, ...]:
     return tuple(Rung(size, min(n_train, size)) for size in sizes)
 
 
+def epoch_rungs(views: int, n_train: int) -> tuple[Rung, ...]:
+    """A rung an epoch, for trainings that end early by their recipe's ``patience``."""
+    return tuple(
+        Rung(min(views, n_train * (epoch + 1)), n_train) for epoch in range(max(1, math.ceil(views / n_train)))
+    )
+
+
 def scaled(rungs: tuple[Rung, ...], share: float) -> tuple[Rung, ...]:
     """The same rungs with fewer views each, for a network that is too slow for all of them."""
     return tuple(
@@ -116,7 +124,7 @@ def make_plan(
     whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
     n_score = min(n_valid, limit, max(500, int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)))
-    rungs = build_rungs(whole, n_train)
+    rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
     cap_s = CAP_S if asked is None else None
     dropped = {}
     if cap_s is not None:

@@ -254,7 +254,22 @@ def _contradictions(space: SearchSpace, where: str) -> list[str]:
                 Recipe.model_validate(corner)
             except ValidationError as fault:
                 faults += validation_faults(fault, where, FIELDS)
-    return faults
+    return faults if faults else _base_faults(space.base, where)
+
+
+def _base_faults(base: Mapping[str, Any], where: str) -> list[str]:
+    """Faults between the fixed fields; what is wrong alone has been reported under its own key."""
+    wrong: list[str] = []
+    fixed = {name: value for name, value in base.items() if name != UPSCALE}
+    for name, value in fixed.items():
+        checked_value(name, value, where, wrong)
+    if wrong:
+        return []
+    try:
+        Recipe.model_validate(fixed)
+    except ValidationError as fault:
+        return validation_faults(fault, where, FIELDS)
+    return []
 
 
 def _largest(space: SearchSpace, name: str) -> Any:

@@ -9,32 +9,22 @@ from typing import Any
 
 import optuna
 
-from pcam_automl.config import StudySettings, check_study_name, check_unchanged, find_data, storage_url, studies_folder
+from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, open_store
-from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
-from pcam_automl.files import write_json
+from pcam_automl.errors import DataError, RecipeError, StudyError
 from pcam_automl.models.factory import backbone_fault
-from pcam_automl.models.weights import Weights, decide_weights, parse_weights
-from pcam_automl.recipe import PINS, Recipe, key_of, load_recipe, merge_fields
+from pcam_automl.models.weights import Weights, parse_weights
+from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, merge_fields
 from pcam_automl.search.dimension import checked_value
-from pcam_automl.search.plan import make_plan
-from pcam_automl.search.pruner import build_pruner
-from pcam_automl.search.reading import SETTINGS_KEY, load_study
-from pcam_automl.search.sampler import build_sampler
-from pcam_automl.search.slots import Slots
-from pcam_automl.search.space import SearchSpace, load_space, parse_space
-from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
-from pcam_automl.search.storage_url import normalised_url, sqlite_path
-from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.search.reading import load_study
+from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.versions import versions
 
 VALIDATION_FOLD = 0
-LARGEST_HOLDOUT = 0.5
 DEFAULT_SPACE = "default"
 
 Say = Callable[[str], None]
@@ -47,6 +37,7 @@ class Asked:
     data: Path | None = None
     groups: Path | None = None
     domains: Path | None = None
+    recipe: str | None = None
     space: str | None = None
     pins: dict[str, Any] | None = None
     weights: str | None = None
@@ -89,6 +80,11 @@ class OpenStudy:
         return parse_weights(self.settings.weights)
 
     @property
+    def start(self) -> Recipe:
+        """The recipe that the search started from."""
+        return build_recipe(self.settings.start, where="start")
+
+    @property
     def rungs(self) -> tuple[Rung, ...]:
         return tuple(Rung(views, subset) for views, subset in self.settings.rungs)
 
@@ -97,9 +93,18 @@ class OpenStudy:
         return SpeedBook(self.folder.parent / "speed.json")
 
 
-def default_recipe(pretrained: bool) -> Recipe:
-    """The known-good recipe ``default`` in the schedule of a search."""
-    return load_recipe(find_config("recipes", "default"), overrides={"schedule": "wsd", "pretrained": pretrained})
+def start_recipe(name: str, pretrained: bool) -> Recipe:
+    """A shipped or own recipe as a search starts from it: its trial 0, and what the space leaves open.
+
+    One cycle over everything becomes warm-up, stable, decay, so that every rung has the score of a finished training;
+    stages and early ends need their own schedule and keep it.
+
+    Raises:
+        RecipeError: no such recipe, or faults in it.
+    """
+    recipe = load_recipe(find_config("recipes", name), overrides={"pretrained": pretrained})
+    planned = {"schedule": "wsd"} if recipe.schedule == "one_cycle" and not recipe.stages else {}
+    return recipe.model_copy(update=planned)
 
 
 def open_study(
@@ -144,9 +149,11 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["weights"] = (
             asked.weights if asked.weights in ("hub", "none") else str(Path(str(asked.weights)).expanduser().resolve())
         )
-    for field, value in _check_pins(asked.pins or {}).items():
+    for field, value in check_pins(asked.pins or {}).items():
         key = f"set {field}"
         given[key], remembered[key] = _Shown(repr(value)), _held(settings, field, name)
+    if asked.recipe is not None:
+        given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
     check_unchanged(remembered, given, name)
@@ -167,13 +174,13 @@ def _held(settings: StudySettings, field: str, name: str) -> _Shown:
     space = parse_space(settings.space, name)
     if field in space.parameters:
         return _Shown(f"no fixed value: the study searches it in {space.parameters[field].to_file()}")
-    fields = merge_fields(default_recipe(bool(space.base["pretrained"])).model_dump(), space.base)
+    fields = merge_fields(settings.start, space.base)
     if field == "views" and not {"views", "epochs"} & set(space.base):
         fields["views"] = settings.rungs[-1][0]
     return _Shown(repr(fields.get(field)))
 
 
-def _check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
+def check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
     """The values of ``--set`` as a recipe holds them, backbones looked up in timm.
 
     Raises:
@@ -207,142 +214,3 @@ def _open_store(
             "give the data it began with, or take another --study name"
         )
     return store
-
-
-def create_or_open_study(
-    name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None
-) -> OpenStudy:
-    """Open the study, or create it from what is asked and the defaults.
-
-    Raises:
-        StudyError, DataError, RecipeError, InputError: anything at fault, before a trial starts.
-    """
-    url = storage_url(url)
-    check_study_name(name)
-    check_options(asked)  # whatever is wrong is said before the hub is asked or the data packed
-    database = sqlite_path(normalised_url(url))
-    if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
-        _load_asked_space(asked)
-        find_data(asked.data)
-    storage = open_storage(url)
-    if name in optuna.get_all_study_names(storage):
-        return open_study(name, url, asked, say=say, pack_call=pack_call)
-    folder = studies_folder(url) / name
-    settings, split = _decide(name, asked, folder, say, pack_call)
-    try:
-        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
-    except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
-        return open_study(name, url, asked, say=say, pack_call=pack_call)
-    study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
-    Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
-    with quiet_experimental():
-        study.set_metric_names(["validation ROC AUC"])
-    write_split(split, folder / "split.npz")
-    write_json(folder / "settings.json", settings.model_dump(mode="json"))
-    study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
-    return open_study(name, url, say=say, pack_call=pack_call)
-
-
-def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
-    """Everything a new study remembers."""
-    use_cores()
-    device = choose_device(asked.device)
-    pins = dict(asked.pins or {})
-    space = _load_asked_space(asked)
-    path = find_data(asked.data)
-    weights, text = decide_weights(asked.weights or "auto")  # asks the network, up to 10 s: after what needs none
-    say(text)
-    space = space.pinned({"pretrained": pins.get("pretrained", weights.pretrained)})
-    space = drop_backbones_without_weights(space, weights, say)
-    store = find_pack(
-        path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
-    )
-    seed = asked.seed if asked.seed is not None else 0
-    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
-    for note in split.notes:
-        say(note)
-    default = default_recipe(bool(space.base["pretrained"]))
-    n_train = len(split.train_order(VALIDATION_FOLD))
-    n_valid = len(split.order) - n_train
-    plan = make_plan(
-        space,
-        default,
-        n_train=n_train,
-        n_valid=n_valid,
-        device=device,
-        views=asked.views,
-        speed=SpeedBook(folder.parent / "speed.json"),
-        progress=say,
-    )
-    if plan.dropped:
-        space = space.without_choices("backbone", list(plan.dropped))
-    rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
-    build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
-    settings = StudySettings(
-        data=str(path),
-        pack=str(store.root.resolve()),
-        pack_hash=store.content_hash,
-        split_hash=split.hash,
-        seed=seed,
-        holdout=asked.holdout or 0.0,
-        weights=str(weights),
-        space=space.to_yaml(),
-        pins=pins,
-        sampler=asked.sampler or "tpe",
-        pruner=asked.pruner or "asha",
-        rungs=rungs,
-        n_score=plan.n_score,
-        cap_s=plan.cap_s,
-        plan={
-            **plan.to_json(),
-            "device": str(device),
-            "space_name": asked.space or DEFAULT_SPACE,
-            "n_train": n_train,
-            "n_valid": n_valid,
-        },
-        versions=versions(),
-    )
-    return settings, split
-
-
-def _load_asked_space(asked: Asked) -> SearchSpace:
-    """The space that is asked for, with ``--set`` applied and every backbone's name looked up in timm."""
-    return load_space(asked.space or DEFAULT_SPACE, pins=asked.pins, backbone_fault=backbone_fault)
-
-
-def check_options(asked: Asked) -> None:
-    """Options that can be judged without data.
-
-    Raises:
-        RecipeError, DataError, InputError: an unknown device, sampler or pruner, a value of ``--set`` that no recipe
-            can have, a holdout out of range, or two budgets.
-    """
-    choose_device(asked.device)
-    build_sampler(asked.sampler or "tpe", 0)
-    build_pruner(asked.pruner or "asha", rungs=[1, 2])
-    if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
-        raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
-    if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
-        raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
-    _check_pins(asked.pins or {})
-
-
-def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:
-    """Leave out, by name, the backbones that the weights folder or hub does not have.
-
-    Raises:
-        RecipeError: none is left.
-    """
-    names = space.choices("backbone")
-    if not space.base["pretrained"]:
-        return space
-    missing = [name for name in names if not weights.has(name)]
-    if missing and len(missing) == len(names):
-        raise RecipeError(
-            f"no backbone of the space has weights in {weights} (it wants {first_few(names)}); "
-            "name one with --set backbone=NAME, or give --weights none"
-        )
-    if missing:
-        say(f"left out, no weights in {weights}: {', '.join(missing)}")
-        return space.without_choices("backbone", missing)
-    return space

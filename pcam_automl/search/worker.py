@@ -18,7 +18,7 @@ from pcam_automl.search.reading import FINISHED, errors_of, n_finished_of
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.storage import engine_of
-from pcam_automl.search.study import OpenStudy, default_recipe
+from pcam_automl.search.study import OpenStudy
 
 LEAST_FAILURES_ALLOWED = 10
 
@@ -113,7 +113,7 @@ def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
             if row.user_attrs.get("lineage") == slot.lineage and row.params:
                 return dict(row.params)
     if slot.number == 0 and slot.attempts == 1:
-        return dict(opened.space.params_of(default_recipe(bool(opened.space.base["pretrained"]))))
+        return dict(opened.space.params_of(opened.start))
     return {}
 
 

@@ -99,6 +99,7 @@ class Training:
         self.micro_batch = recipe.batch_size
         self.results: list[RungResult] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
+        self.scores: Scores | None = None  # what the last score was of
         self._trainable: float | None = None
 
     # -- the loop ------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def _rung(
 def _result(
     training: Training, rung: Rung, index: int, done: Segment, rates: Rates, scored: bool, began: float, stop: Stop
 ) -> RungResult:
-    score = training.score(stop)[0] if scored else None
+    score, training.scores = training.score(stop) if scored else (None, None)
     return RungResult(
         index,
         rung.views,

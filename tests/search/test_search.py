@@ -14,6 +14,7 @@ import torch
 from easy_set import write_easy_set
 from optuna.trial import TrialState
 
+from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.errors import (
     DataError,
     InputError,
@@ -23,14 +24,17 @@ from pcam_automl.errors import (
     StudyError,
     TrainingDiverged,
 )
-from pcam_automl.recipe import build_recipe
+from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
+from pcam_automl.recipe import build_recipe, load_recipe
+from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
-from pcam_automl.search import study as study_module
+from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
+from pcam_automl.search.space import load_space
 from pcam_automl.search.storage import engine_of
-from pcam_automl.search.study import Asked, OpenStudy, create_or_open_study, open_study
+from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
 from pcam_automl.search.worker import SearchEnd, run_worker
 
@@ -272,7 +276,7 @@ def test_what_needs_no_network_is_judged_before_the_hub_is_asked(
         asked_for.append(text)
         raise InputError("the hub was asked")
 
-    monkeypatch.setattr(study_module, "decide_weights", decide)
+    monkeypatch.setattr(create_module, "decide_weights", decide)
     monkeypatch.delenv("PCAM_AUTOML_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.yaml").write_text("parameters: {backbone: {choice: [resnet118]}, droput: {choice: [0.1]}}")
@@ -390,19 +394,61 @@ def test_a_foreign_study_is_refused(tmp_path: Path, asked: Asked) -> None:
         open_study("plain", url_in(tmp_path))
 
 
-def test_every_shipped_space_and_recipe_is_valid_and_holds_the_default() -> None:
-    from pcam_automl.configs_folder import find_config, list_configs
-    from pcam_automl.models.factory import check_backbone, check_runs
-    from pcam_automl.recipe import load_recipe
-    from pcam_automl.search.space import load_space
-    from pcam_automl.search.study import default_recipe
+STARTS = {
+    "default": "default",
+    "quick": "default",
+    "lr_only": "resnet152v2_transfer",
+    "cnn": "keras_cnn_1",
+    "dense": "unet_timm",
+}
 
-    assert {"default", "quick"} <= set(list_configs("space"))
-    for name in list_configs("space"):
-        space = load_space(name, pins={"pretrained": False})
-        for backbone in space.choices("backbone"):
-            check_backbone(str(backbone))
-        fixed = optuna.trial.FixedTrial(space.params_of(default_recipe(False)))
-        assert space.suggest(fixed, default_recipe(False).model_dump()).backbone == "resnet10t"
-    for name in list_configs("recipes"):
-        check_runs(load_recipe(find_config("recipes", name)))
+
+def test_every_shipped_space_has_a_start_here() -> None:
+    assert set(STARTS) == set(list_configs("space"))
+
+
+@pytest.mark.parametrize("name", sorted(STARTS))
+def test_shipped_space_gives_recipes_that_run(name: str) -> None:
+    space, start = load_space(name, pins={"pretrained": False}), start_recipe(STARTS[name], False)
+    for backbone in space.choices("backbone"):
+        check_backbone(str(backbone))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    for _ in range(3):
+        recipe = space.suggest(study.ask(), {**start.model_dump(), "epochs": None}, smallest_input=smallest_input)
+        check_runs(recipe)
+        assert recipe.task == start.task
+    fixed = optuna.trial.FixedTrial(space.params_of(start))
+    if name != "cnn":  # its start is one of its choices, whatever they are
+        first = space.suggest(fixed, {**start.model_dump(), "epochs": None}, smallest_input=smallest_input)
+        assert first.backbone == start.backbone
+
+
+@pytest.mark.parametrize("name", list_configs("recipes"))
+def test_every_recipe_can_start_a_search(name: str) -> None:
+    start = start_recipe(name, pretrained=False)
+    own = load_recipe(find_config("recipes", name))
+    assert start.schedule == ("wsd" if own.schedule == "one_cycle" and not own.stages else own.schedule)
+    check_runs(start)
+
+
+def test_a_search_starts_from_the_recipe_it_is_given(tmp_path: Path, asked: Asked) -> None:
+    (tmp_path / "narrow.yaml").write_text("parameters:\n  weight_decay: {float: [1.0e-6, 1.0e-2], log: true}\n")
+    pins = {"crop_size": 64, "batch_size": 16}
+    asked = replace(asked, recipe="keras_cnn_1", space=str(tmp_path / "narrow.yaml"), pins=pins, views=64)
+    opened = opened_in(tmp_path, asked)
+    assert search(opened, 1) == SearchEnd(1, "done")
+    recipe = json.loads(opened.study.trials[0].user_attrs["recipe"])
+    assert (recipe["backbone"], recipe["optimizer"], recipe["lr"]) == ("keras_cnn_1", "adam", 1e-4)
+    assert (recipe["crop_size"], recipe["eps"]) == (64, 1e-7)
+    with pytest.raises(StudyError, match="--recipe is 'default', the study has 'keras_cnn_1'"):
+        opened_in(tmp_path, replace(asked, recipe="default"))
+
+
+def test_patience_gives_a_trial_a_rung_an_epoch(tmp_path: Path, asked: Asked) -> None:
+    pins = {**(asked.pins or {}), "patience": 2, "schedule": "constant", "epochs": 3}
+    opened = opened_in(tmp_path, replace(asked, pins=pins, pruner="none", views=None))
+    n_train = opened.settings.plan["n_train"]
+    assert [views for views, _ in opened.settings.rungs] == [n_train, 2 * n_train, 3 * n_train]
+    search(opened, 1)
+    trial = opened.study.trials[0]
+    assert trial.value == max(trial.intermediate_values.values())

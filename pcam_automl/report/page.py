@@ -1,0 +1,154 @@
+"""The page: sections in order, one HTML file with everything inside, the PNGs beside it. Draws nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+
+from pcam_automl import __version__
+from pcam_automl.files import folder_written_whole, write_text
+from pcam_automl.predict import Predictor
+from pcam_automl.report.blocks import Block, Code, Facts, Picture, Section, Text, left_out
+from pcam_automl.report.content import ReportContent, both_labels
+
+PAGE, PICTURES = "report.html", "report"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a report lies.
+
+    Attributes:
+        page: the HTML file.
+        pictures: the PNGs in the order of the page.
+    """
+
+    page: Path
+    pictures: tuple[Path, ...]
+
+
+def write_report(
+    content: ReportContent,
+    out: Path,
+    *,
+    predictor: Predictor | None = None,
+    progress: Progress = lambda text: None,
+) -> Written:
+    """Write ``out/report.html``, self-contained, and its pictures as ``out/report/*.png``; each whole or not at all.
+
+    Args:
+        content: what to show; what is missing is left out with a sentence.
+        out: a folder, made where it is missing.
+        predictor: the trained network, for Grad-CAM; None leaves that out.
+        progress: told which part is being drawn.
+
+    Raises:
+        DataError: the disk is full, the folder is read-only, or a strip is no PNG.
+    """
+    sections = build_sections(content, predictor=predictor, progress=progress)
+    pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
+    names = [picture.name for picture in pictures]
+    assert len(set(names)) == len(names), f"two pictures have one name: {names}"
+    with folder_written_whole(out / PICTURES) as folder:
+        for picture in pictures:
+            (folder / picture.name).write_bytes(picture.png)
+    write_text(out / PAGE, render(content.title, summary(content), sections))
+    return Written(out / PAGE, tuple(out / PICTURES / name for name in names))
+
+
+def build_sections(
+    content: ReportContent, *, predictor: Predictor | None = None, progress: Progress = lambda text: None
+) -> list[Section]:
+    """The sections in reading order."""
+    from pcam_automl.report.data_figures import data_section  # matplotlib and optuna only once a report is wanted
+    from pcam_automl.report.examples import example_section
+    from pcam_automl.report.network_table import network_section
+    from pcam_automl.report.score_figures import score_section
+    from pcam_automl.report.search_figures import search_section
+    from pcam_automl.report.training_figures import training_section
+
+    sections = []
+    for part, build in (
+        ("scores", score_section),
+        ("examples", lambda c: example_section(c, predictor, progress)),
+        ("data", data_section),
+        ("search", search_section),
+        ("network", network_section),
+        ("training", training_section),
+        ("recipe", recipe_section),
+    ):
+        progress(f"report: {part}")
+        sections.append(build(content))
+    return sections
+
+
+def recipe_section(content: ReportContent) -> Section:
+    """The recipe as YAML and the commands that repeat the run."""
+    recipe, blocks = content.trained, list[Block]()
+    if content.reproduce:
+        blocks += [Text("How to reproduce it", style="heading"), Code("\n".join(content.reproduce))]
+    else:
+        blocks.append(left_out("how to reproduce it, since no commands were given to this report."))
+    if recipe is not None:
+        blocks += [
+            Text("The recipe", style="heading"),
+            Text(
+                f"Every choice of the training; its SHA-256 begins with {recipe.hash[:12]}. Saved as a file it trains again."
+            ),
+            Code(recipe.to_yaml()),
+        ]
+    else:
+        blocks.append(left_out("the recipe, since this report is of no training."))
+    blocks.append(Text("Where it comes from", style="heading"))
+    lines = [f"pcam-automl {__version__}"]
+    if content.store is not None:
+        lines.append(f"data {content.store.content_hash[:12]}, {len(content.store):,} patches")
+    if content.split is not None:
+        lines.append(f"split {content.split.hash[:12]}, seed {content.split.seed}")
+    if content.bundle is not None:
+        known = content.bundle.provenance
+        lines += [
+            f"{name.replace('_', ' ')} {known[name]}"
+            for name in ("device", "train_s", "peak_memory_bytes")
+            if name in known
+        ]
+        lines += [f"{name} {version}" for name, version in dict(known.get("versions", {})).items()]
+    return Section("recipe", "Recipe and reproduction", (*blocks, Code("\n".join(lines))))
+
+
+def summary(content: ReportContent) -> Facts:
+    """The few figures that a hurried reader wants."""
+    from pcam_automl.metrics import accuracy, auc
+
+    facts, scores, recipe = [], content.scores, content.trained
+    if scores is not None and len(scores.rows):
+        if both_labels(scores):
+            facts.append((f"{auc(scores.label, scores.prob):.4f}", f"AUC on {scores.on}"))
+        facts.append(
+            (
+                f"{100 * accuracy(scores.label, scores.prob, content.threshold):.1f} %",
+                f"called rightly at {content.threshold:g}",
+            )
+        )
+    if content.store is not None:
+        facts.append((f"{len(content.store):,}", "patches"))
+    if recipe is not None:
+        shown = f"tiles of {recipe.tile_size} px" if recipe.task == "dense" else f"the centre {recipe.crop_size} px"
+        facts.append((recipe.backbone, f"sees {shown}"))
+    if content.study is not None:
+        facts.append((f"{len(content.study.get_trials(deepcopy=False))}", "trials of the search"))
+    return Facts(tuple(facts))
+
+
+def render(title: str, facts: Facts, sections: list[Section]) -> str:
+    """The HTML text; everything from outside is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("pcam_automl.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return page.from_string(source).render(title=title, facts=facts, sections=sections, made=made, version=__version__)

@@ -1,0 +1,247 @@
+"""The section on the scores: ROC, precision-recall, confusion, calibration. Slides and domains are in group_figures.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcam_automl.data.store import PatchStore
+from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
+from pcam_automl.report.blocks import Block, Facts, Picture, Section, Text, left_out
+from pcam_automl.report.content import ReportContent, both_labels
+from pcam_automl.report.group_figures import group_blocks
+from pcam_automl.report.style import (
+    BLUE,
+    GREY,
+    INK,
+    MAP,
+    NORMAL,
+    TUMOUR,
+    add_axes,
+    dress,
+    legend,
+    new_figure,
+    picture,
+)
+from pcam_automl.scores import Scores
+
+N_BINS = 10
+_MOST_POINTS = 2000
+
+
+def score_section(content: ReportContent) -> Section:
+    """Everything about the final network's probabilities; a sentence where there are none."""
+    title, scores = "How good it is", content.scores
+    if scores is None or not len(scores.rows):
+        why = "no labelled patches were scored, so there is nothing to compare."
+        return Section("scores", title, (left_out(why), *stage_blocks(content)))
+    blocks: list[Block] = [
+        Text(f"Measured on {len(scores.rows):,} {_noun(content)}: {scores.on}."),
+        score_facts(content, scores),
+    ]
+    if both_labels(scores):
+        blocks += [roc_figure(scores), precision_figure(scores, content.threshold)]
+    else:
+        blocks.append(left_out("ROC and precision-recall, since all scored patches have the same label."))
+    counts = confusion(scores.label, scores.prob, content.threshold)
+    blocks.append(confusion_figure(counts, content.threshold, "confusion.png", scores.on))
+    blocks += [calibration_figure(scores), *stage_blocks(content), *group_blocks(content.store, scores)]
+    return Section("scores", title, tuple(blocks))
+
+
+def _noun(content: ReportContent) -> str:
+    return "pixels" if content.trained is not None and content.trained.task == "dense" else "patches"
+
+
+def score_facts(content: ReportContent, scores: Scores) -> Facts:
+    """AUC and its interval, accuracy, sensitivity, specificity, loss."""
+    facts = []
+    if both_labels(scores):
+        low, high = auc_interval(scores.label, scores.prob, groups_of(content.store, scores))
+        facts.append((f"{auc(scores.label, scores.prob):.4f}", f"AUC (95 %: {low:.4f} to {high:.4f})"))
+    counts = confusion(scores.label, scores.prob, content.threshold)
+    facts.append((f"{100 * accuracy(scores.label, scores.prob, content.threshold):.1f} %", "called rightly (accuracy)"))
+    if positives := counts.true_positive + counts.false_negative:
+        facts.append((f"{100 * counts.true_positive / positives:.1f} %", "of tumour found (sensitivity)"))
+    if negatives := counts.true_negative + counts.false_positive:
+        facts.append((f"{100 * counts.true_negative / negatives:.1f} %", "of normal left alone (specificity)"))
+    facts.append((f"{log_loss(scores.label, scores.prob):.4f}", "log-loss (nats)"))
+    return Facts(tuple(facts))
+
+
+def groups_of(store: PatchStore | None, scores: Scores) -> NDArray[np.int64] | None:
+    """(n,) slide of each scored patch; None where there is no store."""
+    return None if store is None else np.asarray(store.group)[scores.rows].astype(np.int64)
+
+
+def _thinned(*curves: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """At most 2,000 points of each: a line on paper shows no more."""
+    keep = np.unique(np.linspace(0, len(curves[0]) - 1, min(len(curves[0]), _MOST_POINTS)).round().astype(int))
+    return [curve[keep] for curve in curves]
+
+
+def roc_figure(scores: Scores) -> Picture:
+    """The ROC curve with its area."""
+    from sklearn.metrics import roc_curve
+
+    false, true, _ = roc_curve(scores.label, scores.prob)
+    false, true = _thinned(false, true)
+    area = auc(scores.label, scores.prob)
+    figure = new_figure(5.0, 4.4)
+    axes = add_axes(figure, x="normal patches called tumour (%)", y="tumour patches found (%)")
+    axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.2, label="chance, AUC 0.5")
+    axes.plot(100 * false, 100 * true, color=BLUE, linewidth=2, label=f"network, AUC {area:.4f}")
+    axes.set_aspect("equal")
+    legend(axes, loc="lower right")
+    return picture(
+        figure,
+        "roc.png",
+        alt=f"ROC curve with an area of {area:.4f}",
+        caption="Every possible threshold at once. The closer the line comes to the upper left corner, the better tumour and "
+        "normal are told apart; the area (AUC) is the chance that a tumour patch is ranked above a normal one.",
+    )
+
+
+def precision_figure(scores: Scores, threshold: float) -> Picture:
+    """Precision against recall, the threshold marked."""
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(scores.label, scores.prob)
+    precision, recall = _thinned(precision, recall)
+    average = float(average_precision_score(scores.label, scores.prob))
+    counts = confusion(scores.label, scores.prob, threshold)
+    share = 100 * float((scores.label == 1).mean())
+    figure = new_figure(5.0, 4.4)
+    axes = add_axes(figure, x="tumour patches found (%, recall)", y="calls of tumour that are right (%, precision)")
+    axes.axhline(share, color=GREY, linestyle=":", linewidth=1.2, label=f"chance, {share:.0f} %")
+    axes.plot(100 * recall, 100 * precision, color=BLUE, linewidth=2, label=f"network, average {average:.4f}")
+    if called := counts.true_positive + counts.false_positive:
+        place = (
+            100 * counts.true_positive / (counts.true_positive + counts.false_negative),
+            100 * counts.true_positive / called,
+        )
+        axes.plot(*place, marker="o", markersize=8, linestyle="", color=TUMOUR, label=f"threshold {threshold:g}")
+    axes.set_ylim(0, 103)
+    legend(axes, loc="lower left")
+    return picture(
+        figure,
+        "precision_recall.png",
+        alt=f"Precision against recall, average precision {average:.4f}",
+        caption="How many false alarms it costs to find more tumour. The dot is the chosen threshold.",
+    )
+
+
+def confusion_figure(counts: Confusion, threshold: float, name: str, on: str) -> Picture:
+    """The four counts as a coloured table."""
+    cells = np.array([[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]])
+    share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+    figure = new_figure(4.6, 3.4)
+    axes = dress(figure.add_subplot(), title=on[:60], x=f"called, at threshold {threshold:g}", y="truth", grid="none")
+    axes.imshow(share, cmap=MAP, vmin=0, vmax=1, aspect="auto")
+    for (line, column), n in np.ndenumerate(cells):
+        colour = "black" if share[line, column] > 0.55 else "white"
+        axes.text(
+            column,
+            line,
+            f"{n:,}\n{100 * share[line, column]:.1f} %",
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=12,
+        )
+    axes.set_xticks([0, 1], ["no tumour", "tumour"])
+    axes.set_yticks([0, 1], ["no tumour", "tumour"])
+    return picture(
+        figure,
+        name,
+        alt=f"Confusion matrix: {counts.true_negative} true negative, {counts.false_positive} false positive, "
+        f"{counts.false_negative} false negative, {counts.true_positive} true positive",
+        caption=f"Right calls lie on the diagonal. Lower left: {counts.false_negative:,} tumour patches missed; upper right: "
+        f"{counts.false_positive:,} false alarms. Percentages are of each line.",
+    )
+
+
+def stage_blocks(content: ReportContent) -> Iterator[Block]:
+    """A confusion matrix behind each stage of the training."""
+    if content.stages:
+        yield Text("After each stage", style="heading")
+    for number, (name, scores) in enumerate(content.stages, 1):
+        counts = confusion(scores.label, scores.prob, content.threshold)
+        yield confusion_figure(counts, content.threshold, f"confusion_stage_{number}.png", f"{name}: {scores.on}")
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Patches by probability: edges (n + 1,), counts of both labels, mean probability and share of tumour (NaN if empty)."""
+
+    edges: NDArray[np.float64]
+    n_normal: NDArray[np.int64]
+    n_tumour: NDArray[np.int64]
+    mean_prob: NDArray[np.float64]
+
+    @property
+    def n(self) -> NDArray[np.int64]:
+        return self.n_normal + self.n_tumour
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """Of tumour, by bin."""
+        return np.asarray(np.divide(self.n_tumour, self.n, out=np.full(len(self.n), np.nan), where=self.n > 0))
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error (Naeini et al., AAAI 2015): mean distance, weighted by the patches."""
+        full = self.n > 0
+        return float((np.abs(self.share - self.mean_prob)[full] * self.n[full]).sum() / self.n.sum())
+
+
+def reliability(label: NDArray[np.int64], prob: NDArray[np.float64], n_bins: int = N_BINS) -> Reliability:
+    """Bins of equal width; the last includes 1."""
+    edges = np.linspace(0.0, 1.0, n_bins + 1)
+    place = np.minimum((np.asarray(prob) * n_bins).astype(np.int64), n_bins - 1)
+    total = np.bincount(place, minlength=n_bins)
+    sums = np.bincount(place, weights=prob, minlength=n_bins)
+    positive = np.bincount(place[np.asarray(label) == 1], minlength=n_bins)
+    means = np.divide(sums, total, out=np.full(n_bins, np.nan), where=total > 0)
+    return Reliability(edges, total - positive, positive, means)
+
+
+def calibration_figure(scores: Scores) -> Picture:
+    """Share of tumour by probability, and how many patches each point stands for."""
+    bins = reliability(scores.label, scores.prob)
+    full = bins.n > 0
+    figure = new_figure(5.4, 5.2)
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1.2))
+    upper, lower = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    dress(upper, y="patches that are tumour (%)")
+    upper.plot([0, 1], [0, 100], color=GREY, linestyle=":", linewidth=1.2, label="honest probabilities")
+    upper.plot(
+        bins.mean_prob[full],
+        100 * bins.share[full],
+        color=BLUE,
+        marker="o",
+        label=f"network, mean error {100 * bins.error:.1f} %",
+    )
+    legend(upper, loc="upper left")
+    dress(lower, x="probability of tumour", y="patches", grid="y")
+    left, width = bins.edges[:-1], 1.0 / len(bins.n)
+    lower.bar(left, bins.n_normal, width, align="edge", color=NORMAL, edgecolor="white", label="no tumour")
+    lower.bar(
+        left, bins.n_tumour, width, bottom=bins.n_normal, align="edge", color=TUMOUR, edgecolor="white", label="tumour"
+    )
+    for x, n in zip(left, bins.n, strict=True):
+        lower.text(x + width / 2, n, f"{n:,}", ha="center", va="bottom", fontsize=7, color=INK)
+    lower.set_ylim(0, 1.2 * bins.n.max())
+    legend(lower, loc="upper center", ncols=2)
+    for axes in (upper, lower):
+        axes.set_xlim(0, 1)
+    return picture(
+        figure,
+        "calibration.png",
+        alt=f"Calibration curve in {len(bins.n)} bins, expected calibration error {bins.error:.4f}",
+        caption="Can the probabilities be believed? On the dotted line, of all patches given 0.8, 80 % are tumour. Below it the "
+        "network is too sure of tumour, above it too timid. Points that stand for few patches wander by chance.",
+    )

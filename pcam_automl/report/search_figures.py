@@ -1,0 +1,280 @@
+"""The section on the search: history, importance, parallel coordinates, crop sizes, backbones. Runs no trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import optuna
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, left_out
+from pcam_automl.report.content import ReportContent
+from pcam_automl.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MAP,
+    ORANGE,
+    VERMILION,
+    add_axes,
+    legend,
+    new_figure,
+    picture,
+    shortened,
+)
+
+_MOST_LINES, _MOST_AXES, _MOST_BARS = 200, 8, 12
+_SHOWN_TRIALS = 10
+
+
+def search_section(content: ReportContent) -> Section:
+    """Everything about a study; a sentence where there is none."""
+    title = "The search"
+    if content.study is None:
+        return Section("search", title, (left_out("this report is of a training without a search."),))
+    trials = content.study.get_trials(deepcopy=False)
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    if not complete:
+        return Section("search", title, (left_out(f"study {content.study.study_name} has no complete trial yet."),))
+    importance, why_not = _importance(content)
+    blocks: list[Block] = [_facts(trials, complete), history_figure(trials)]
+    blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
+    blocks += _varied(complete, importance)
+    blocks.append(_best_table(complete))
+    return Section("search", title, tuple(blocks))
+
+
+def _importance(content: ReportContent) -> tuple[dict[str, float], str]:
+    from pcam_automl.search.summary import summarise  # the search's own numbers, so that `status` says the same
+
+    if content.study_settings is None:
+        return {}, "the study's settings were not given to this report"
+    found = summarise(cast(optuna.Study, content.study), content.study_settings)
+    return found.importances, found.importances_note or "no parameter has any"
+
+
+def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial]) -> Facts:
+    best = max(complete, key=_value)
+    n_pruned = sum(t.state == TrialState.PRUNED for t in trials)
+    hours = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials) / 3600
+    return Facts(
+        (
+            (f"{_value(best):.4f}", f"best validation AUC (trial {best.number})"),
+            (f"{len(complete)}", "complete trials"),
+            (f"{n_pruned}", "stopped early"),
+            (f"{hours:.2f} h" if hours >= 0.1 else f"{hours * 60:.1f} min", "training time in all"),
+        )
+    )
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def history_figure(trials: list[FrozenTrial]) -> Picture:
+    """AUC by trial number, and the best so far."""
+    figure = new_figure(7.6, 3.4)
+    axes = add_axes(figure, x="trial number", y="validation AUC")
+    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
+    pruned = [
+        (t.number, t.intermediate_values[max(t.intermediate_values)])
+        for t in trials
+        if t.state == TrialState.PRUNED and t.intermediate_values
+    ]
+    if pruned:
+        axes.scatter(
+            [n for n, _ in pruned],
+            [v for _, v in pruned],
+            color=GREY,
+            marker="x",
+            s=24,
+            label="stopped early, at its last score",
+        )
+    axes.scatter([t.number for t in complete], [_value(t) for t in complete], color=BLUE, s=28, label="complete")
+    best = np.maximum.accumulate([_value(t) for t in complete])
+    axes.step([t.number for t in complete], best, where="post", color=VERMILION, linewidth=1.8, label="best so far")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(axes, loc="lower right")
+    return picture(
+        figure,
+        "search_history.png",
+        alt=f"Validation AUC of {len(complete)} complete trials; the best reaches {best[-1]:.4f}",
+        caption="Each dot is one recipe tried. While the red line still climbs, more trials are worth their time; once it has "
+        "been flat for long, they are not.",
+    )
+
+
+def importance_figure(importance: dict[str, float]) -> Picture:
+    """Bars of the parameters' shares."""
+    shown = sorted(importance.items(), key=lambda item: item[1])[-_MOST_BARS:]
+    figure = new_figure(6.4, 0.8 + 0.3 * len(shown))
+    axes = add_axes(figure, x="share of the differences in AUC (%)", grid="x")
+    bars = axes.barh([name for name, _ in shown], [100 * share for _, share in shown], color=BLUE, height=0.6)
+    axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8.5, color=INK)
+    return picture(
+        figure,
+        "search_importance.png",
+        alt="Importance: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in reversed(shown)),
+        caption="How much each choice mattered for reaching the better trials (PED-ANOVA). With few trials this is a rough hint.",
+    )
+
+
+def _varied(complete: list[FrozenTrial], importance: dict[str, float]) -> Iterator[Block]:
+    """Figures of the parameters that vary; a sentence for each that does not."""
+    names = _common_parameters(complete, importance)
+    if len(names) >= 2 and len(complete) >= 2:
+        yield parallel_figure(complete, names)
+    else:
+        yield left_out("parallel coordinates, since fewer than two parameters vary among the complete trials.")
+    for field, draw in (("crop_size", crop_figure), ("backbone", backbone_figure)):
+        pairs = [(value, _value(t)) for t in complete if (value := _field(t, field)) is not None]
+        if len({value for value, _ in pairs}) >= 2:
+            yield draw(pairs)
+        else:
+            yield left_out(f"{field} against AUC, since all complete trials have the same one.")
+
+
+def _field(trial: FrozenTrial, name: str) -> Any:
+    """The recipe's value of a field, pinned or suggested; None where the trial has neither."""
+    if name in trial.params:
+        return trial.params[name]
+    return json.loads(trial.user_attrs["recipe"]).get(name) if "recipe" in trial.user_attrs else None
+
+
+def _common_parameters(complete: list[FrozenTrial], importance: dict[str, float]) -> list[str]:
+    """Parameters that every complete trial has and that vary, the most important first."""
+    common = set.intersection(*(set(t.params) for t in complete))
+    varying = [
+        name for name in complete[0].params if name in common and len({str(t.params[name]) for t in complete}) > 1
+    ]
+    return sorted(varying, key=lambda name: -importance.get(name, 0.0))[:_MOST_AXES]
+
+
+def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Picture:
+    """One line a trial over the parameters' axes, coloured by AUC; the best trials on top."""
+    shown = sorted(complete, key=_value)[-_MOST_LINES:]
+    values = np.array([_value(t) for t in shown])
+    columns = [_positions(shown, name) for name in names]
+    span = max(float(np.ptp(values)), 1e-9)
+    figure = new_figure(max(7.6, 1.25 * (len(names) + 1)), 4.2)
+    axes = figure.add_subplot()
+    heights = np.stack([*[place for place, _ in columns], (values - values.min()) / span], axis=1)
+    lines = [np.column_stack([np.arange(heights.shape[1]), row]) for row in heights]
+    colours = colormaps[MAP]((values - values.min()) / span)
+    axes.add_collection(LineCollection(lines, colors=colours, linewidths=np.linspace(1.0, 2.4, len(shown)), alpha=0.9))
+    ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.3f}"), (1.0, f"{values.max():.3f}")]]
+    for place, marks in enumerate(ticks):
+        axes.axvline(place, color="#B8B8C0", linewidth=1, zorder=0)
+        for height, text in marks:
+            axes.text(
+                place + 0.04,
+                height,
+                shortened(text, 16),
+                fontsize=7.5,
+                va="center",
+                color=INK,
+                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
+            )
+    _bare(axes, [*names, "AUC"])
+    drawn = picture(
+        figure,
+        "search_parallel.png",
+        alt=f"Parallel coordinates of {len(shown)} trials over {', '.join(names)} and AUC",
+        caption="Each line is one recipe, from its choices to its AUC on the right; yellow lines are the best, dark ones the "
+        "worst. Where the yellow lines run together, that choice matters.",
+    )
+    return replace(drawn, wide=True)
+
+
+def _bare(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xlim(-0.15, len(names) - 0.55)
+    axes.set_ylim(-0.06, 1.06)
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=8.5)
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def _positions(trials: Sequence[FrozenTrial], name: str) -> tuple[np.ndarray, list[tuple[float, str]]]:
+    """(n,) heights in [0, 1] of the trials on a parameter's axis, and its ticks."""
+    distribution = trials[0].distributions[name]
+    raw = [t.params[name] for t in trials]
+    if isinstance(distribution, CategoricalDistribution):
+        known = sorted({str(value) for value in raw})
+        step = 1.0 / max(len(known) - 1, 1)
+        return np.array([known.index(str(value)) * step for value in raw]), [
+            (i * step, text) for i, text in enumerate(known)
+        ]
+    values = np.array(raw, np.float64)
+    scaled = np.log(values) if distribution.log else values  # type: ignore[attr-defined]
+    low, span = float(scaled.min()), max(float(np.ptp(scaled)), 1e-12)
+    return (scaled - low) / span, [(0.0, f"{values.min():.3g}"), (1.0, f"{values.max():.3g}")]
+
+
+def crop_figure(pairs: list[tuple[Any, float]]) -> Picture:
+    """AUC by crop size, and the best of each."""
+    figure = new_figure()
+    axes = add_axes(figure, x="crop size (px of the 96 px patch)", y="validation AUC")
+    crops, values = np.array([int(crop) for crop, _ in pairs]), np.array([value for _, value in pairs])
+    axes.scatter(crops, values, color=BLUE, s=28, alpha=0.8, label="trial")
+    known = np.unique(crops)
+    axes.plot(
+        known, [values[crops == crop].max() for crop in known], color=VERMILION, marker="o", label="best of its size"
+    )
+    axes.set_xticks(known)
+    legend(axes, loc="lower right")
+    best = int(crops[values.argmax()])
+    return picture(
+        figure,
+        "search_crop.png",
+        alt=f"Validation AUC by crop size; the best trial has {best} px",
+        caption=f"How much of the surroundings the network was shown. The centre 32 px decide the label; more context can help "
+        f"or distract. The best trial cut {best} px.",
+    )
+
+
+def backbone_figure(pairs: list[tuple[Any, float]]) -> Picture:
+    """AUC of every trial by backbone, sorted by the best."""
+    by_name: dict[str, list[float]] = {}
+    for name, value in pairs:
+        by_name.setdefault(str(name), []).append(value)
+    order = sorted(by_name, key=lambda name: max(by_name[name]))[-_MOST_BARS:]
+    figure = new_figure(7.0, 1.1 + 0.32 * len(order))
+    axes = add_axes(figure, x="validation AUC", grid="x")
+    for place, name in enumerate(order):
+        axes.scatter(by_name[name], [place] * len(by_name[name]), color=GREEN, s=26, alpha=0.7)
+        axes.scatter([max(by_name[name])], [place], color=ORANGE, edgecolor=INK, s=70, marker="D", zorder=3)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_yticks(range(len(order)), [f"{shortened(name)} ({len(by_name[name])})" for name in order])
+    return picture(
+        figure,
+        "search_backbones.png",
+        alt="Best AUC by backbone: " + ", ".join(f"{name} {max(by_name[name]):.4f}" for name in reversed(order)),
+        caption="Which networks won: one dot a trial, a diamond for each network's best, the number of trials in brackets.",
+    )
+
+
+def _best_table(complete: list[FrozenTrial]) -> Table:
+    best = sorted(complete, key=lambda t: -_value(t))[:_SHOWN_TRIALS]
+    rows = tuple(
+        (
+            str(t.number),
+            str(_field(t, "backbone") or "–"),
+            f"{_value(t):.4f}",
+            str(_field(t, "crop_size") or "–"),
+            f"{float(t.user_attrs['seconds']):.0f}" if "seconds" in t.user_attrs else "–",
+        )
+        for t in best
+    )
+    return Table(("trial", "backbone", "AUC", "crop (px)", "seconds"), rows, "The best trials.", n_left=2)

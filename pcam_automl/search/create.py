@@ -1,0 +1,209 @@
+"""Creating studies: options judged, data packed and split, speeds measured, everything remembered. Runs no trial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from pcam_automl.config import StudySettings, check_study_name, find_data, storage_url, studies_folder
+from pcam_automl.configs_folder import find_config
+from pcam_automl.data.packs import PackCall, find_pack
+from pcam_automl.data.splits import Split, make_split, write_split
+from pcam_automl.errors import DataError, RecipeError, first_few
+from pcam_automl.files import write_json
+from pcam_automl.models.factory import backbone_fault
+from pcam_automl.models.weights import Weights, decide_weights
+from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.search.plan import make_plan
+from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.reading import SETTINGS_KEY
+from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.slots import Slots
+from pcam_automl.search.space import SearchSpace, load_space
+from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
+from pcam_automl.search.storage_url import normalised_url, sqlite_path
+from pcam_automl.search.study import (
+    DEFAULT_SPACE,
+    VALIDATION_FOLD,
+    Asked,
+    OpenStudy,
+    Say,
+    check_pins,
+    open_study,
+    start_recipe,
+)
+from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.training.speed import SpeedBook
+from pcam_automl.training.start import check_task
+from pcam_automl.versions import versions
+
+LARGEST_HOLDOUT = 0.5
+DEFAULT_RECIPE = "default"
+
+
+def create_or_open_study(
+    name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None
+) -> OpenStudy:
+    """Open the study, or create it from what is asked and the defaults.
+
+    Raises:
+        StudyError, DataError, RecipeError, InputError: anything at fault, before a trial starts.
+    """
+    url = storage_url(url)
+    check_study_name(name)
+    check_options(asked)  # whatever is wrong is said before the hub is asked or the data packed
+    database = sqlite_path(normalised_url(url))
+    if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
+        _load_asked_space(asked)
+        find_data(asked.data)
+    storage = open_storage(url)
+    if name in optuna.get_all_study_names(storage):
+        return open_study(name, url, asked, say=say, pack_call=pack_call)
+    folder = studies_folder(url) / name
+    settings, split = _decide(name, asked, folder, say, pack_call)
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+    except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
+        return open_study(name, url, asked, say=say, pack_call=pack_call)
+    study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
+    Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
+    with quiet_experimental():
+        study.set_metric_names(["validation ROC AUC"])
+    write_split(split, folder / "split.npz")
+    write_json(folder / "settings.json", settings.model_dump(mode="json"))
+    study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
+    return open_study(name, url, say=say, pack_call=pack_call)
+
+
+def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
+    """Everything a new study remembers."""
+    use_cores()
+    device = choose_device(asked.device)
+    pins = dict(asked.pins or {})
+    space = _load_asked_space(asked)
+    path = find_data(asked.data)
+    weights, text = decide_weights(asked.weights or "auto")  # asks the network, up to 10 s: after what needs none
+    say(text)
+    space = space.pinned({"pretrained": pins.get("pretrained", weights.pretrained)})
+    space = drop_backbones_without_weights(space, weights, say)
+    store = find_pack(
+        path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
+    )
+    seed = asked.seed if asked.seed is not None else 0
+    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
+    for note in split.notes:
+        say(note)
+    start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    space = without_stage_fields(space, start, say)
+    check_task(start.model_copy(update=recipe_fields(space)), store)
+    n_train = len(split.train_order(VALIDATION_FOLD))
+    n_valid = len(split.order) - n_train
+    plan = make_plan(
+        space,
+        start,
+        n_train=n_train,
+        n_valid=n_valid,
+        device=device,
+        views=asked.views,
+        speed=SpeedBook(folder.parent / "speed.json"),
+        progress=say,
+    )
+    if plan.dropped:
+        space = space.without_choices("backbone", list(plan.dropped))
+    rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
+    build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
+    settings = StudySettings(
+        data=str(path),
+        pack=str(store.root.resolve()),
+        pack_hash=store.content_hash,
+        split_hash=split.hash,
+        seed=seed,
+        holdout=asked.holdout or 0.0,
+        weights=str(weights),
+        start=start.model_dump(mode="json"),
+        space=space.to_yaml(),
+        pins=pins,
+        sampler=asked.sampler or "tpe",
+        pruner=asked.pruner or "asha",
+        rungs=rungs,
+        n_score=plan.n_score,
+        cap_s=plan.cap_s,
+        plan={
+            **plan.to_json(),
+            "device": str(device),
+            "space_name": asked.space or default_space(asked),
+            "recipe_name": asked.recipe or DEFAULT_RECIPE,
+            "n_train": n_train,
+            "n_valid": n_valid,
+        },
+        versions=versions(),
+    )
+    return settings, split
+
+
+def _load_asked_space(asked: Asked) -> SearchSpace:
+    """The space that is asked for, with ``--set`` applied and every backbone's name looked up in timm."""
+    return load_space(asked.space or default_space(asked), pins=asked.pins, backbone_fault=backbone_fault)
+
+
+def default_space(asked: Asked) -> str:
+    """``dense`` where the recipe to start from is a dense one, else ``default``."""
+    recipe = load_recipe(find_config("recipes", asked.recipe or DEFAULT_RECIPE))
+    return "dense" if recipe.task == "dense" else DEFAULT_SPACE
+
+
+def recipe_fields(space: SearchSpace) -> dict[str, Any]:
+    """The fields that a space fixes and a recipe has."""
+    return {name: value for name, value in space.base.items() if name in Recipe.model_fields}
+
+
+def without_stage_fields(space: SearchSpace, start: Recipe, say: Say) -> SearchSpace:
+    """A recipe with stages has its rates in them: what the space varies of them would have no effect."""
+    idle = (
+        [name for name in ("lr", "lr_low", "trainable", "frozen") if name in space.parameters] if start.stages else []
+    )
+    if not idle:
+        return space
+    say(f"not searched, since the recipe's stages fix them: {', '.join(idle)}")
+    return replace(space, parameters={name: p for name, p in space.parameters.items() if name not in idle})
+
+
+def check_options(asked: Asked) -> None:
+    """Options that can be judged without data.
+
+    Raises:
+        RecipeError, DataError, InputError: an unknown device, sampler or pruner, a value of ``--set`` that no recipe
+            can have, a holdout out of range, or two budgets.
+    """
+    choose_device(asked.device)
+    build_sampler(asked.sampler or "tpe", 0)
+    build_pruner(asked.pruner or "asha", rungs=[1, 2])
+    if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
+        raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
+    if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
+        raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
+    check_pins(asked.pins or {})
+
+
+def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:
+    """Leave out, by name, the backbones that the weights folder or hub does not have.
+
+    Raises:
+        RecipeError: none is left.
+    """
+    names = space.choices("backbone")
+    if not space.base["pretrained"]:
+        return space
+    missing = [name for name in names if not weights.has(name)]
+    if missing and len(missing) == len(names):
+        raise RecipeError(
+            f"no backbone of the space has weights in {weights} (it wants {first_few(names)}); "
+            "name one with --set backbone=NAME, or give --weights none"
+        )
+    if missing:
+        say(f"left out, no weights in {weights}: {', '.join(missing)}")
+        return space.without_choices("backbone", missing)
+    return space

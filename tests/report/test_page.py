@@ -1,0 +1,148 @@
+"""The page: sections from tiny contents, what is left out, numbers, self-containedness, a real browser."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_content import RECIPE, bundle_of, epochs_of, full_content, scores_of, study_of
+
+from pcam_automl.data.store import open_store
+from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
+from pcam_automl.predict import build_predictor
+from pcam_automl.report.blocks import Picture, Section, Table, Text
+from pcam_automl.report.content import RateCurve, ReportContent
+from pcam_automl.report.page import build_sections, write_report
+from pcam_automl.training.compute import Compute
+
+SECTIONS = ["scores", "examples", "data", "search", "network", "training", "recipe"]
+
+
+def pictures_of(sections: list[Section]) -> set[str]:
+    return {block.name for section in sections for block in section.blocks if isinstance(block, Picture)}
+
+
+def left_out_of(sections: list[Section]) -> dict[str, list[str]]:
+    return {s.anchor: [b.text for b in s.blocks if isinstance(b, Text) and b.style == "aside"] for s in sections}
+
+
+def test_full_page_holds_every_section_and_its_pictures_beside_it(easy_pack: Path, tmp_path: Path) -> None:
+    content, bundle = full_content(easy_pack), bundle_of()
+    content = replace(
+        content, lr_curve=RateCurve(np.arange(9), np.linspace(1, 0, 9)), stages=(("stage 1", content.scores),)
+    )  # type: ignore[arg-type]
+    written = write_report(content, tmp_path, predictor=build_predictor(bundle, Compute("cpu")))
+    text = written.page.read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
+    assert re.findall(r'href="#(\w+)"', text) == SECTIONS
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(p.name for p in written.pictures)
+    inside = [base64.b64decode(uri) for uri in re.findall(r"data:image/png;base64,([^\"]+)", text)]
+    assert inside == [p.read_bytes() for p in written.pictures]
+    names = {p.stem for p in written.pictures}
+    assert names >= {"roc", "precision_recall", "confusion", "confusion_stage_1", "calibration", "auc_domains"}
+    assert names >= {"classes", "samples_tumour", "samples_no_tumour", "augmented", "batch", "slides", "brightness"}
+    assert names >= {"search_history", "search_parallel", "search_crop", "search_backbones"}
+    assert names >= {"training_curves", "learning_rate", "most_wrong", "most_right", "random"}
+    assert len(text) < 6e6
+    assert "attention lies in the centre" in text
+
+
+def test_page_fetches_nothing_and_describes_every_picture(easy_pack: Path, tmp_path: Path) -> None:
+    text = write_report(full_content(easy_pack), tmp_path).page.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href|action)=[\"'](?!data:image/png|#)", text)
+    assert not re.search(r"url\(|@import|<script|<link|<iframe", text)
+    alts = re.findall(r'<img src="[^"]*" alt="([^"]*)"', text)
+    assert len(alts) == text.count("<img")
+    assert all(len(alt) > 10 for alt in alts)
+
+
+def test_figures_on_the_page_are_those_of_the_metrics(easy_pack: Path, tmp_path: Path) -> None:
+    store = open_store(easy_pack)
+    scores = scores_of(store)
+    content = ReportContent("t", store=store, scores=scores, threshold=0.3)
+    text = html.unescape(write_report(content, tmp_path).page.read_text(encoding="utf-8"))
+    low, high = auc_interval(scores.label, scores.prob, np.asarray(store.group)[scores.rows])
+    counts = confusion(scores.label, scores.prob, 0.3)
+    assert f"<dd>{auc(scores.label, scores.prob):.4f}</dd>" in text
+    assert f"AUC (95 %: {low:.4f} to {high:.4f})" in text
+    assert f"{100 * accuracy(scores.label, scores.prob, 0.3):.1f} %" in text
+    assert f"<dd>{log_loss(scores.label, scores.prob):.4f}</dd>" in text
+    assert f"{counts.false_negative} false negative, {counts.true_positive} true positive" in text
+
+
+def test_report_of_data_alone_says_what_is_missing(easy_pack: Path) -> None:
+    sections = build_sections(ReportContent("data", store=open_store(easy_pack)))
+    assert {"classes.png", "samples_tumour.png", "slides.png"} <= pictures_of(sections)
+    assert not {"roc.png", "augmented.png", "search_history.png", "most_wrong.png"} & pictures_of(sections)
+    missing = left_out_of(sections)
+    for anchor in SECTIONS:
+        assert missing[anchor], anchor
+        assert all(line.startswith("Left out: ") and line.endswith((".", ":")) for line in missing[anchor])
+
+
+def test_report_of_a_study_alone(easy_pack: Path) -> None:
+    sections = build_sections(ReportContent("search", study=study_of()))
+    expected = {"search_history.png", "search_parallel.png", "search_crop.png", "search_backbones.png"}
+    assert pictures_of(sections) == expected
+    assert any("no pack" in line for line in left_out_of(sections)["data"])
+
+
+def test_report_of_a_training_alone() -> None:
+    sections = build_sections(ReportContent("training", recipe=RECIPE, epochs=epochs_of()))
+    assert pictures_of(sections) == {"training_curves.png", "learning_rate.png"}
+    table = next(b for s in sections if s.anchor == "training" for b in s.blocks if isinstance(b, Table))
+    assert table.header[:2] == ("epoch", "views")
+    assert "Dice" not in table.header
+    assert table.rows[1][2:5] == ("0.5700", "0.6000", "0.7000")
+
+
+def test_scores_of_one_label_have_no_curves_but_a_confusion_matrix(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    scores = scores_of(store)
+    own = scores.label == 1
+    ones = replace(scores, rows=scores.rows[own], label=scores.label[own], prob=scores.prob[own])
+    sections = build_sections(ReportContent("t", store=store, scores=ones))
+    assert "confusion.png" in pictures_of(sections)
+    assert "roc.png" not in pictures_of(sections)
+    assert any("same label" in line for line in left_out_of(sections)["scores"])
+
+
+def test_strips_of_a_dense_run_are_shown_as_they_are(tmp_path: Path) -> None:
+    strip = np.random.default_rng(0).integers(0, 255, (32, 128, 3)).astype(np.uint8)
+    content = ReportContent("t", epochs=epochs_of(), strips=(("original, truth, epoch 1", strip),))
+    written = write_report(content, tmp_path)
+    again = ReportContent("t", epochs=epochs_of(), strips=(("from a file", tmp_path / "report" / "strip_1.png"),))
+    copied = write_report(again, tmp_path / "again")
+    assert (tmp_path / "again/report/strip_1.png").read_bytes() == (tmp_path / "report/strip_1.png").read_bytes()
+    assert len(written.pictures) == len(copied.pictures)
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    page = write_report(ReportContent("<b>a&b</b>", reproduce=("echo '<script>'",)), tmp_path).page
+    text = page.read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;b&gt;a&amp;b&lt;/b&gt;" in text
+
+
+@pytest.mark.browser
+def test_browser_draws_the_page_without_complaint(easy_pack: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    page = write_report(full_content(easy_pack), tmp_path).page
+    shot = tmp_path / "shot.png"
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    options += " --disable-component-update --disable-sync --window-size=1280,3000"
+    done = subprocess.run(
+        [chromium, *options.split(), f"--user-data-dir={tmp_path / 'chr'}", f"--screenshot={shot}", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "Refused to load" not in done.stderr
+    assert shot.stat().st_size > 50_000

@@ -1,0 +1,95 @@
+"""Parts of the report: reliability bins, groups, sample choice, the network's table, example choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+
+from pcam_automl.data.store import open_store
+from pcam_automl.metrics import auc, log_loss
+from pcam_automl.report.content import losses
+from pcam_automl.report.data_figures import spread_rows
+from pcam_automl.report.examples import N_SHOWN, chosen
+from pcam_automl.report.group_figures import group_aucs
+from pcam_automl.report.network_table import MOST_ROWS, layer_rows
+from pcam_automl.report.score_figures import reliability
+from pcam_automl.scores import Scores
+
+
+def scores(n: int, seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    label = np.arange(n) % 2
+    return Scores(np.arange(n), label, (0.3 + 0.4 * label + rng.uniform(-0.3, 0.3, n)).clip(0, 1), "here")
+
+
+def test_reliability_counts_every_patch_once_and_honest_probabilities_have_no_error() -> None:
+    prob = np.repeat([0.0, 0.25, 0.75, 1.0], 8)
+    label = np.concatenate([np.zeros(8), np.arange(8) < 2, np.arange(8) < 6, np.ones(8)]).astype(np.int64)
+    bins = reliability(label, prob)
+    assert bins.n.sum() == 32
+    assert bins.n_tumour.sum() == label.sum()
+    assert bins.error == pytest.approx(0.0)
+    assert reliability(1 - label, prob).error > 0.4
+
+
+def test_losses_average_to_the_log_loss() -> None:
+    own = scores(50)
+    assert losses(own).mean() == pytest.approx(log_loss(own.label, own.prob))
+
+
+def test_group_auc_is_that_of_its_patches_and_the_worst_stands_first() -> None:
+    own = scores(120)
+    code = np.arange(120) // 2 % 3
+    code[:4] = -1
+    found = group_aucs(own, code, ("a", "b", "c"), None)
+    assert sorted(g.name for g in found) == ["a", "b", "c"]
+    assert [g.auc for g in found] == sorted(g.auc for g in found)
+    for group in found:
+        rows = code == "abc".index(group.name)
+        assert group.auc == auc(own.label[rows], own.prob[rows])
+        assert group.low <= group.auc <= group.high
+
+
+def test_groups_with_one_label_or_few_patches_have_no_auc() -> None:
+    own = scores(40)
+    assert group_aucs(own, own.label.astype(np.int64), ("a", "b"), None) == []
+    assert group_aucs(own, np.arange(40) // 4, tuple(map(str, range(10))), None) == []
+
+
+def test_samples_come_from_as_many_slides_as_there_are(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    rows = store.development_rows()
+    n_slides = len(np.unique(store.group[rows]))
+    drawn = spread_rows(store, rows, n_slides)
+    assert len(np.unique(store.group[drawn])) == n_slides
+    assert (spread_rows(store, rows, n_slides) == drawn).all()
+
+
+def test_examples_are_ordered_by_loss() -> None:
+    own = scores(40)
+    loss = losses(own)
+    sheets = {name: places for name, _, _, places in chosen(own, 0.5)}
+    assert loss[sheets["most_wrong"]].tolist() == sorted(loss, reverse=True)[:N_SHOWN]
+    assert loss[sheets["most_right"]].tolist() == sorted(loss)[:N_SHOWN]
+    assert len(np.unique(sheets["random"])) == N_SHOWN
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "resnet18", "densenet121"])
+def test_network_table_is_short_and_counts_every_parameter(name: str) -> None:
+    options = {"dynamic_img_size": True, "dynamic_img_pad": True} if name == "test_vit" else {}
+    network = timm.create_model(name, num_classes=1, **options)
+    rows = layer_rows(network, 64)
+    assert 4 <= len(rows) <= MOST_ROWS
+    assert sum(row.n_parameters for row in rows) == sum(p.numel() for p in network.parameters())
+
+
+def test_network_table_shows_outputs_in_the_order_of_execution() -> None:
+    rows = layer_rows(timm.create_model("resnet18", num_classes=1), 64)
+    shapes = {row.name: row.shape for row in rows}
+    assert shapes["conv1"] == (64, 32, 32)
+    assert shapes["fc"] == (1,)
+    assert rows[0].name == "conv1"
+    assert rows[-1].name == "fc"
