@@ -43,7 +43,7 @@ bench: setup
 # Pins for Python 3.11-3.13 on every platform; no index address is written into the file. The extra `benchmark` is left out:
 # half a gigabyte that one benchmark needs.
 lock: setup
-	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev --extra postgres --extra mysql --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	$(or $(UV),$(BIN)/uv) pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --extra dev --extra postgres --extra mysql --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcam_automl.counter import key_of, permutation
 from pcam_automl.data.store import PatchStore
+from pcam_automl.errors import DataError
 
 RESIDENT_SHARE = 0.6
 """Share of the free device memory that the resident pack may take; the rest is for the network."""
@@ -54,8 +55,24 @@ class HostPatches:
 
 def open_patches(store: PatchStore, device: torch.device) -> Patches:
     """The store's patches, resident on ``device`` where they fit, else gathered from the memory map batch by batch."""
+    return _open(store, "patches.npy", device)
+
+
+def open_masks(store: PatchStore, device: torch.device) -> Patches:
+    """The store's masks as :func:`open_patches` gives its patches: uint8 batches (B, 1, H, W) of 0 and 1.
+
+    Raises:
+        DataError: the store has none.
+    """
+    if store.masks is None:
+        raise DataError(f"{store.root} holds no masks; pack folders of images and masks, or a set with masks beside it")
+    return _open(store, "masks.npy", device)
+
+
+def _open(store: PatchStore, name: str, device: torch.device) -> Patches:
     # Copy-on-write, since torch warns about read-only arrays; nothing writes to it.
-    mapped = torch.from_numpy(np.load(store.root / "patches.npy", mmap_mode="c", allow_pickle=False))
+    mapped = torch.from_numpy(np.load(store.root / name, mmap_mode="c", allow_pickle=False))
+    mapped = mapped if mapped.ndim == 4 else mapped[..., None]
     if device.type == "cpu":
         return ResidentPatches(mapped, device)
     free_bytes, _ = torch.cuda.mem_get_info(device)

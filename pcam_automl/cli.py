@@ -309,7 +309,10 @@ def report(
 def predict(
     model: Annotated[Path, typer.Option("--model", help="Bundle folder that train or finalize wrote.", metavar="DIR")],
     input: Annotated[list[Path], typer.Option("--input", help="Image folder or file; repeatable.", metavar="PATH")],
-    out: Annotated[Path, typer.Option("--out", help="CSV to write: id,label.", metavar="CSV")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="CSV to write: id,label; of a dense bundle a folder of maps.", metavar="CSV|DIR"),
+    ],
     files: Annotated[list[Path] | None, typer.Argument(help="More image files.")] = None,
     threshold: Threshold = None,
     one_view: Annotated[

@@ -21,6 +21,7 @@ from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.predict import build_predictor
+from pcam_automl.predict_dense import build_map_predictor, score_maps, write_row_maps
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.scores import Scores
 from pcam_automl.search.study import OpenStudy
@@ -57,6 +58,7 @@ class FinalResult:
         seconds: wall clock of this run.
         notes: test patches that could not be read.
         scores: of the holdout, None where there is none.
+        maps: folder of the test images' probability maps, for a dense task.
     """
 
     out: Path
@@ -68,6 +70,7 @@ class FinalResult:
     seconds: float
     notes: tuple[str, ...]
     scores: Scores | None = None
+    maps: Path | None = None
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
@@ -182,7 +185,8 @@ def finalize(
             provenance=provenance,
             watch=watch.train,
         )
-    return _predict(opened, trial, model, out, threshold, watch, began)
+    finish = _write_maps if recipe.task == "dense" else _predict
+    return finish(opened, trial, model, out, threshold, watch, began)
 
 
 def _is_done(model: Path, recipe: Recipe, store: PatchStore) -> bool:
@@ -240,6 +244,47 @@ def _predict(
     else:
         write_json(out / "submission.json", provenance)
     return FinalResult(out, submission, trial.number, score, on, interval, time.perf_counter() - began, notes, scores)
+
+
+def _write_maps(
+    opened: OpenStudy,
+    trial: FrozenTrial,
+    model: Path,
+    out: Path,
+    threshold: float | None,
+    watch: FinalWatch,
+    began: float,
+) -> FinalResult:
+    """A dense task's ending: figures on the holdout, one probability map a test image instead of a submission."""
+    bundle, store = load_bundle(model), opened.store
+    predictor = build_map_predictor(bundle, Compute(**bundle.provenance["compute"]))
+    holdout, test = opened.split.holdout_rows(), store.test_rows()
+    pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
+    figures: dict[str, Any] = {}
+    if len(holdout):
+        watch.predicting(len(holdout), "holdout")
+        score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
+        pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
+        figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
+    maps: Path | None = None
+    notes: list[str] = []
+    if len(test):
+        maps = out / "maps"
+        watch.predicting(len(test), "test")
+        _, notes = write_row_maps(
+            predictor, store, test, maps, threshold=threshold, stop=watch.train.stop, progress=watch.predicted
+        )
+    provenance = {
+        **bundle.provenance,
+        **figures,
+        "auc": pixel_auc,
+        "auc_on": on,
+        "threshold": threshold,
+        "n_test": len(test),
+    }
+    write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
+    seconds = time.perf_counter() - began
+    return FinalResult(out, None, trial.number, pixel_auc, on, None, seconds, tuple(notes), scores, maps)
 
 
 def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ Bools = NDArray[np.bool_]
 
 
 class Confusion(NamedTuple):
-    """Counts of patches; positive means tumour."""
+    """Counts of patches, of a dense task of pixels; positive means tumour."""
 
     true_negative: int
     false_positive: int
@@ -108,8 +108,34 @@ def accuracy(label: ArrayLike, prob: ArrayLike, threshold: float = 0.5) -> float
     Raises:
         DataError: as :func:`log_loss`, or a threshold outside [0, 1].
     """
-    counts = confusion(label, prob, threshold)
+    return accuracy_of(confusion(label, prob, threshold))
+
+
+def accuracy_of(counts: Confusion) -> float:
+    """Share of right calls; of pixels it is the pixel accuracy.
+
+    Raises:
+        DataError: nothing was counted.
+    """
+    if not sum(counts):
+        raise DataError("an accuracy needs at least one patch or pixel, got none")
     return (counts.true_negative + counts.true_positive) / sum(counts)
+
+
+def dice(label: ArrayLike, prob: ArrayLike, threshold: float = 0.5) -> float:
+    """Dice coefficient of the calls at ``threshold``, see :func:`dice_of`.
+
+    Raises:
+        DataError: as :func:`accuracy`.
+    """
+    return dice_of(confusion(label, prob, threshold))
+
+
+def dice_of(counts: Confusion) -> float:
+    """2 TP / (2 TP + FP + FN) in [0, 1] (Dice, Ecology 26, 1945); 1 where there is no tumour and none is called."""
+    missed = counts.false_positive + counts.false_negative
+    both = 2 * counts.true_positive
+    return both / (both + missed) if both + missed else 1.0
 
 
 def confusion(label: ArrayLike, prob: ArrayLike, threshold: float = 0.5) -> Confusion:

@@ -22,10 +22,12 @@ from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
 from pcam_automl.models.factory import n_parameters, normalisation_of
 from pcam_automl.models.weights import Weights
+from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.compute import Compute, device_name
+from pcam_automl.training.dense import DenseTask
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.speed import SpeedBook
@@ -111,6 +113,7 @@ def train_to_bundle(
         )
         rungs = epoch_rungs(recipe, len(rows.train))
         ends = stage_ends(recipe, rungs[-1].views)[:-1]
+        strip = _strip(training, rows, out)
         watch.begins(recipe, compute, rungs[-1].views)
         for result in fit(
             training,
@@ -124,7 +127,12 @@ def train_to_bundle(
             progress=watch.views,
         ):
             watch.epoch(result)
-            if result.views in ends and result.views == training.views:  # not one that a resumed training repeats
+            if result.rung != len(training.results) - 1:  # a resumed training repeats what it has behind it
+                continue
+            if strip is not None:
+                with training.averaged() as network:
+                    strip.add(network, result.rung)
+            if result.views in ends:
                 write_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
@@ -132,6 +140,17 @@ def train_to_bundle(
         write_bundle(out, bundle)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(bundle, training.results, time.perf_counter() - began)
+
+
+def strip_file(out: Path) -> Path:
+    """Where the strip of decisions of a dense training lies: ``<out>-strip.png``."""
+    return out.with_name(f"{out.name}-strip.png")
+
+
+def _strip(training: Training, rows: Rows, out: Path) -> StripRecorder | None:
+    if not isinstance(training.task, DenseTask) or not len(rows.score):
+        return None
+    return StripRecorder(training.task, strip_file(out))
 
 
 def stage_folder(out: Path, stage: int) -> Path:

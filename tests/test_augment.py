@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import convolve, map_coordinates
 
-from pcam_automl.augment import AugmentSpec, Draws, augment, augment_spec, centre_view, draw, eight_views
+from pcam_automl.augment import AugmentSpec, Draws, augment, augment_pair, augment_spec, centre_view, draw, eight_views
 from pcam_automl.counter import key_of
 from pcam_automl.errors import RecipeError
 from pcam_automl.recipe import Recipe, build_recipe
@@ -367,3 +367,106 @@ def test_the_gpu_makes_the_same_views() -> None:
     images, draws = patches(16), draw(FULL, KEY, np.arange(16))
     on_gpu = augment(images.cuda(), draws, FULL, **LEVELS).cpu().numpy()
     np.testing.assert_allclose(on_gpu, rendered(images, draws, FULL), atol=0.5)  # TF32 may be on
+
+
+def dense(**fields: object) -> AugmentSpec:
+    quiet = dict.fromkeys(("brightness", "contrast", "saturation", "hue", "stain", "blur"), 0.0)
+    return augment_spec(build_recipe({"task": "dense", "backbone": "unet", "tile_size": 32, **quiet, **fields}))
+
+
+def marked(n: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images whose red channel is 255 times their mask, green the row's number and blue the column's."""
+    rng = np.random.default_rng(5)
+    mask = np.kron(rng.integers(0, 2, (n, height // 8, width // 8)), np.ones((8, 8))).astype(np.uint8)[:, None]
+    y, x = np.broadcast_arrays(*np.ogrid[:height, :width])
+    images = np.stack([mask[:, 0] * 255, *(np.broadcast_to(axis, mask[:, 0].shape) for axis in (y, x))], axis=1)
+    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(mask)
+
+
+def paired(spec: AugmentSpec, n: int, height: int, width: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    images, masks = marked(n, height, width)
+    views, of_masks = augment_pair(images, masks, draw(spec, KEY, np.arange(first, first + n)), spec, **LEVELS)
+    return views.numpy(), of_masks.numpy()
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 120), (32, 32)])
+def test_masks_follow_their_images_through_any_geometry(shape: tuple[int, int]) -> None:
+    images, masks = paired(dense(augment=1, rotation_deg=180, shift_px=20, zoom=0.4), 24, *shape)
+    red = images[:, 0] / 255
+    assert images.shape == (24, 3, 32, 32)
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    sure = (red < 0.01) | (red > 0.99)  # elsewhere the image is interpolated across an edge of the mask
+    assert sure.mean() > 0.6
+    assert np.array_equal(red[sure] > 0.5, masks[sure] > 0.5)
+    assert np.abs(red - masks).max() < 0.76  # the nearest of four pixels has a weight of a quarter at least
+
+
+@pytest.mark.parametrize("fields", [{"augment": 0.0}, {"augment": 1.0, "rotation_deg": 0, "shift_px": 0, "zoom": 0}])
+def test_tiles_that_are_only_turned_are_exact_pixels(fields: dict[str, float]) -> None:
+    images, masks = paired(dense(**fields), 40, 64, 96)
+    assert np.array_equal(images[:, 0], masks * 255)
+    whole, _ = marked(40, 64, 96)
+    for b in range(40):
+        top, left = int(images[b, 1].min()), int(images[b, 2].min())
+        crop = whole[b, :, top : top + 32, left : left + 32].numpy()
+        choices = [view.numpy() for view in eight_views(torch.from_numpy(crop)[None])]
+        assert any(np.array_equal(images[b], choice[0]) for choice in choices[: 8 if fields["augment"] else 1])
+
+
+def test_tiles_lie_uniformly_over_the_image() -> None:
+    images, _ = paired(dense(augment=0.0), 2000, 40, 96)
+    top, left = images[:, 1, 0, 0].astype(int), images[:, 2, 0, 0].astype(int)
+    assert set(top) == set(range(9))  # every place where 32 px fit into 40
+    assert set(left) == set(range(65))
+    assert np.bincount(left, minlength=65).max() < 3 * 2000 / 65
+
+
+def test_a_tile_as_large_as_the_image_is_the_image() -> None:
+    images, masks = paired(dense(augment=0.0, tile_size=96), 3, 96, 96)
+    whole, truth = marked(3, 96, 96)
+    assert np.array_equal(images, whole.numpy())
+    assert np.array_equal(masks, truth[:, 0].numpy())
+
+
+def test_sampled_tiles_lie_where_exact_ones_do() -> None:
+    spec = dense(augment=0.0)
+    images, masks = marked(12, 64, 96)
+    draws = draw(spec, KEY, np.arange(12))
+    exact = augment_pair(images, masks, draws, spec, **LEVELS)
+    sampled = augment_pair(images, masks, draws, replace(spec, zoom=1e-9), **LEVELS)
+    torch.testing.assert_close(sampled[0], exact[0], atol=0.02, rtol=0)
+    assert torch.equal(sampled[1], exact[1])
+
+
+def test_tiles_do_not_depend_on_how_the_batch_is_cut() -> None:
+    spec = dense(augment=1)
+    images, masks = marked(8, 64, 64)
+    draws = draw(spec, KEY, np.arange(8))
+    whole = augment_pair(images, masks, draws, spec, **LEVELS)
+    tail = augment_pair(images[5:], masks[5:], draws[5:], spec, **LEVELS)
+    assert torch.equal(whole[0][5:], tail[0])
+    assert torch.equal(whole[1][5:], tail[1])
+    again = augment_pair(images, masks, draw(spec, KEY, np.arange(8)), spec, **LEVELS)
+    assert torch.equal(whole[0], again[0])
+
+
+def test_colours_leave_masks_alone() -> None:
+    recipe = Recipe(task="dense", backbone="unet", tile_size=32, augment=1, rotation_deg=0, shift_px=0, zoom=0)
+    images, masks = marked(8, 64, 64)
+    spec = augment_spec(recipe)
+    bare = replace(spec, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, stain=0.0, blur=0.0)
+    draws = draw(spec, KEY, np.arange(8))
+    coloured = augment_pair(images, masks, draws, spec, **LEVELS)
+    plain = augment_pair(images, masks, draws, bare, **LEVELS)
+    assert torch.equal(coloured[1], plain[1])
+    assert not torch.equal(coloured[0], plain[0])
+
+
+def test_tiles_larger_than_the_image_and_foreign_masks_are_refused() -> None:
+    images, masks = marked(2, 64, 96)
+    spec = dense(tile_size=80)
+    with pytest.raises(RecipeError, match=r"recipe.tile_size must be at most the patches' side of 64 px, got 80"):
+        augment_pair(images, masks, draw(spec, KEY, np.arange(2)), spec, **LEVELS)
+    spec = dense()
+    with pytest.raises(ValueError, match="masks must be uint8 as large as the images"):
+        augment_pair(images, masks[..., :32], draw(spec, KEY, np.arange(2)), spec, **LEVELS)

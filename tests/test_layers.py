@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__"},
     {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
-    {"data", "augment", "colour", "batches", "models", "scores"},
+    {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},
     {"predict", "predict_dense", "explain", "search", "train", "compare", "lr_find"},
     {"finalize", "dashboard", "terminal", "report"},

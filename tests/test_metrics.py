@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
 from pcam_automl.errors import DataError
-from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
+from pcam_automl.metrics import Confusion, accuracy, accuracy_of, auc, auc_interval, confusion, dice, dice_of, log_loss
 
 few_levels = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])  # ties are common
 scored = st.lists(st.tuples(st.integers(0, 1), few_levels), min_size=2, max_size=40).filter(
@@ -154,3 +154,21 @@ def test_interval_refuses_names_as_groups_and_no_draws() -> None:
         auc_interval([0, 1], [0.1, 0.2], ["a", "b"])
     with pytest.raises(DataError, match="draws must be at least 1, got 0"):
         auc_interval([0, 1], [0.1, 0.2], n=0)
+
+
+@given(scored)
+def test_dice_is_the_f1_score_of_the_calls(pairs: list[tuple[int, float]]) -> None:
+    label, prob = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    assert dice(label, prob, 0.5) == pytest.approx(sklearn_metrics.f1_score(label, prob >= 0.5, zero_division=1.0))
+
+
+def test_dice_without_tumour_is_one_only_if_none_is_called() -> None:
+    assert dice([0, 0], [0.1, 0.2]) == 1.0
+    assert dice([0, 0], [0.1, 0.9]) == 0.0
+    assert dice_of(Confusion(true_negative=5, false_positive=1, false_negative=2, true_positive=3)) == 6 / 9
+
+
+def test_accuracy_of_counts_needs_some() -> None:
+    assert accuracy_of(Confusion(5, 1, 2, 2)) == 0.7
+    with pytest.raises(DataError, match="at least one patch or pixel"):
+        accuracy_of(Confusion(0, 0, 0, 0))

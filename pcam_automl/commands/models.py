@@ -10,22 +10,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
-from pcam_automl.bundle import load_bundle
+from pcam_automl.bundle import ModelBundle, load_bundle
 from pcam_automl.commands.report import after_work, bundle_folder, compute_of, report_of_study, report_of_training
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.data.images import PatchFault, read_patch
 from pcam_automl.data.tables import read_ids, read_labels, read_names
-from pcam_automl.errors import DataError, first_few
+from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
 from pcam_automl.files import write_png
 from pcam_automl.finalize import FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.metrics import accuracy, auc, auc_interval
 from pcam_automl.predict import Predictor, build_predictor, list_images, predict_files
+from pcam_automl.predict_dense import build_map_predictor, write_maps
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
@@ -51,6 +53,7 @@ def _training_bar(stop: Callable[[], None]) -> Iterator[TrainWatch]:
         def epoch(result: RungResult) -> None:
             bars.set(task, done=result.views)
             score = f"  validation AUC {result.auc:.4f}  loss {result.loss:.4f}" if result.auc is not None else ""
+            score += f"  Dice {result.dice:.4f}" if result.dice is not None else ""
             terminal.say(
                 f"epoch {result.rung + 1:>3}  train loss {result.train_loss:.4f}{score}  {result.images_per_s:,.0f} images/s"
             )
@@ -121,6 +124,7 @@ def _print_final(final: FinalResult, as_json: bool) -> None:
             {
                 "out": str(final.out),
                 "submission": None if final.submission is None else str(final.submission),
+                "maps": None if final.maps is None else str(final.maps),
                 "trial": final.trial,
                 "auc": final.auc,
                 "auc_on": final.auc_on,
@@ -131,9 +135,8 @@ def _print_final(final: FinalResult, as_json: bool) -> None:
         return
     interval = f" (95 % {final.auc_95[0]:.4f} to {final.auc_95[1]:.4f})" if final.auc_95 else ""
     terminal.say(f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; {terminal.duration(final.seconds)}")
-    terminal.result(
-        str(final.submission) if final.submission else f"{final.out / 'model'} (no test patches, so no submission)"
-    )
+    made = final.submission or final.maps
+    terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches, so no submission)")
 
 
 def run_train(
@@ -190,6 +193,12 @@ def run_train(
         return
     low, high = metrics["auc_95"]
     terminal.say(f"{metrics['images_per_s']:,.0f} images/s in training, {terminal.duration(wall_s)} in all")
+    if "dice" in metrics:
+        terminal.result(
+            f"{out}: validation Dice {metrics['dice']:.4f}, pixel accuracy {metrics['accuracy']:.4f} (always negative: "
+            f"{metrics['always_negative_accuracy']:.4f}), pixel AUC {metrics['auc']:.4f}"
+        )
+        return
     terminal.result(f"{out}: validation AUC {metrics['auc']:.4f} (95 % {low:.4f} to {high:.4f})")
 
 
@@ -209,6 +218,11 @@ def run_predict(
     files = list_images(inputs)
     place = choose_device(device)
     use_cores()
+    if bundle.recipe.task == "dense":
+        if explain is not None:
+            raise InputError("--explain belongs to task patch; a dense bundle's map shows itself where the tumour is")
+        _predict_maps(bundle, files, out, place, threshold=threshold, all_views=all_views)
+        return
     predictor = build_predictor(bundle, compute_of(bundle, place), averaging=None if all_views else "none")
     ids: list[str] = []
     probs: list[np.ndarray] = []
@@ -228,6 +242,23 @@ def run_predict(
     terminal.result(f"{out}: {len(ids):,} probabilities")
     if explain is not None:
         _explain(predictor, [file for file in files if file.stem in set(ids)], explain)
+
+
+def _predict_maps(
+    bundle: ModelBundle, files: list[Path], out: Path, device: torch.device, *, threshold: float | None, all_views: bool
+) -> None:
+    """One grey probability map an image into the folder ``out``."""
+    predictor = build_map_predictor(bundle, compute_of(bundle, device), all_views=None if all_views else False)
+    with stop_signal("maps that are written stay; repeat the command") as stop, terminal.Bars() as bars:
+        task = bars.add("predicting maps", len(files))
+        n_written, faults = write_maps(
+            predictor, files, out, threshold=threshold, stop=stop.check, progress=lambda n: bars.step(task, n)
+        )
+    if not n_written:
+        raise DataError(f"none of the {len(files)} files is a readable image ({first_few(faults)})")
+    if faults:
+        terminal.say(f"left out {len(faults)} of {len(files)} files: {first_few(faults)}")
+    terminal.result(f"{out}: {n_written:,} probability maps")
 
 
 def _explain(predictor: Predictor, files: list[Path], out: Path) -> None:

@@ -15,8 +15,8 @@ from pcam_automl.search.study import Asked
 N_SLIDES = 24
 LEAST_AUC = 0.90
 STUDY = "quickstart"
-FINAL_EPOCHS = 8.0
-VIEWS = 16_000
+FINAL_EPOCHS = 6.0
+VIEWS = 12_000
 """Fixed, not planned from the speed: below about 10,000 no network gets going on this set, however busy the machine is."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pcam_automl.report.content import RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
-from pcam_automl.train import stage_folder
+from pcam_automl.train import stage_folder, strip_file
 from pcam_automl.training.compute import Compute, choose_device, use_cores
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
@@ -92,7 +93,7 @@ def report_of_training(
 
 
 def _strips(folder: Path) -> tuple[tuple[str, Path | np.ndarray], ...]:
-    strip = folder.with_name(f"{folder.name}-strip.png")
+    strip = strip_file(folder)
     return (
         (("one validation image: itself, its truth, the decision after each epoch", strip),) if strip.is_file() else ()
     )
@@ -136,6 +137,9 @@ def report_of_study(
     if scores is None and trial is not None:
         file = opened.folder / "trials" / str(trial.number) / SCORES
         scores = read_scores(file, opened.store.ids) if file.is_file() else None
+        if scores is not None:
+            on = f"the validation slides of trial {trial.number}, before the final training ({len(scores.rows):,} patches)"
+            scores = replace(scores, on=on)
     recipe = None
     if bundle is None and trial is not None and "recipe" in trial.user_attrs:
         recipe = build_recipe(_json(trial.user_attrs["recipe"]))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pcam_automl.data.dense_sources import check_sizes
 from pcam_automl.data.h5 import open_dataset, plain_h5
 from pcam_automl.data.images import PatchFault, read_patch, read_patches
-from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, n_workers_for, read_task_masks, run_tasks
-from pcam_automl.data.quality import complete_flags, findings, pixel_digests, write_sheet
+from pcam_automl.data.masks import KAGGLE, MaskRule, find_background
+from pcam_automl.data.pack_files import write_pack_files
+from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, chunk_for, n_workers_for, read_task_masks, run_tasks
+from pcam_automl.data.quality import complete_flags, pixel_digests
 from pcam_automl.data.sources import PatchSource, fingerprint
-from pcam_automl.data.store import FORMAT, TEST, VERSION, Flag, PatchStore, Progress, content_hash, open_store
+from pcam_automl.data.store import TEST, Flag, PatchStore, Progress, open_store
 from pcam_automl.data.template import Template
 from pcam_automl.errors import DataError, first_few
-from pcam_automl.files import folder_written_whole, write_faults, write_json
+from pcam_automl.files import folder_written_whole, write_faults
 from pcam_automl.recipe import PATCH_PX
 
 _N_PROBED = 64
-_PART_NAMES = ("train", "valid", "test")
+_PACK_NONE = ", or move the folder masks away to pack none"
 
 
 def pack(
@@ -54,6 +57,8 @@ def pack(
     """
     out = Path(out)
     _check_target(source, out)
+    if source.kind == "dense":
+        check_sizes(source.root, source.ids.tolist(), source.files.tolist(), _mask_files(source))
     stamp = fingerprint(source)
     with folder_written_whole(out) as folder, ExitStack() as stack:
         h5 = _h5_files(source, folder, stack)
@@ -61,6 +66,8 @@ def pack(
         job = _prepare_files(folder, source, shape, templates)
         arrays, faults = _measure_all(source, h5, job, workers, progress)
         stack.close()
+        if source.kind == "dense":
+            source = replace(source, label=_labels_of_masks(source, job))
         arrays["flags"] = complete_flags(
             arrays["flags"], arrays["digest"], source.label, source.part, keep_outliers=keep_outliers
         )
@@ -69,7 +76,7 @@ def pack(
             raise DataError(
                 f"none of the training patches in {source.root} can be used; the first: {source.ids[row]}: {reason}"
             )
-        _write_pack(folder, source, job, arrays, faults, stamp=stamp, keep_outliers=keep_outliers)
+        write_pack_files(folder, source, job, arrays, faults, stamp=stamp, keep_outliers=keep_outliers)
     return open_store(out)
 
 
@@ -84,7 +91,8 @@ def verify(
     Raises:
         DataError: something differs (all of it is named), or a file of the source is corrupt as a whole.
     """
-    pairs = (("ids", store.ids, source.ids), ("labels", store.label, source.label), ("parts", store.part, source.part))
+    labels = store.label if source.kind == "dense" else source.label  # those of masks: compared below
+    pairs = (("ids", store.ids, source.ids), ("labels", store.label, labels), ("parts", store.part, source.part))
     lines = [f"other {name} in the source" for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
     damaged: list[str] = []
     for first in range(0, len(store), CHUNK_PATCHES):
@@ -100,7 +108,7 @@ def verify(
     else:
         with write_faults(store.root.parent), ExitStack() as stack:
             h5 = _h5_files(source, store.root.parent, stack)
-            job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0)
+            job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0, _mask_rule(source))
             arrays, _ = _measure_all(source, h5, job, workers, progress)
             lines += _changed_masks(store, source, h5)
         if changed := store.ids[(arrays["digest"] != store.digest).any(axis=1)].tolist():
@@ -117,9 +125,11 @@ def _changed_masks(store: PatchStore, source: PatchSource, h5: dict[int, tuple[P
     if source.masks is None and not h5:
         return ["the pack has masks, the source has none"]
     changed: list[str] = []
-    for task in _tasks(source, h5):
+    shape = (store.masks.shape[1], store.masks.shape[2])
+    rule = _mask_rule(source)
+    for task in _tasks(source, h5, shape):
         rows = slice(task.first, task.first + task.n)
-        masks = read_task_masks(task, (store.masks.shape[1], store.masks.shape[2]))
+        masks = read_task_masks(task, shape, rule)
         wrong = (
             list(masks) if isinstance(masks, dict) else np.flatnonzero((masks != store.masks[rows]).any(axis=(1, 2)))
         )
@@ -171,7 +181,11 @@ def _probe(
     counts: Counter[tuple[int, int]] = Counter()
     for row in probed:
         image = read_patch(source.root / str(source.files[row]))
-        if not isinstance(image, PatchFault) and image.shape[0] == image.shape[1] >= 3:
+        if (
+            not isinstance(image, PatchFault)
+            and min(image.shape[:2]) >= 3
+            and (source.kind == "dense" or image.shape[0] == image.shape[1])
+        ):
             counts[image.shape[:2]] += 1
     shape = max(counts, key=lambda found: (counts[found], found == (PATCH_PX, PATCH_PX)), default=(PATCH_PX, PATCH_PX))
     templates: list[Template] = []
@@ -187,7 +201,7 @@ def _prepare_files(folder: Path, source: PatchSource, shape: tuple[int, int], te
     patches_at = _write_npy_header(folder / "patches.npy", (n, *shape, 3))
     masks_at = _write_npy_header(folder / "masks.npy", (n, *shape)) if with_masks else 0
     masks = folder / "masks.npy" if with_masks else None
-    return Job(shape, templates, folder / "patches.npy", patches_at, masks, masks_at)
+    return Job(shape, templates, folder / "patches.npy", patches_at, masks, masks_at, _mask_rule(source))
 
 
 def _write_npy_header(path: Path, shape: tuple[int, ...]) -> int:
@@ -200,11 +214,30 @@ def _write_npy_header(path: Path, shape: tuple[int, ...]) -> int:
     return start
 
 
-def _tasks(source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> Iterator[Task]:
+def _mask_files(source: PatchSource) -> list[str]:
+    return [""] * len(source) if source.masks is None else source.masks.tolist()
+
+
+def _mask_rule(source: PatchSource) -> MaskRule:
+    if source.kind != "dense":
+        return KAGGLE
+    return MaskRule(find_background(source.root, _mask_files(source)), any_kind=True)
+
+
+def _labels_of_masks(source: PatchSource, job: Job) -> NDArray[np.int8]:
+    """(N,) 1 where a mask holds any tumour, 0 where none, -1 for an image without a mask."""
+    assert job.masks is not None
+    masks = np.lib.format.open_memmap(job.masks, mode="r")
+    found = [int(mask.any()) if name else -1 for mask, name in zip(masks, _mask_files(source), strict=True)]
+    return np.array(found, np.int8)
+
+
+def _tasks(source: PatchSource, h5: dict[int, tuple[Path, Path | None]], shape: tuple[int, int]) -> Iterator[Task]:
+    chunk = chunk_for(shape)
     bounds = [0, *(np.flatnonzero(np.diff(source.part)) + 1).tolist(), len(source)]
     for begin, end in pairwise(bounds):
-        for first in range(begin, end, CHUNK_PATCHES):
-            n = min(CHUNK_PATCHES, end - first)
+        for first in range(begin, end, chunk):
+            n = min(chunk, end - first)
             if h5:
                 x, mask = h5[int(source.part[first])]
                 yield Task(first, n, source.root, (), x, mask, int(source.files[first]))
@@ -231,7 +264,8 @@ def _measure_all(
     faults: dict[int, str] = {}
     mask_faults: dict[int, str] = {}
     n_done = 0
-    with closing(run_tasks(_tasks(source, h5), job, n_workers_for(n, workers))) as results:
+    n_workers = n_workers_for(n * CHUNK_PATCHES // chunk_for(job.shape), workers)
+    with closing(run_tasks(_tasks(source, h5, job.shape), job, n_workers)) as results:
         for done in results:
             for name, values in arrays.items():
                 values[done.first : done.first + len(done.flags)] = getattr(done, name)
@@ -242,100 +276,6 @@ def _measure_all(
                 progress(n_done, n)
     if mask_faults:
         named = [f"{source.ids[row]}: {reason}" for row, reason in sorted(mask_faults.items())]
-        raise DataError(
-            f"{source.root / 'masks'}: {len(named)} masks cannot be used ({first_few(named)}); "
-            "repair them, or move the folder masks away to pack none"
-        )
+        at, or_else = (source.root, "") if source.kind == "dense" else (source.root / "masks", _PACK_NONE)
+        raise DataError(f"{at}: {len(named)} masks cannot be used ({first_few(named)}); repair them{or_else}")
     return arrays, dict(sorted(faults.items()))
-
-
-def _codes(names: NDArray[np.str_]) -> tuple[NDArray[np.int32], list[str]]:
-    """Names to codes in sorted order; the empty name is -1."""
-    distinct, codes = np.unique(names, return_inverse=True)
-    known = [str(name) for name in distinct if name]
-    offset = len(distinct) - len(known)
-    return (codes - offset).astype(np.int32), known
-
-
-def _write_pack(
-    folder: Path,
-    source: PatchSource,
-    job: Job,
-    arrays: dict[str, NDArray[Any]],
-    faults: dict[int, str],
-    *,
-    stamp: str,
-    keep_outliers: bool,
-) -> None:
-    """The small arrays, ``store.json``, ``table.csv`` and the picture sheet."""
-    group, group_names = _codes(source.group)
-    domain, domain_names = _codes(source.domain)
-    arrays |= {"ids": source.ids, "label": source.label, "group": group, "domain": domain, "part": source.part}
-    for name, values in arrays.items():
-        with (folder / f"{name}.npy").open("wb") as file:
-            np.lib.format.write_array(file, values, allow_pickle=False)
-    masks = None if job.masks is None else np.lib.format.open_memmap(job.masks, mode="r")
-    digest = content_hash(
-        shape=job.shape, arrays=arrays, group_names=group_names, domain_names=domain_names, masks=masks
-    )
-    mean, deviation = _channel_moments(source, arrays)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "content_hash": digest,
-        "n_patches": len(source),
-        "shape": list(job.shape),
-        "files": {path.stem: path.stat().st_size for path in sorted(folder.glob("*.npy"))},
-        "group_names": group_names,
-        "domain_names": domain_names,
-        "channel_mean": mean,
-        "channel_std": deviation,
-        "counts": {str(flag.name).lower(): int(np.count_nonzero(arrays["flags"] & flag)) for flag in Flag},
-        "faults": {str(row): reason for row, reason in faults.items()},
-        "source": {
-            "kind": source.kind,
-            "root": str(source.root.resolve()),
-            "fingerprint": stamp,
-            "keep_outliers": keep_outliers,
-            "notes": list(source.notes),
-            "missing_test_ids": list(source.missing_test_ids),
-        },
-    }
-    write_json(folder / "store.json", header)
-    _write_table(folder / "table.csv", source, arrays)
-    store = open_store(folder)
-    if len(rows := findings(store).rows):
-        write_sheet(store, rows, folder / "findings.png")
-
-
-def _channel_moments(source: PatchSource, arrays: dict[str, NDArray[Any]]) -> tuple[list[float], list[float]]:
-    """Means and deviations of all pixels of the development patches, from the patches' own; zeros if there are none."""
-    use = (source.part != TEST) & (source.label >= 0) & ((arrays["flags"] & Flag.LEFT_OUT) == 0)
-    if not use.any():
-        return [0.0] * 3, [0.0] * 3
-    stats = arrays["stats"][use].astype(np.float64)
-    mean = stats[:, :3].mean(axis=0)
-    deviation = np.sqrt(np.maximum((stats[:, 3:] ** 2 + stats[:, :3] ** 2).mean(axis=0) - mean**2, 0.0))
-    return mean.round(6).tolist(), deviation.round(6).tolist()
-
-
-def _write_table(path: Path, source: PatchSource, arrays: dict[str, NDArray[Any]]) -> None:
-    """One line a patch, for people; nothing reads it back."""
-    words = {int(value): Flag(int(value)) for value in np.unique(arrays["flags"])}
-    named = {value: "+".join(str(flag.name).lower() for flag in flags) for value, flags in words.items()}
-    colours = (arrays["stats"][:, :3] * 255).round().astype(int).tolist()
-    rows = zip(
-        source.ids.tolist(),
-        source.label.tolist(),
-        source.group.tolist(),
-        source.domain.tolist(),
-        (_PART_NAMES[code] for code in source.part.tolist()),
-        (named[value] for value in arrays["flags"].tolist()),
-        colours,
-        arrays["sharpness"].round().astype(int).tolist(),
-        strict=True,
-    )
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "label", "group", "domain", "part", "flags", "red", "green", "blue", "sharpness"])
-        table.writerows((*row[:6], *row[6], row[7]) for row in rows)

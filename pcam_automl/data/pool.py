@@ -21,13 +21,15 @@ from numpy.typing import NDArray
 
 from pcam_automl.data.h5 import read_rows
 from pcam_automl.data.images import PatchFault, read_patches
-from pcam_automl.data.masks import read_masks
+from pcam_automl.data.masks import KAGGLE, MaskRule, read_masks
 from pcam_automl.data.quality import Measures, measure
 from pcam_automl.data.store import Flag
 from pcam_automl.data.template import Template
 from pcam_automl.errors import DataError
+from pcam_automl.recipe import PATCH_PX
 
 CHUNK_PATCHES = 512
+"""Of 96 px; larger images come in smaller runs, so that memory stays the same."""
 _BLOCK_PATCHES = 64  # 1.8 MB of 96 px patches: read, measured and written while they are in the cache
 _IN_PROCESS_BELOW = 6_000  # two workers take 0.4 s to start: 0.05 ms a patch here, 0.2 ms where files are compressed
 _HOLDS_LOCKS = frozenset({"torch", "h5py"})
@@ -89,6 +91,12 @@ class Job:
     patches_at: int
     masks: Path | None
     masks_at: int
+    mask_rule: MaskRule = KAGGLE
+
+
+def chunk_for(shape: tuple[int, int]) -> int:
+    """Patches of (H, W) px in a run."""
+    return max(1, min(CHUNK_PATCHES, CHUNK_PATCHES * PATCH_PX**2 // (shape[0] * shape[1])))
 
 
 def n_workers_for(n_patches: int, workers: int | None) -> int:
@@ -201,7 +209,7 @@ def _do(task: Task, job: Job, templates: list[Template]) -> Done:
         if job.patches is not None:
             _write_rows(job.patches, job.patches_at, task.first + begin, patches)
     if job.masks is not None:
-        masks = read_task_masks(task, job.shape)
+        masks = read_task_masks(task, job.shape, job.mask_rule)
         if isinstance(masks, dict):
             done.mask_faults.update({task.first + row: reason for row, reason in masks.items()})
         else:
@@ -209,10 +217,10 @@ def _do(task: Task, job: Job, templates: list[Template]) -> Done:
     return done
 
 
-def read_task_masks(task: Task, shape: tuple[int, int]) -> NDArray[np.uint8] | dict[int, str]:
+def read_task_masks(task: Task, shape: tuple[int, int], rule: MaskRule) -> NDArray[np.uint8] | dict[int, str]:
     """The (n, H, W) masks of a task, or the reasons of the faulty ones by row of the task."""
     if task.h5_mask is None:
-        return read_masks(task.folder, task.mask_names, shape)
+        return read_masks(task.folder, task.mask_names, shape, rule)
     masks = np.empty((task.n, *shape, 1), np.uint8)
     read_rows(task.h5_mask, "mask", task.h5_first, masks)
     return masks[..., 0]

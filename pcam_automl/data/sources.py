@@ -1,13 +1,14 @@
 """PatchSource: what a raw folder holds, in the order it is packed. Lists files and reads tables; opens no image.
 
-Kinds: the Kaggle folder (the synthetic sets use its layout), class folders ``0/`` and ``1/``, the PCam HDF5 files.
+Kinds: the Kaggle folder (the synthetic sets use its layout), class folders ``0/`` and ``1/``, the PCam HDF5 files, folders
+of images and masks (dense).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pcam_automl.data.dense_sources import Pairs, find_pairs
 from pcam_automl.data.h5 import H5_PREFIX, PART_CODES, H5Part, find_h5_parts, read_h5_labels
 from pcam_automl.data.listing import bad_name_notes, find_masks, list_images
 from pcam_automl.data.store import TEST, TRAIN, VALID
@@ -31,11 +33,11 @@ GET_THE_DATA = (
 class PatchSource:
     """N patches of a raw folder: train (by id), valid, then test in the order of the sample submission."""
 
-    kind: Literal["kaggle", "classes", "h5"]
+    kind: Literal["kaggle", "classes", "h5", "dense"]
     root: Path
     ids: Strings
     label: NDArray[np.int8]
-    """(N,) 0 or 1, -1 where there is none."""
+    """(N,) 0 or 1, -1 where there is none; of dense sets -1 until their masks are read."""
     part: NDArray[np.int8]
     group: Strings
     """(N,) name of the slide, empty where unknown."""
@@ -63,7 +65,8 @@ def open_source(
     """Find out what a raw folder is and list it.
 
     Args:
-        path: a Kaggle folder, class folders (``0/``, ``1/``, perhaps under ``train/``) or the PCam HDF5 files.
+        path: a Kaggle folder, class folders (``0/``, ``1/``, perhaps under ``train/``), the PCam HDF5 files, or folders of
+            images and masks (see dense_sources.py).
         groups: ``id,group`` CSV; None takes ``train_groups.csv`` beside the labels if it is there.
         domains: ``id,domain`` CSV; None takes ``train_domains.csv`` likewise.
         sample: the sample submission; None takes ``sample_submission.csv`` if it is there, else the test folder's ids.
@@ -79,6 +82,8 @@ def open_source(
             source = _open_kaggle(root, sample)
         elif parts := find_h5_parts(root):
             source = _open_h5(root, parts)
+        elif (pairs := find_pairs(root))[0]:
+            source = _open_dense(root, *pairs)
         elif classes := _class_root(root):
             source = _open_classes(root, classes, sample)
         else:
@@ -126,8 +131,8 @@ def _nothing_found(root: Path) -> str:
         return f"{root} is a prepared pack, not a raw folder; give it as --data"
     holds = f"it holds {first_few([ascii(name)[1:-1] for name in inside])}" if inside else "it is empty"
     return (
-        f"{root} holds no train_labels.csv (Kaggle), no class folders 0/ and 1/, and no "
-        f"camelyonpatch_level_2_split_train_x.h5; {holds}; {GET_THE_DATA}"
+        f"{root} holds no train_labels.csv (Kaggle), no class folders 0/ and 1/, no camelyonpatch_level_2_split_train_x.h5, "
+        f"and neither images/ and masks/ nor inputs_train/ and outputs_train/; {holds}; {GET_THE_DATA}"
     )
 
 
@@ -189,6 +194,15 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
         notes.append(f"{len(extra)} images in test/ are not in {csv.name} and are left out: {first_few(extra)}")
     names = [name for name in wanted if name in found]
     return names, [found[name] for name in names], missing, notes, [csv]
+
+
+def _open_dense(root: Path, pairs: Sequence[Pairs], notes: Sequence[str]) -> PatchSource:
+    parts: dict[int, list[tuple[str, str, str]]] = {TRAIN: [], VALID: [], TEST: []}
+    for pair in pairs:
+        parts[pair.part] += [(name, pair.images[name], pair.masks.get(name, "")) for name in sorted(pair.images)]
+    rows = [_Rows([r[0] for r in part], [r[1] for r in part], [-1] * len(part)) for part in parts.values()]
+    masks = np.array([row[2] for part in parts.values() for row in part], dtype=np.str_)
+    return _assemble(*rows, kind="dense", root=root, masks=masks, notes=tuple(notes))
 
 
 def _class_root(root: Path) -> str | None:

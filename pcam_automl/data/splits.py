@@ -60,7 +60,9 @@ class Split:
 def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, holdout: float = 0.0) -> Split:
     """Stratified folds that share no slide and no identical patch; the same arguments give the same split.
 
-    Strata are label x domain. Patches without a slide count one by one. Where the store has an official validation
+    Strata are label x domain; of dense sets (folders of images and masks, and any with masks whose label is one
+    throughout) tumour share above or below the median x domain, and no fold need hold both. Patches without a slide count
+    one by one. Where the store has an official validation
     part, it is fold 0 and the training part fills the others; training patches that share a slide or their pixels with
     it are ``UNUSED``.
 
@@ -76,28 +78,39 @@ def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, hold
     """
     _check_arguments(seed, n_folds, holdout)
     rows = store.development_rows()
-    label, domain = np.asarray(store.label)[rows].astype(np.int64), np.asarray(store.domain)[rows].astype(np.int64)
+    by_load, domain = _is_dense(store, rows), np.asarray(store.domain)[rows].astype(np.int64)
+    label = _tumour_load(store, rows) if by_load else np.asarray(store.label)[rows].astype(np.int64)
     slide = np.asarray(store.group)[rows].astype(np.int64)
-    _check_labels(label, "the labelled patches")
+    if by_load:
+        _check_some(rows)
+    else:
+        _check_labels(label, "the labelled patches")
     joined, notes = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
     fold = np.full(len(rows), UNUSED, np.int64)
     official = np.asarray(store.part)[rows] == VALID
     free = ~np.isin(joined, joined[official])
     if official.any():
         fold[official] = 0
-        _check_labels(label[official], "the official validation part")
+        if not by_load:
+            _check_labels(label[official], "the official validation part")
         if n_lost := int((~free & ~official).sum()):
             notes.append(f"{n_lost} training patches share a slide or pixels with the official validation part: unused")
     strata = _code(label, domain)
     bundle = _bundles(joined, slide, strata, np.random.default_rng([seed, 0]))
     if holdout > 0:
         aside = np.flatnonzero(free)[_aside(bundle[free], strata[free], holdout, np.random.default_rng([seed, 1]))]
-        _check_labels(label[aside], f"a holdout of {holdout:g}", remedy="choose a larger --holdout or none")
+        if by_load:
+            _check_some(aside, f"a holdout of {holdout:g}")
+        else:
+            _check_labels(label[aside], f"a holdout of {holdout:g}", remedy="choose a larger --holdout or none")
         fold[aside] = HOLDOUT
     part = np.flatnonzero(free & (fold == UNUSED))
-    _check_labels(label[part], "the patches left for the folds")
+    if by_load:
+        _check_some(part, "the folds")
+    else:
+        _check_labels(label[part], "the patches left for the folds")
     first = int(official.any())
-    fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed)
+    fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed, both=not by_load)
     kept = fold >= 0
     notes += _domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
     all_folds = np.full(len(store.label), UNUSED, np.int8)
@@ -169,6 +182,26 @@ def _check_labels(label: Ints, what: str, remedy: str = "both are needed") -> No
         raise DataError(f"{what} must hold patches of label 0 and of label 1, got {held}; {remedy}")
 
 
+def _is_dense(store: PatchStore, rows: Ints) -> bool:
+    if store.masks is None:
+        return False
+    return store.source.get("kind") == "dense" or len(np.unique(store.label[rows])) < 2
+
+
+def _tumour_load(store: PatchStore, rows: Ints) -> Ints:
+    """1 for the half of the images with the larger share of tumour, ties by row: (n,) 0 or 1."""
+    assert store.masks is not None
+    share = np.array([np.count_nonzero(store.masks[row]) for row in rows])
+    load = np.zeros(len(rows), np.int64)
+    load[np.argsort(share, kind="stable")[len(rows) // 2 :]] = 1
+    return load
+
+
+def _check_some(rows: Ints, what: str = "the training part") -> None:
+    if not len(rows):
+        raise DataError(f"{what} must hold an image, got none; set less or more aside, or add images")
+
+
 def _joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[str]]:
     """A code for each patch, equal where slides or pixels tie patches together, and what to tell the user.
 
@@ -234,8 +267,8 @@ def _aside(group: Ints, strata: Ints, share: float, rng: np.random.Generator) ->
     return np.asarray(best[code])
 
 
-def _folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed: int) -> Ints:
-    """Fold 0 to n_folds - 1 for each row; a draw in which a fold lacks a label is drawn again."""
+def _folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed: int, *, both: bool) -> Ints:
+    """Fold 0 to n_folds - 1 for each row; with ``both`` a draw in which a fold lacks a label is drawn again."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     n_groups = len(np.unique(group))
@@ -256,7 +289,7 @@ def _folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed: int) -> I
             for number, (_, inside) in enumerate(folds.split(strata, strata, group)):
                 fold[inside] = number
         lacking = [np.bincount(fold[label == value], minlength=n_folds).min() == 0 for value in (0, 1)]
-        if not any(lacking):
+        if not (both and any(lacking)):
             return fold
     value = lacking.index(True)
     raise DataError(

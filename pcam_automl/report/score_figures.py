@@ -234,7 +234,7 @@ def calibration_figure(scores: Scores) -> Picture:
     )
     for x, n in zip(left, bins.n, strict=True):
         lower.text(x + width / 2, n, f"{n:,}", ha="center", va="bottom", fontsize=7, color=INK)
-    lower.set_ylim(0, 1.2 * bins.n.max())
+    lower.set_ylim(0, 1.5 * bins.n.max())  # room for the legend above the highest bar
     legend(lower, loc="upper center", ncols=2)
     for axes in (upper, lower):
         axes.set_xlim(0, 1)

@@ -13,7 +13,7 @@ import optuna
 import torch
 from optuna.trial import Trial
 
-from pcam_automl.batches import Patches, open_patches
+from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
 from pcam_automl.errors import Interrupted, TrainingDiverged
 from pcam_automl.models.factory import n_parameters, smallest_input
@@ -64,6 +64,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         self._patches: Patches = open_patches(self.opened.store, self.device)
+        dense = self.opened.start.task == "dense" or self.opened.space.base.get("task") == "dense"
+        self._masks = open_masks(self.opened.store, self.device) if dense else None
         self._speed: SpeedBook = self.opened.speed_book
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
@@ -184,6 +186,7 @@ class Objective:
             self.opened.store,
             rows,
             patches=self._patches,
+            masks=self._masks,
             weights=self.opened.weights,
             compute=compute,
             key=key_of(recipe.seed, "views"),

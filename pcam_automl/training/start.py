@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pcam_automl.batches import Patches
+from pcam_automl.batches import Patches, open_masks
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, RecipeError
 from pcam_automl.models.factory import build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute
+from pcam_automl.training.dense import DenseTask
 from pcam_automl.training.engine import Training
-from pcam_automl.training.task import PatchTask, TrainingData
+from pcam_automl.training.task import PatchTask, Task, TrainingData
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,14 @@ def check_task(recipe: Recipe, store: PatchStore) -> None:
     """Whether the store holds what the recipe's task needs.
 
     Raises:
-        RecipeError: a dense task without masks, or a crop or tile larger than the patches.
+        RecipeError: a dense task without masks or with fields that mean patches, or a crop or tile larger than the patches.
     """
+    if recipe.task == "dense" and recipe.tta == "random":
+        raise RecipeError(
+            "recipe.tta must be dihedral or none for task dense (a map is turned back exactly), got random"
+        )
+    if recipe.task == "dense" and recipe.balance != "none":
+        raise RecipeError(f"recipe.balance belongs to task patch, got {recipe.balance}; leave it out of task dense")
     side = min(store.patches.shape[1:3])
     if recipe.task == "dense" and store.masks is None:
         raise RecipeError(
@@ -41,6 +48,9 @@ def check_task(recipe: Recipe, store: PatchStore) -> None:
         raise RecipeError(
             f"recipe.tile_size must be at most the images' side of {side} px, got {recipe.tile_size}; set tile_size={side // 16 * 16}"
         )
+    if recipe.task == "patch" and store.patches.shape[1] != store.patches.shape[2]:
+        height, width = store.patches.shape[1:3]
+        raise RecipeError(f"recipe.task patch needs square patches, got {width}x{height} px; use task dense")
     if recipe.task == "patch" and recipe.crop_size > side:
         raise RecipeError(f"recipe.crop_size must be at most the patches' side of {side} px, got {recipe.crop_size}")
 
@@ -78,6 +88,7 @@ def start_training(
     weights: Weights,
     compute: Compute,
     key: int,
+    masks: Patches | None = None,
 ) -> Training:
     """Network, task and optimizer of a recipe, nothing trained yet.
 
@@ -89,11 +100,16 @@ def start_training(
         weights: where pretrained weights come from.
         compute: device, precision and layout.
         key: of the lineage's views.
+        masks: the store's masks on the device; a dense task opens them where None.
 
     Raises:
         RecipeError: the network cannot be built, or its input does not fit.
+        DataError: a dense task without masks, or whose masks to score on hold one value.
     """
     norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
-    data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm)
+    if recipe.task == "dense" and masks is None:
+        masks = open_masks(store, patches.device)
+    data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks)
     network = build_network(recipe, weights, seed=recipe.seed)
-    return Training(recipe, network, PatchTask(recipe, data, compute, key), compute, key=key)
+    task: Task = (DenseTask if recipe.task == "dense" else PatchTask)(recipe, data, compute, key)
+    return Training(recipe, network, task, compute, key=key)
