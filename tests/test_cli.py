@@ -104,6 +104,7 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     labels = pd.read_csv(Path(final["out"]) / "submission_labels.csv")
     assert (labels["label"] == (submission["label"] >= 0.5)).all()
     assert json.loads((Path(final["out"]) / "submission.json").read_text())["trial"] == final["trial"]
+    assert "Grad-CAM" in (Path(final["out"]) / "report.html").read_text()
 
     code, out, _ = run("score", final["submission"], "--labels", easy_raw / "test_labels.csv", "--json")
     assert json.loads(out)["auc"] > 0.9
@@ -119,7 +120,7 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     np.testing.assert_allclose(predicted.loc[submission["id"], "label"], submission["label"], atol=2e-3)
 
     before = (model / "bundle.json").stat().st_mtime_ns
-    assert run("finalize")[0] == 0
+    assert run("finalize", "--no-report")[0] == 0
     assert (model / "bundle.json").stat().st_mtime_ns == before, "a finished training was repeated"
 
 
@@ -131,7 +132,8 @@ def test_train_gives_a_bundle_and_the_json_that_scripts_want(run: Any, easy_pack
     assert result["images_per_s"] > 0
     assert result["wall_s"] > 0
     assert result["recipe"]["epochs"] == 4
-    assert sorted(f.name for f in Path("m").iterdir()) == ["bundle.json", "model.safetensors"]
+    files = ["bundle.json", "model.safetensors", "report", "report.html", "scores.csv"]
+    assert sorted(f.name for f in Path("m").iterdir()) == files
     assert err.count("epoch ") == 4
     assert not list(Path().glob(".m.checkpoints"))
 
@@ -175,7 +177,7 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
         )[0]
         == 0
     )
-    code, out, err = run("finalize", "--epochs", 4, "--json")
+    code, out, err = run("finalize", "--epochs", 4, "--no-report", "--json")
     assert code == 0, err
     final = json.loads(out)
     assert final["auc_on"].startswith("holdout of")
@@ -269,7 +271,7 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
     code, _, err = run(*search)
     assert code == 0, err
     assert "96 patches train, 24 validate" in err
-    code, out, err = run("finalize", "--epochs", 3, "--json")
+    code, out, err = run("finalize", "--epochs", 3, "--no-report", "--json")
     assert code == 0, err
     assert len(pd.read_csv(json.loads(out)["submission"])) == 20
 

@@ -17,6 +17,8 @@ from pcam_automl.data.store import open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.lr_find import LrCurve, rate_of_step, valley
 from pcam_automl.recipe import load_recipe
+from pcam_automl.training.compute import Compute
+from pcam_automl.training.speed import SpeedBook
 
 TINY = ["--set", "backbone=test_resnet", "--set", "crop_size=32", "--set", "batch_size=8"]
 
@@ -27,6 +29,12 @@ def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "set"
     write_synthetic(folder, n_patches=240, n_slides=12, seed=3)
     return folder
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timing of variants, which takes longer than the few steps do: plain float32."""
+    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device: Compute(str(device)))
 
 
 def run(*arguments: str) -> str:
@@ -44,11 +52,16 @@ def few_steps(name: str) -> list[str]:
     if recipe.task == "dense":
         sets += ["tile_size=32", "batch_size=2", "views=4"]
         sets = [text for text in sets if text not in ("batch_size=4", "views=16")]
+    sets += NARROWER.get(name, [])
     return [part for text in sets for part in ("--set", text)]
 
 
+NARROWER = {"unet_dense": ["cnn_filters=[8, 16, 32]"], "cnn_basic": ["cnn_dense=[16, 8]"]}
+"""Half a gigabyte of optimizer state takes longer to store than the steps take; tests/models has the full networks."""
+
+
 @pytest.mark.parametrize("name", list_configs("recipes"))
-def test_every_recipe_trains(name: str, synthetic_set: Path, in_tmp: Path) -> None:
+def test_every_recipe_trains(name: str, synthetic_set: Path, in_tmp: Path, unmeasured: None) -> None:
     options = ["--weights", "none", "--device", "cpu", "--json", "--no-report"]
     text = run("train", name, "--data", str(synthetic_set), "--out", "b", *options, *few_steps(name))
     result = json.loads(text)

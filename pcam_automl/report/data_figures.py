@@ -160,7 +160,9 @@ def augmented_sheet(store: PatchStore, recipe: Recipe) -> Picture | Text:
     row = _first_row(store)
     views = _levels(_views(store, recipe, np.full(N_VIEWS - 1, row), _PLAIN))
     scaled = [np.asarray(boxed(store, row))]
-    switched = "The recipe changes nothing (augment: 0)." if recipe.augment == 0 else f"Strength {recipe.augment:.2g} of 1."
+    switched = (
+        "The recipe changes nothing (augment: 0)." if recipe.augment == 0 else f"Strength {recipe.augment:.2g} of 1."
+    )
     return sheet(
         [*scaled, *views],
         "augmented.png",

@@ -56,7 +56,9 @@ def training_section(content: ReportContent) -> Section:
     if content.lr_curve is not None and len(content.lr_curve.views) > 1:
         blocks.append(lr_figure(content.lr_curve, epochs))
     elif len(epochs) > 1:
-        blocks.append(lr_figure(RateCurve(np.array([e.views for e in epochs]), np.array([e.lr for e in epochs])), epochs))
+        blocks.append(
+            lr_figure(RateCurve(np.array([e.views for e in epochs]), np.array([e.lr for e in epochs])), epochs)
+        )
     else:
         blocks.append(left_out("the learning-rate schedule, since its curve was not given."))
     return Section("training", title, (*blocks, *strip_blocks(content)))

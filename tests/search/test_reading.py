@@ -16,7 +16,7 @@ from pcam_automl.search.storage import open_storage
 
 SETTINGS = StudySettings(
     data="d", pack="p", pack_hash="0" * 64, split_hash="1" * 64, seed=0, holdout=0.0, weights="none",
-    space="parameters: {}", pins={}, sampler="tpe", pruner="asha", rungs=((10, 10), (30, 30)), n_score=500, cap_s=None,
+    start={}, space="parameters: {}", pins={}, sampler="tpe", pruner="asha", rungs=((10, 10), (30, 30)), n_score=500, cap_s=None,
     plan={}, versions={},
 )  # fmt: skip
 RANGES: dict[str, optuna.distributions.BaseDistribution] = {

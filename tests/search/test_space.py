@@ -340,7 +340,8 @@ def test_bare_name_is_never_a_file_beside_us(tmp_path: Path, monkeypatch: pytest
 
 def test_unknown_name_and_missing_file_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"no search space named 'quik' \(did you mean 'quick'\?\); known: cnn, default, dense, lr_only, quick"
+        RecipeError,
+        match=r"no search space named 'quik' \(did you mean 'quick'\?\); known: cnn, default, dense, lr_only, quick",
     ):
         find_config("space", "quik")
     with pytest.raises(RecipeError, match="does not exist"):
