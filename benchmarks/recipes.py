@@ -4,7 +4,7 @@
     PCAM_BENCH_DATA=colon96 PCAM_BENCH_RECIPES=keras_cnn_1 python -m benchmarks recipes
 
 Patch recipes train on PCAM_BENCH_DATA (a raw folder or pack), dense ones on a synthetic set that is made once beside the
-results. Each gets PCAM_BENCH_SECONDS (60) of training by its measured speed, at most 20 epochs, fold 0 validates. Without
+results. Each gets PCAM_BENCH_SECONDS (45) of training by its measured speed, at most 20 epochs, fold 0 validates. Without
 pretrained weights (PCAM_BENCH_WEIGHTS, none by default) a backbone cannot stay frozen: those recipes train all layers, which
 the table says. Writes results/recipes/<name>.json and the table in docs/recipes.md.
 """
@@ -21,7 +21,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "recipes"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: python -m benchmarks recipes -->", "<!-- end of the table -->"
-SECONDS = float(os.environ.get("PCAM_BENCH_SECONDS", "60"))
+SECONDS = float(os.environ.get("PCAM_BENCH_SECONDS", "45"))
 WEIGHTS = os.environ.get("PCAM_BENCH_WEIGHTS", "none")
 OVERHEAD, MOST_EPOCHS = 1.2, 20
 REPORTED = {
