@@ -138,7 +138,7 @@ def report_of_study(
         file = opened.folder / "trials" / str(trial.number) / SCORES
         scores = read_scores(file, opened.store.ids) if file.is_file() else None
         if scores is not None:
-            on = f"the validation slides of trial {trial.number}, before the final training ({len(scores.rows):,} patches)"
+            on = f"validation slides of trial {trial.number}, before the final training"
             scores = replace(scores, on=on)
     recipe = None
     if bundle is None and trial is not None and "recipe" in trial.user_attrs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -139,7 +140,13 @@ def confusion_figure(counts: Confusion, threshold: float, name: str, on: str) ->
     cells = np.array([[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]])
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
     figure = new_figure(4.6, 3.4)
-    axes = dress(figure.add_subplot(), title=on[:60], x=f"called, at threshold {threshold:g}", y="truth", grid="none")
+    axes = dress(
+        figure.add_subplot(),
+        title=textwrap.fill(on, 40),
+        x=f"called, at threshold {threshold:g}",
+        y="truth",
+        grid="none",
+    )
     axes.imshow(share, cmap=MAP, vmin=0, vmax=1, aspect="auto")
     for (line, column), n in np.ndenumerate(cells):
         colour = "black" if share[line, column] > 0.55 else "white"

@@ -110,7 +110,7 @@ def history_figure(trials: list[FrozenTrial]) -> Picture:
         figure,
         "search_history.png",
         alt=f"Validation AUC of {len(complete)} complete trials; the best reaches {best[-1]:.4f}",
-        caption="Each dot is one recipe tried. While the red line still climbs, more trials are worth their time; once it has "
+        caption="Each dot is one recipe tried. While the line still climbs, more trials are worth their time; once it has "
         "been flat for long, they are not.",
     )
 
