@@ -42,7 +42,7 @@ FROM_SCRATCH: dict[str, list[str]] = {
     "densenet169_onecycle": ["stages=[{share: 1.0, lr: 4.0e-4, lr_low: 4.0e-5}]"],
 }
 """Overrides where there are no pretrained weights."""
-SMALLER = {"unet_dense": ["tile_size=96"], "dense_linear": ["tile_size=96"], "unet_timm": ["tile_size=96"]}
+SMALLER = {"unet_dense": ["tile_size=96"], "dense_linear": ["tile_size=96"]}
 """The synthetic set's images are 96 px."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pcam_automl import __version__
-from pcam_automl.errors import BundleError, RecipeError
+from pcam_automl.errors import BundleError, DataError, RecipeError
 from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
 from pcam_automl.models.factory import Normalisation, build_network
 from pcam_automl.models.weights import Weights
@@ -58,6 +58,27 @@ class ModelBundle:
                 f"the bundle's weights do not fit {self.recipe.backbone} as this timm builds it: {line}"
             ) from None
         return network.eval()
+
+
+def check_bundle_target(folder: Path, *, option: str = "--out") -> None:
+    """A bundle replaces its folder as a whole: refuse one that holds anything but a bundle, before hours of training.
+
+    Args:
+        folder: what :func:`write_bundle` will be given.
+        option: the option that named it, for the message.
+
+    Raises:
+        DataError: it is a file, or a folder that is not empty and has no ``bundle.json``.
+    """
+    if folder.is_dir():
+        if (folder / CARD).is_file() or not any(folder.iterdir()):
+            return
+        fault = f"is not empty and holds no {CARD}; a bundle takes the place of the whole folder"
+    elif folder.exists():
+        fault = "is a file; a bundle is a folder"
+    else:
+        return
+    raise DataError(f"{option} {folder} {fault}; choose another folder, or remove it")
 
 
 def write_bundle(folder: Path, bundle: ModelBundle) -> None:

@@ -278,13 +278,20 @@ def report(
     storage: Storage = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="Of this bundle instead of a study; its --data are needed.", metavar="DIR"),
+        typer.Option(
+            "--model",
+            help="Of this bundle instead of a study; give its --data (and --groups, --domains).",
+            metavar="DIR",
+        ),
     ] = None,
     data: Data = None,
     groups: Groups = None,
     domains: Domains = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of report.html; studies/<study> by default.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of report.html; studies/<study>, or the bundle's own, by default.", metavar="DIR"
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option("--threshold", help="Called tumour at this probability.")] = 0.5,
     device: Device = "auto",
@@ -316,7 +323,8 @@ def predict(
     files: Annotated[list[Path] | None, typer.Argument(help="More image files.")] = None,
     threshold: Threshold = None,
     one_view: Annotated[
-        bool, typer.Option("--one-view", help="The centre view only instead of the mean of eight (8x faster).")
+        bool,
+        typer.Option("--one-view", help="The centre view only instead of the mean of the recipe's views (faster)."),
     ] = False,
     explain: Annotated[
         Path | None,
@@ -515,7 +523,7 @@ def score(
     json: Json = False,
 ) -> None:
     """AUC of a submission against true labels, with its interval."""
-    from pcam_automl.commands.models import run_score
+    from pcam_automl.commands.score import run_score
 
     run_score(submission, labels, groups=groups, threshold=threshold, as_json=json)
 
@@ -528,7 +536,7 @@ def check_submission(
     ],
 ) -> None:
     """Check ids, order, NaN and range of a submission against the sample."""
-    from pcam_automl.commands.models import run_check_submission
+    from pcam_automl.commands.score import run_check_submission
 
     run_check_submission(submission, sample)
 

@@ -250,10 +250,17 @@ def with_centre_box(patch: Pixels) -> Pixels:
     return out
 
 
-def explain_patches(predictor: Predictor, patches: Pixels) -> list[Explanation]:
-    """Grad-CAM and a sentence for patches (B, S, S, 3) uint8. The probability is the predictor's, views averaged.
+def explain_patches(
+    predictor: Predictor, patches: Pixels, *, probs: NDArray[np.float64] | None = None
+) -> list[Explanation]:
+    """Grad-CAM and a sentence for patches (B, S, S, 3) uint8.
 
-    Below 0.5 the map is that of "no tumour", and the sentence says so.
+    Below a probability of 0.5 the map is that of "no tumour", and the sentence says so.
+
+    Args:
+        predictor: whose network is shown.
+        patches: (B, S, S, 3) uint8.
+        probs: (B,) in [0, 1] to explain, where they are not the predictor's own; None asks it, its views averaged.
 
     Raises:
         InputError: the recipe is of dense maps, or the network has no spatial layer.
@@ -261,7 +268,8 @@ def explain_patches(predictor: Predictor, patches: Pixels) -> list[Explanation]:
     recipe, norm = predictor.bundle.recipe, predictor.bundle.normalisation
     if recipe.task == "dense":
         raise InputError("a dense recipe's probability map says itself where the tumour is; leave --explain out")
-    probs = predictor.images(patches)
+    if probs is None:
+        probs = predictor.images(patches)
     batch = torch.from_numpy(patches).to(predictor.compute.device).permute(0, 3, 1, 2)
     view = centre_view(batch, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
     toward = torch.from_numpy(np.where(probs >= 0.5, 1.0, -1.0).astype(np.float32))
@@ -295,7 +303,7 @@ def explain_image(predictor: Predictor, patch: Pixels) -> tuple[Pixels, str]:
     Raises:
         InputError: as :func:`explain_patches`.
     """
-    found = explain_patches(predictor, patch[None])[0]
+    found = explain_patches(predictor, np.stack([patch]))[0]  # a copy: a decoded PNG is read-only, which torch dislikes
     return _side_by_side(with_centre_box(patch), found.overlay, found.sentence), found.sentence
 
 

@@ -20,14 +20,16 @@ from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.metrics import auc, auc_interval
-from pcam_automl.predict import build_predictor
+from pcam_automl.predict import build_predictor, compute_of
 from pcam_automl.predict_dense import build_map_predictor, score_maps, write_row_maps
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.scores import Scores
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
-from pcam_automl.training.compute import Compute
+from pcam_automl.training.engine import RungResult
+from pcam_automl.training.fit import best_result
+from pcam_automl.training.start import choose_rows
 
 VIEWS_FACTOR = 4
 LEAST_EPOCHS, MOST_EPOCHS = 3.0, 20.0
@@ -99,22 +101,41 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
     return trial
 
 
-def final_recipe(trial: FrozenTrial, n_train: int, epochs: float | None) -> Recipe:
+def final_recipe(
+    trial: FrozenTrial, n_train: int, epochs: float | None, *, planned: bool = True, own_epochs: float | None = None
+) -> Recipe:
     """The trial's recipe for the whole data, subsample and early end lifted.
 
-    A search's ``wsd`` becomes one cycle over ``epochs``, by default four times a trial's views; a recipe with a schedule
-    of its own keeps it, and its length.
+    Args:
+        trial: its recipe is taken.
+        n_train: patches of the final training.
+        epochs: passes over them; None: a search's ``wsd`` becomes one cycle over four times the trial's views, 3 to 20
+            epochs; a recipe with a schedule of its own keeps it; after an early end, the epochs up to the kept one.
+        planned: whether the study chose the trial's views itself (no ``--views``, ``views`` or ``epochs``).
+        own_epochs: of the recipe that the search started from, for a schedule of its own.
     """
     searched = build_recipe(json.loads(trial.user_attrs["recipe"]), where=f"trial {trial.number}")
     changes: dict[str, Any] = {"subsample": 1.0, "patience": None}
-    if epochs is None:
-        epochs = searched.n_views(n_train) / n_train
-        if searched.schedule == "wsd":
-            epochs = min(max(VIEWS_FACTOR * epochs, LEAST_EPOCHS), MOST_EPOCHS)
     if searched.schedule == "wsd":
         changes["schedule"] = "one_cycle"
+    if epochs is None:
+        seen = searched.n_views(n_train) / n_train
+        if searched.patience is not None:
+            kept = best_result([RungResult(**rung) for rung in trial.user_attrs["rungs"]], searched)
+            epochs = kept.views / kept.subset
+        elif searched.schedule == "wsd" or (planned and own_epochs is None):
+            epochs = min(max(VIEWS_FACTOR * seen, LEAST_EPOCHS), MOST_EPOCHS)
+        else:
+            epochs = own_epochs if planned and own_epochs is not None else seen
     fields = merge_fields(searched.model_dump(), {**changes, "epochs": round(epochs, 4)})
     return build_recipe(fields, where="finalize")
+
+
+def _n_final(opened: OpenStudy, trial: FrozenTrial) -> int:
+    """Patches that the final training of a trial's recipe uses: everything it does not exclude or balance away."""
+    recipe = build_recipe(json.loads(trial.user_attrs["recipe"])).model_copy(update={"subsample": 1.0})
+    rows = opened.split.order
+    return len(choose_rows(opened.store, recipe, rows, rows[:0]).train)
 
 
 def check_test_set(store: PatchStore) -> None:
@@ -149,7 +170,7 @@ def finalize(
         out: folder to fill; ``studies/<study>/final`` by default.
         threshold: also write 0/1 labels at this probability.
         epochs: passes over the training patches; None derives them from the trial.
-        device: where to train.
+        device: where to train and to predict.
         watch: progress.
 
     Raises:
@@ -162,8 +183,10 @@ def finalize(
     check_test_set(store)
     out = (out or opened.folder / "final").resolve()
     rows = split.order
-    recipe = final_recipe(trial, len(rows), epochs)
-    watch.plan(trial, recipe, len(rows), out)
+    n_train = _n_final(opened, trial)
+    planned = opened.settings.cap_s is not None
+    recipe = final_recipe(trial, n_train, epochs, planned=planned, own_epochs=opened.start.epochs)
+    watch.plan(trial, recipe, n_train, out)
     provenance = {
         "study": opened.name,
         "trial": trial.number,
@@ -186,7 +209,7 @@ def finalize(
             watch=watch.train,
         )
     finish = _write_maps if recipe.task == "dense" else _predict
-    return finish(opened, trial, model, out, threshold, watch, began)
+    return finish(opened, trial, model, out, threshold, device, watch, began)
 
 
 def _is_done(model: Path, recipe: Recipe, store: PatchStore) -> bool:
@@ -203,11 +226,12 @@ def _predict(
     model: Path,
     out: Path,
     threshold: float | None,
+    device: torch.device,
     watch: FinalWatch,
     began: float,
 ) -> FinalResult:
     bundle = load_bundle(model)
-    compute = Compute(**bundle.provenance["compute"])
+    compute = compute_of(bundle, device)  # not always where it was trained: a second call may name another device
     predictor = build_predictor(bundle, compute)
     store = opened.store
     patches = open_patches(store, torch.device(compute.device))
@@ -252,12 +276,13 @@ def _write_maps(
     model: Path,
     out: Path,
     threshold: float | None,
+    device: torch.device,
     watch: FinalWatch,
     began: float,
 ) -> FinalResult:
     """A dense task's ending: figures on the holdout, one probability map a test image instead of a submission."""
     bundle, store = load_bundle(model), opened.store
-    predictor = build_map_predictor(bundle, Compute(**bundle.provenance["compute"]))
+    predictor = build_map_predictor(bundle, compute_of(bundle, device))
     holdout, test = opened.split.holdout_rows(), store.test_rows()
     pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}

@@ -76,7 +76,7 @@ def find_lr(
         progress: called with the number of steps just done.
 
     Raises:
-        RecipeError: no such stage, or ``start`` is of another network.
+        RecipeError: no such stage, or ``start`` is of another network, head, decoder or size.
     """
     if not 0 <= stage < len(recipe.phases):
         raise RecipeError(f"--stage must be in [1, {len(recipe.phases)}] for this recipe, got {stage + 1}")
@@ -96,10 +96,48 @@ def find_lr(
             key=key_of(recipe.seed, "lr find"),
         )
         if start is not None:
+            _check_same_network(training, start)
             training.keep(start.state)
         training.phase = stage
         curves.append(_curve(training, rows, stage, weight_decay, n_steps, stop, progress))
     return curves
+
+
+_SHAPING = ("task", "backbone", "head", "hidden", "decoder", "crop_size", "tile_size", "input_size")
+_SHAPING_CNN = (
+    "cnn_filters",
+    "cnn_convs",
+    "cnn_kernel",
+    "cnn_activation",
+    "cnn_pool",
+    "cnn_norm",
+    "cnn_dropout",
+    "cnn_dense",
+)
+"""Recipe fields that decide which weights a network has."""
+
+
+def _check_same_network(training: Training, start: ModelBundle) -> None:
+    """Whether the bundle's weights are, by name and shape, those of the recipe's network.
+
+    Raises:
+        RecipeError: they are not; names the recipe fields that differ, or a weight where none does.
+    """
+    ours = {name: tuple(tensor.shape) for name, tensor in training.network.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in start.state.items()}
+    if ours == theirs:
+        return
+    differing = [
+        f"{name} (--from {getattr(start.recipe, name)}, recipe {getattr(training.recipe, name)})"
+        for name in (*_SHAPING, *_SHAPING_CNN)
+        if getattr(start.recipe, name) != getattr(training.recipe, name)
+    ]
+    if not differing:
+        weight = next(name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name))
+        differing = [f"weight {weight} (--from {theirs.get(weight, 'none')}, recipe {ours.get(weight, 'none')})"]
+    raise RecipeError(
+        f"--from holds another network than the recipe's: {', '.join(differing)}; give its own bundle, or --set them alike"
+    )
 
 
 def _curve(

@@ -54,9 +54,22 @@ class Predictor:
         return probs_of_logits(logits)
 
     def images(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities (B,) of patches (B, 96, 96, 3) uint8."""
+        """Probabilities (B,) of patches (B, S, S, 3) uint8 of the side S that the network was trained on."""
         batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
         return probs_of_logits(logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy())
+
+
+def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
+    """The bundle's measured precision and layout where it was trained on this device, else plain ones."""
+    measured = bundle.provenance.get("compute", {})
+    if measured.get("device") != str(device):
+        return Compute(str(device))
+    return Compute(str(device), measured.get("precision", "fp32"), measured.get("channels_last", False))
+
+
+def patch_side(bundle: ModelBundle) -> int:
+    """Side in px of the patches that the bundle was trained on; bundles of before it was noted are of 96 px."""
+    return int(bundle.provenance.get("patch_px", 96))
 
 
 def build_predictor(bundle: ModelBundle, compute: Compute, *, averaging: Averaging | None = None) -> Predictor:

@@ -382,9 +382,25 @@ def load_recipe(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Re
         recipe = build_recipe(merge_fields(fields, pins), where=where, pinned=pins)
     except RecipeError as fault:
         raise RecipeError("; ".join([*faults, str(fault)])) from None
+    fixed = ["lr"] + ["weight_decay"] * all(stage.weight_decay is not None for stage in recipe.stages)
+    idle = [name for name in fixed if name in pins]
+    if recipe.stages and "stages" not in pins and idle:
+        faults.append(
+            f"--set {', '.join(idle)}: the stages of {where} fix their own; set the stages, or --set stages=[] for one training"
+        )
     if faults:
         raise RecipeError("; ".join(faults))
     return recipe
+
+
+def scratch_warning(recipe: Recipe) -> str | None:
+    """What to say of a backbone that starts from random weights and is not trained whole; None where all is well."""
+    if recipe.pretrained or min(phase.trainable for phase in recipe.phases) == 1.0:
+        return None
+    return (
+        "warning: the backbone starts from random weights, and parts of it train never or late; "
+        "give --weights, or --set trainable=1 (a recipe with stages: --set stages=[])"
+    )
 
 
 def read_config_text(path: Path, limit_bytes: int = 1 << 20) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pcam_automl.data.store import TEST
 from pcam_automl.errors import DataError
 from pcam_automl.files import write_text
 
@@ -54,12 +55,14 @@ def write_scores(path: Path, scores: Scores, ids: NDArray[np.str_]) -> None:
     write_text(path, scores_text(scores, ids))
 
 
-def read_scores(path: Path, ids: NDArray[np.str_]) -> Scores:
+def read_scores(path: Path, ids: NDArray[np.str_], part: NDArray[np.int8] | None = None) -> Scores:
     """Read what :func:`write_scores` wrote.
 
     Args:
         path: the CSV.
-        ids: (N,) the store's; every id of the file must be among them.
+        ids: (N,) the store's; every id of the file must be among them. Of equal ids the first counts: a store has its
+            TEST rows last, and in dense sets they may be named like training images.
+        part: (N,) the store's; given, ids of TEST rows are not looked at.
 
     Raises:
         DataError: missing, not such a file, or of another store.
@@ -72,9 +75,11 @@ def read_scores(path: Path, ids: NDArray[np.str_]) -> Scores:
         prob = np.array([float(line["prob"]) for line in table], np.float64)
     except (OSError, UnicodeDecodeError, KeyError, ValueError, TypeError) as fault:
         raise DataError(f"{path} cannot be read as scores ({type(fault).__name__}: {str(fault)[:100]})") from None
-    order = np.argsort(ids)
-    place = np.searchsorted(ids, names, sorter=order).clip(max=len(ids) - 1)
-    rows = order[place]
+    among = np.arange(len(ids)) if part is None else np.flatnonzero(np.asarray(part) != TEST)
+    order = among[np.argsort(ids[among], kind="stable")]
+    if not len(order):
+        raise DataError(f"{path} holds scores, but the data have no labelled patches; give its own --data")
+    rows = order[np.searchsorted(ids[order], names).clip(max=len(order) - 1)]
     if len(names) and not np.array_equal(ids[rows], names):
         raise DataError(
             f"{path} holds ids that the data do not have, e.g. {names[ids[rows] != names][0]}; give its own --data"

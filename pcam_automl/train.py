@@ -17,21 +17,21 @@ from pcam_automl.batches import open_patches
 from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.counter import key_of
 from pcam_automl.data.splits import Split, make_split
-from pcam_automl.data.store import PatchStore
+from pcam_automl.data.store import VALID, PatchStore
 from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
 from pcam_automl.models.factory import n_parameters, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
-from pcam_automl.scores import scores_text
+from pcam_automl.scores import Scores, scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.compute import Compute, device_name
-from pcam_automl.training.dense import DenseTask
+from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import Rows, choose_rows, start_training
+from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 from pcam_automl.versions import versions
 
 
@@ -101,7 +101,7 @@ def train_to_bundle(
     ):
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
-        compute = _variant(recipe, device, speed, checkpoints)
+        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows))
         training = start_training(
             recipe,
             store,
@@ -158,10 +158,13 @@ def stage_folder(out: Path, stage: int) -> Path:
     return out.with_name(f"{out.name}-stage{stage + 1}")
 
 
-def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints: Path) -> Compute:
+def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints: Path, of_data: str) -> Compute:
     found = newest_checkpoint(checkpoints)
-    if found is not None and found[2]["recipe"] == recipe.hash and found[2]["compute"]["device"] == str(device):
-        return Compute(**found[2]["compute"])
+    if found is not None:
+        state = found[2]
+        theirs = (state["recipe"], state.get("data"), state["compute"]["device"])
+        if theirs == (recipe.hash, of_data, str(device)):
+            return Compute(**state["compute"])
     return speed.compute_for(recipe, device)
 
 
@@ -177,15 +180,15 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
     if len(rows.score):
         _, scores = training.score()
         text = scores_text(scores, store.ids)
-        low, high = auc_interval(scores.label, scores.prob, np.asarray(store.group)[scores.rows])
-        metrics |= {"auc": kept.auc, "auc_95": [low, high], "auc_on": f"{len(rows.score)} validation patches"}
-        metrics |= {"loss": kept.loss, "accuracy": kept.accuracy} | (
-            {"dice": kept.dice} if kept.dice is not None else {}
-        )
+        metrics |= {"auc": kept.auc, "auc_95": list(_interval(training, scores, store)), "auc_on": scores.on}
+        metrics |= {"loss": kept.loss, "accuracy": kept.accuracy}
+        if kept.dice is not None:
+            metrics |= {"dice": kept.dice, "always_negative_accuracy": always_negative_accuracy(store, rows.score)}
     record = {
         "n_train": len(rows.train),
         "n_parameters": n_parameters(training.network),
         "pack_hash": store.content_hash,
+        "patch_px": int(min(store.patches.shape[1:3])),
         "compute": training.compute.to_json(),
         "device": device_name(torch.device(training.compute.device)),
         "micro_batch": training.micro_batch,
@@ -193,8 +196,18 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
         "train_s": round(time.perf_counter() - began, 3),
         "versions": versions(),
     }
+    if "fold" in provenance:
+        record["fold"] = validation_fold(store, recipe, provenance["fold"])
     norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
     return ModelBundle(recipe, norm, training.averaged_state(), metrics, {**provenance, **record}, text)
+
+
+def _interval(training: Training, scores: Scores, store: PatchStore) -> tuple[float, float]:
+    """95 % interval of the AUC over slides; where a slide is unknown over patches, of a dense task over whole images."""
+    group = np.asarray(store.group)[scores.rows].astype(np.int64)
+    if isinstance(training.task, DenseTask):  # the pixels of an image are not independent
+        group = np.where(group < 0, len(store.group_names) + scores.rows, group)
+    return auc_interval(scores.label, scores.prob, group)
 
 
 def _images_per_s(results: list[RungResult]) -> float:
@@ -207,14 +220,28 @@ def _images_per_s(results: list[RungResult]) -> float:
     return round(views / seconds, 1) if seconds else 0.0
 
 
-def training_split(store: PatchStore, recipe: Recipe, *, seed: int, fold: int) -> tuple[Split, np.ndarray, np.ndarray]:
-    """(split, rows to train on, rows to validate on): a fold, or whole slides of about the recipe's ``valid_share``.
+def validation_fold(store: PatchStore, recipe: Recipe, fold: int | None) -> int | None:
+    """The fold that validates: ``fold``; with ``valid_share`` None, or 0 where the data have an official validation part."""
+    if recipe.valid_share is None:
+        return fold
+    return 0 if bool((store.part[store.development_rows()] == VALID).any()) else None
+
+
+def training_split(
+    store: PatchStore, recipe: Recipe, *, seed: int, fold: int
+) -> tuple[Split, np.ndarray, np.ndarray, int | None]:
+    """(split, rows to train on, rows to validate on, fold): a fold, or whole slides of about the recipe's ``valid_share``.
+
+    Where the data have an official validation part, a recipe with ``valid_share`` is validated on that, which is fold 0:
+    a share set aside from the rest would leave it to be trained on.
 
     Raises:
         DataError: the store cannot be split.
     """
-    if recipe.valid_share is not None:
-        split = make_split(store, seed=seed, holdout=recipe.valid_share)
-        return split, split.order, split.holdout_rows()
+    chosen = validation_fold(store, recipe, fold)
+    if chosen is None:
+        assert recipe.valid_share is not None
+        split = make_split(store, seed=seed, holdout=recipe.valid_share, holdout_name="valid_share")
+        return split, split.order, split.holdout_rows(), None
     split = make_split(store, seed=seed)
-    return split, split.train_order(fold), split.score_rows(fold, len(split.order))
+    return split, split.train_order(chosen), split.score_rows(chosen, len(split.order)), chosen

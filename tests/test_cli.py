@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,6 +120,9 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     assert list(predicted.columns) == ["label", "predicted"]
     np.testing.assert_allclose(predicted.loc[submission["id"], "label"], submission["label"], atol=2e-3)
 
+    card = json.loads((model / "bundle.json").read_text())
+    card["provenance"]["compute"]["device"] = "cuda:7"  # as if trained elsewhere: the device given predicts
+    (model / "bundle.json").write_text(json.dumps(card))
     before = (model / "bundle.json").stat().st_mtime_ns
     assert run("finalize", "--no-report")[0] == 0
     assert (model / "bundle.json").stat().st_mtime_ns == before, "a finished training was repeated"
@@ -146,6 +150,128 @@ def test_prepare_twice_and_verify(run: Any, easy_raw: Path) -> None:
     assert "already holds this source" in run("prepare", easy_raw, "--out", "pack")[2]
     code, _, err = run("prepare", easy_raw, "--out", "pack", "--verify")
     assert "all 150 patches equal the source" in err
+
+
+def test_prepare_with_the_other_choice_of_outliers_is_refused(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=40, n_test=4)
+    assert run("prepare", raw, "--out", "pack")[0] == 0
+    fails_with(run("prepare", raw, "--out", "pack", "--keep-outliers"), "without --keep-outliers", "another folder")
+    assert run("prepare", raw, "--out", "kept", "--keep-outliers")[0] == 0
+    fails_with(run("prepare", raw, "--out", "kept"), "packed with --keep-outliers")
+    assert "already holds this source" in run("prepare", raw, "--out", "kept", "--keep-outliers")[2]
+
+
+def test_training_never_replaces_a_folder_of_another_hand(run: Any, easy_pack: Path, in_tmp: Path) -> None:
+    train = ("train", "recipe.yaml", "--data", easy_pack, "--no-report")
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "mine" / "thesis.txt").write_text("years")
+    fails_with(run(*train, "--out", "mine"), "--out mine is not empty and holds no bundle.json", "another folder")
+    assert (in_tmp / "mine" / "thesis.txt").read_text() == "years"
+    fails_with(run(*train, "--out", "recipe.yaml"), "is a file; a bundle is a folder")
+    stages = "stages=[{share: 0.5, lr: 0.01, trainable: 0.0}, {share: 0.5, lr: 0.001, lr_low: 0.0001}]"
+    (in_tmp / "s-stage1").mkdir()
+    (in_tmp / "s-stage1" / "thesis.txt").write_text("years")
+    fails_with(run(*train, "--out", "s", "--set", stages), "s-stage1 is not empty")
+    assert not Path("s").exists()
+
+
+def test_finalize_never_replaces_a_folder_of_another_hand(run: Any, easy_raw: Path, in_tmp: Path) -> None:
+    search = ("search", "--data", easy_raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
+    assert run(*search)[0] == 0
+    (in_tmp / "o" / "model").mkdir(parents=True)
+    (in_tmp / "o" / "model" / "thesis.txt").write_text("years")
+    fails_with(run("finalize", "--out", "o"), "model is not empty and holds no bundle.json")
+
+
+def test_score_of_something_else_than_a_submission_is_one_line(run: Any, easy_raw: Path, in_tmp: Path) -> None:
+    labels = ("--labels", easy_raw / "test_labels.csv")
+    fails_with(run("score", "nofile.csv", *labels), "nofile.csv does not exist")
+    (in_tmp / "other.csv").write_text("name,label\na,0.5\n")
+    fails_with(run("score", "other.csv", *labels), "no column 'id'")
+
+
+def test_explanations_never_replace_the_images(run: Any, bundle: Path, easy_raw: Path, in_tmp: Path) -> None:
+    folder = in_tmp / "images"
+    folder.mkdir()
+    image = folder / "a.png"
+    Image.open(sorted((easy_raw / "test").iterdir())[0]).save(image)
+    before = image.read_bytes()
+    predict = ("predict", "--model", bundle, "--input", folder)
+    fails_with(
+        run(*predict, "--out", "p.csv", "--explain", folder), "would replace the images (a.png)", "another folder"
+    )
+    fails_with(run(*predict, "--out", image), "one of the images")
+    fails_with(run(*predict, "--out", "e/explanations.csv", "--explain", "e"), "would replace --out")
+    fails_with(run(*predict, "--out", "p.csv", "--explain", "tiny.yaml"), "is a file")
+    assert image.read_bytes() == before
+    assert not Path("p.csv").exists()
+
+
+def test_predict_takes_the_side_of_patches_that_training_took(
+    run: Any, bundle: Path, easy_raw: Path, in_tmp: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(bundle, in_tmp / "m")
+    edit_card(in_tmp / "m", "provenance", {"patch_px": 48})
+    full = Image.open(sorted((easy_raw / "test").iterdir())[0]).convert("RGB")
+    full.resize((48, 48)).save(in_tmp / "small.png")
+    full.save(in_tmp / "full.png")
+    code, _, err = run(
+        "predict", "--model", "m", "--input", "small.png", "--out", "p.csv", "--explain", "e", "full.png"
+    )
+    assert code == 0, err
+    assert "left out 1 of 2 files: full.png" in err
+    assert pd.read_csv("p.csv")["id"].tolist() == ["small"]
+    assert (in_tmp / "e" / "small.png").is_file()
+
+
+def test_a_fault_in_the_report_leaves_the_result_and_a_signal_ends_the_command(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pcam_automl.commands.report as command
+    from pcam_automl.errors import Interrupted
+
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("no pixels")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("interrupted by SIGINT; all is lost", signal.SIGINT)
+
+    train = ("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=1")
+    monkeypatch.setattr(command, "write_report", fails)
+    code, out, err = run(*train)
+    assert code == 0, err
+    assert "validation AUC" in out
+    assert "the report could not be written: ZeroDivisionError: no pixels; `pcam-automl report --model m --data " in err
+    monkeypatch.setattr(command, "write_report", stopped)
+    code, _, err = run(*train)
+    assert code == 130
+    assert "the training's results are written, `pcam-automl report --model m --data" in err
+
+
+def test_the_report_of_a_bundle_goes_where_it_is_told_and_shows_the_training(run: Any, easy_pack: Path) -> None:
+    train = ("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=1", "--no-report")
+    assert run(*train)[0] == 0
+    code, _, err = run("report", "--model", "m", "--data", easy_pack, "--out", "r")
+    assert code == 0, err
+    assert not Path("m/report.html").exists()
+    assert "pcam-automl train recipe.yaml" in Path("r/report.html").read_text()
+    assert "pcam-automl report" not in Path("r/report.html").read_text()
+
+
+def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None:
+    from pcam_automl.commands.report import study_commands
+    from pcam_automl.search.reading import load_study
+
+    options = ["--space", "tiny.yaml", "--set", "beta1=0.85", "--weights", "none", "--holdout", "0.25", "--views", "64"]
+    options += ["--sampler", "random", "--pruner", "none", "--seed", "3"]
+    assert run("search", "--data", easy_raw, "--trials", 1, "--study", "s", *options)[0] == 0
+    _, settings = load_study("s")
+    search, finalize = study_commands("s", None, settings, 1)
+    words = ["pcam-automl", "search", "--data", settings.data, "--trials", "1", *options, "--study", "s"]
+    assert sorted(shlex.split(search)) == sorted(words)
+    assert finalize == "pcam-automl finalize --study s"
 
 
 def test_verify_names_a_patch_that_changed(run: Any, in_tmp: Path) -> None:
@@ -208,6 +334,7 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
         (("synth", "s", "--patches", 3), ("patches",)),
         (("score", "nofile.csv", "--labels", "nolabels.csv"), ("nolabels.csv",)),
         (("check-submission", "nofile.csv", "--sample", "nosample.csv"), ("nosample.csv",)),
+        (("report", "--groups", "g.csv"), ("--groups goes with --model",)),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], parts: tuple[str, ...]) -> None:

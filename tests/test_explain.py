@@ -141,3 +141,13 @@ def test_sentence_gives_probability_and_share_in_plain_words() -> None:
         "which alone decides the label."
     )
     assert "no region" in sentence(0.2, float("nan"))
+
+
+def test_given_probabilities_decide_what_is_explained() -> None:
+    predictor = predictor_of(Recipe(backbone="test_resnet", crop_size=64), 0.0)
+    patches = np.random.default_rng(0).integers(0, 255, (1, 96, 96, 3)).astype(np.uint8)
+    probs = [0.9, 0.1]
+    found = [explain_patches(predictor, patches, probs=np.array([p]))[0] for p in probs]  # type: ignore[arg-type]
+    assert [e.prob for e in found] == probs
+    assert ["against tumour" in e.sentence for e in found] == [False, True]
+    assert not np.array_equal(found[0].overlay, found[1].overlay)

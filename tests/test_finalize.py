@@ -114,6 +114,29 @@ def test_the_recipe_is_the_trials_for_the_whole_data(opened: OpenStudy) -> None:
     assert final_recipe(trial, 4, None).epochs == 20.0
 
 
+def test_a_schedule_of_its_own_keeps_its_epochs(opened: OpenStudy) -> None:
+    trial = choose_trial(opened.study, "best")
+    recipe = json.loads(trial.user_attrs["recipe"]) | {"schedule": "constant", "subsample": 0.5}
+    trial.user_attrs["recipe"] = json.dumps(recipe)
+    final = final_recipe(trial, 10_000, None, own_epochs=10.0)
+    assert (final.schedule, final.epochs, final.subsample) == ("constant", 10.0, 1.0)
+    assert final_recipe(trial, 96, None, planned=False, own_epochs=10.0).epochs == 1.0
+    assert final_recipe(trial, 10_000, None).epochs == 3.0
+
+
+def test_after_an_early_end_the_epochs_up_to_the_kept_one_are_trained(opened: OpenStudy) -> None:
+    trial = choose_trial(opened.study, "best")
+    recipe = json.loads(trial.user_attrs["recipe"]) | {"schedule": "constant", "patience": 2, "monitor": "auc"}
+    trial.user_attrs["recipe"] = json.dumps(recipe)
+    first = trial.user_attrs["rungs"][0]
+    trial.user_attrs["rungs"] = [
+        {**first, "rung": n, "views": 50 * (n + 1), "subset": 50, "auc": auc}
+        for n, auc in enumerate((0.6, 0.9, 0.8, 0.7))
+    ]
+    final = final_recipe(trial, 10_000, None)
+    assert (final.epochs, final.patience) == (2.0, None)
+
+
 def test_every_labelled_patch_less_the_holdout_is_trained_on(opened: OpenStudy) -> None:
     result = finalize(opened, epochs=1.0, device=CPU)
     card = json.loads((result.out / "model" / "bundle.json").read_text())

@@ -36,6 +36,7 @@ def run_prepare(
         return
     if out.exists() and any(out.iterdir()):
         if is_pack(out) and open_store(out).source.get("fingerprint") == fingerprint(source):
+            _check_same_outliers(open_store(out), keep_outliers)
             terminal.say(f"{out} already holds this source; nothing to do (--verify re-reads it)")
             _print_store(open_store(out), as_json)
             return
@@ -46,6 +47,17 @@ def run_prepare(
         with terminal.counting("verifying") as call:
             verify(store, source, progress=call)
     _print_store(store, as_json)
+
+
+def _check_same_outliers(store: PatchStore, keep_outliers: bool) -> None:
+    """A pack that was made with the other choice is not what was asked for."""
+    packed = bool(store.source.get("keep_outliers", False))
+    if packed != keep_outliers:
+        was, now = ("with" if kept else "without" for kept in (packed, keep_outliers))
+        raise DataError(
+            f"--out {store.root} holds this source packed {was} --keep-outliers, asked for is {now} it; "
+            "choose another folder, or remove it"
+        )
 
 
 def _print_store(store: PatchStore, as_json: bool) -> None:

@@ -1,7 +1,8 @@
-"""`finalize`, `train`, `predict`, `score` and `check-submission`."""
+"""`finalize`, `train` and `predict`."""
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,27 +15,28 @@ import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
-from pcam_automl.bundle import ModelBundle, load_bundle
-from pcam_automl.commands.report import after_work, bundle_folder, compute_of, report_of_study, report_of_training
+from pcam_automl.bundle import ModelBundle, check_bundle_target, load_bundle
+from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training, this_command
+from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.data.images import PatchFault, read_patch
-from pcam_automl.data.tables import read_ids, read_labels, read_names
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
 from pcam_automl.files import write_png
 from pcam_automl.finalize import FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.metrics import accuracy, auc, auc_interval
-from pcam_automl.predict import Predictor, build_predictor, list_images, predict_files
+from pcam_automl.predict import Predictor, build_predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.submission import check_submission, check_threshold, write_probabilities
-from pcam_automl.train import TrainWatch, train_to_bundle
+from pcam_automl.submission import check_threshold, write_probabilities
+from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
 from pcam_automl.training.compute import Compute, choose_device, use_cores
 from pcam_automl.training.engine import RungResult
+
+EXPLANATIONS = "explanations.csv"
 
 
 @contextmanager
@@ -79,6 +81,7 @@ def run_finalize(
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
+        check_bundle_target((out or opened.folder / "final") / "model", option="model/ of --out")
         place = choose_device(device)
         use_cores()
 
@@ -93,7 +96,7 @@ def run_finalize(
             watch = FinalWatch(
                 train,
                 plan,
-                lambda n, what: bars.restart(task, f"predicting {what}, 8 views", n),
+                lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
                 lambda n: bars.step(task, n),
             )
             final = finalize(
@@ -110,12 +113,19 @@ def run_finalize(
                     threshold=0.5 if threshold is None else threshold,
                     device=place,
                     scores=final.scores,
-                )
+                ),
+                again=f"pcam-automl report{command_options(name, url)}"
+                if out is None
+                else _report_again(final.out / "model", opened.store.root),
             )
     for note in final.notes:
         terminal.say(note)
     _print_final(final, as_json)
     return final
+
+
+def _report_again(model: Path, data: Path) -> str:
+    return shlex.join(["pcam-automl", "report", "--model", str(model), "--data", str(data)])
 
 
 def _print_final(final: FinalResult, as_json: bool) -> None:
@@ -152,8 +162,11 @@ def run_train(
 ) -> None:
     """Train one recipe on the split's other folds, validated on one of them."""
     began = time.perf_counter()
+    check_bundle_target(out)
     with stop_signal("the last epoch is stored; the same command goes on") as stop:
         setup = set_up(recipe, pins, options, weights=weights, device=device)
+        for number in range(len(setup.recipe.stages) - 1):
+            check_bundle_target(stage_folder(out, number), option="a stage's folder beside --out,")
         with stop.deferred(), _training_bar(stop.check) as watch:
             trained = train_to_bundle(
                 setup.recipe,
@@ -164,7 +177,12 @@ def run_train(
                 device=setup.device,
                 speed=setup.speed,
                 out=out.resolve(),
-                provenance={"recipe_name": recipe, "split_hash": setup.split.hash, "fold": options.fold},
+                provenance={
+                    "recipe_name": recipe,
+                    "split_hash": setup.split.hash,
+                    "fold": options.fold,
+                    "command": this_command(),
+                },
                 watch=watch,
             )
         metrics, wall_s = trained.bundle.metrics, time.perf_counter() - began
@@ -177,7 +195,8 @@ def run_train(
                     device=setup.device,
                     threshold=0.5,
                     title=f"Recipe {recipe}",
-                )
+                ),
+                again=_report_again(out, setup.store.root),
             )
     if as_json:
         terminal.print_json(
@@ -223,13 +242,14 @@ def run_predict(
             raise InputError("--explain belongs to task patch; a dense bundle's map shows itself where the tumour is")
         _predict_maps(bundle, files, out, place, threshold=threshold, all_views=all_views)
         return
+    _check_predict_targets(files, out, explain)
     predictor = build_predictor(bundle, compute_of(bundle, place), averaging=None if all_views else "none")
     ids: list[str] = []
     probs: list[np.ndarray] = []
     left_out: list[str] = []
     with stop_signal("nothing was written; repeat the command"), terminal.Bars() as bars:
         task = bars.add("predicting", len(files))
-        for names, values, faults in predict_files(predictor, files):
+        for names, values, faults in predict_files(predictor, files, side_px=patch_side(bundle)):
             ids += names
             probs.append(values)
             left_out += faults
@@ -241,7 +261,26 @@ def run_predict(
     write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
     terminal.result(f"{out}: {len(ids):,} probabilities")
     if explain is not None:
-        _explain(predictor, [file for file in files if file.stem in set(ids)], explain)
+        read = set(ids)
+        _explain(predictor, [file for file in files if file.stem in read], explain)
+
+
+def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -> None:
+    """Nothing that predict writes may be one of the images that it reads, or the probabilities themselves."""
+    inputs = {file.resolve() for file in files}
+    if out.resolve() in inputs:
+        raise DataError(f"--out {out} is one of the images of --input; choose another name")
+    if explain is None:
+        return
+    if explain.exists() and not explain.is_dir():
+        raise DataError(f"--explain {explain} is a file; pictures are written into a folder, one PNG an image")
+    names = [f"{file.stem}.png" for file in files]
+    if own := [name for name in names if (explain / name).resolve() in inputs]:
+        raise DataError(
+            f"--explain {explain}: {len(own)} pictures would replace the images ({first_few(own)}); choose another folder"
+        )
+    if out.resolve() in {(explain / name).resolve() for name in (*names, EXPLANATIONS)}:
+        raise DataError(f"--explain {explain} would replace --out {out}; choose another folder")
 
 
 def _predict_maps(
@@ -274,43 +313,5 @@ def _explain(predictor: Predictor, files: list[Path], out: Path) -> None:
             rows.append((file.stem, sentence))
             terminal.say(f"{file.stem}: {sentence}")
             bars.step(task)
-    pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(out / "explanations.csv", index=False)
+    pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(out / EXPLANATIONS, index=False)
     terminal.result(f"{out}: {len(rows):,} pictures")
-
-
-def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold: float, as_json: bool) -> float:
-    """AUC of a submission against true labels."""
-    ids, label = read_labels(labels)
-    truth = pd.Series(label, index=ids)
-    check_submission_ids = check_submission(submission, pd.read_csv(submission, dtype={"id": str})["id"].tolist())
-    table = pd.read_csv(submission, dtype={"id": str}).set_index("id")
-    if missing := [i for i in truth.index if i not in table.index]:
-        raise DataError(f"{submission} lacks {len(missing)} of the {len(truth)} labelled ids ({first_few(missing)})")
-    probs = table.loc[truth.index, "label"].to_numpy(np.float64)
-    group = None
-    if groups is not None:
-        names = dict(zip(*read_names(groups, "group"), strict=True))
-        slides = np.array([str(names.get(i, f"?{i}")) for i in truth.index])
-        group = np.unique(slides, return_inverse=True)[1]
-    score = auc(truth.to_numpy(), probs)
-    low, high = auc_interval(truth.to_numpy(), probs, group)
-    value = {
-        "auc": score,
-        "auc_95": [low, high],
-        "accuracy": accuracy(truth.to_numpy(), probs, threshold),
-        "n": len(truth),
-        "rows": check_submission_ids,
-    }
-    if as_json:
-        terminal.print_json(value)
-    else:
-        terminal.result(
-            f"test AUC {score:.4f} (95 % {low:.4f} to {high:.4f}), accuracy {value['accuracy']:.4f} at {threshold:g}, {len(truth):,} patches"
-        )
-    return score
-
-
-def run_check_submission(file: Path, sample: Path) -> None:
-    """Check a submission against the sample's ids and order."""
-    n = check_submission(file, read_ids(sample).tolist())
-    terminal.result(f"{file}: {n:,} rows, valid")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pcam_automl import terminal
 from pcam_automl.commands.data import run_prepare, run_synth
-from pcam_automl.commands.models import run_finalize, run_score
+from pcam_automl.commands.models import run_finalize
+from pcam_automl.commands.score import run_score
 from pcam_automl.commands.search import run_search
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.study import Asked

@@ -17,7 +17,7 @@ from pcam_automl.files import sha256_of_json, write_json
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.lr_find import find_lr, write_curves
 from pcam_automl.models.weights import Weights
-from pcam_automl.training.start import choose_rows
+from pcam_automl.training.start import Rows, choose_rows, data_key
 from pcam_automl.training.task import Score
 
 
@@ -65,7 +65,11 @@ def run_lr_find(
         terminal.print_json({"out": str(out), "curves": [dataclasses.asdict(curve) for curve in curves]})
         return
     rows_ = [
-        (f"{c.weight_decay:g}", f"{min(c.loss):.4f}", "-" if c.suggestion is None else f"{c.suggestion:.2e}")
+        (
+            f"{c.weight_decay:g}",
+            f"{min(c.loss):.4f}" if c.loss else "-",
+            "-" if c.suggestion is None else f"{c.suggestion:.2e}",
+        )
         for c in curves
     ]
     terminal.table("learning-rate range test", ("weight decay", "lowest loss", "suggested lr"), rows_)
@@ -89,13 +93,14 @@ def run_compare(
         recipes = [recipe_for(setup.recipe, name) for name in backbones]
         missing = [r.backbone for r in recipes if setup.recipe.pretrained and not setup.weights.has(r.backbone)]
         patches, results = open_patches(setup.store, setup.device), []
+        of_data = data_key(setup.store, Rows(setup.train_rows, setup.score_rows))  # a split has several folds
         with stop.deferred(), terminal.Bars() as bars:
             task = bars.add("preparing", None)
             for chosen in recipes:
                 if chosen.backbone in missing:
                     terminal.say(f"{chosen.backbone}: no weights in {setup.weights}, trained from scratch")
                     chosen = chosen.model_copy(update={"pretrained": False, "trainable": 1.0})
-                key = sha256_of_json([chosen.hash, setup.split.hash, setup.store.content_hash, str(setup.weights)])
+                key = sha256_of_json([chosen.hash, of_data, str(setup.weights)])
                 file = out / f"{chosen.backbone}.json"
                 found = _stored(file, key)
                 if found is None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, load_bundle
-from pcam_automl.config import find_data, storage_url, studies_folder
+from pcam_automl.config import StudySettings, find_data, storage_url, studies_folder
 from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, PcamError
+from pcam_automl.errors import DataError, Interrupted
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.predict import Predictor, build_predictor
+from pcam_automl.predict import Predictor, build_predictor, compute_of
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.report.content import RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
 from pcam_automl.train import stage_folder, strip_file
-from pcam_automl.training.compute import Compute, choose_device, use_cores
+from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
 
@@ -36,14 +39,6 @@ LR_POINTS = 400
 def this_command() -> str:
     """What the user typed, to be shown under "how to reproduce"."""
     return shlex.join(["pcam-automl", *sys.argv[1:]])
-
-
-def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
-    """The bundle's measured precision and layout where it was trained on this device, else plain ones."""
-    measured = bundle.provenance.get("compute", {})
-    if measured.get("device") != str(device):
-        return Compute(str(device))
-    return Compute(str(device), measured.get("precision", "fp32"), measured.get("channels_last", False))
 
 
 def bundle_folder(path: Path) -> Path:
@@ -65,16 +60,23 @@ def training_parts(bundle: ModelBundle) -> dict[str, Any]:
 
 
 def report_of_training(
-    folder: Path, store: PatchStore, split: Split | None, *, device: torch.device, threshold: float, title: str
+    folder: Path,
+    store: PatchStore,
+    split: Split | None,
+    *,
+    device: torch.device,
+    threshold: float,
+    title: str,
+    out: Path | None = None,
 ) -> Written:
-    """The page of a bundle that `train` wrote, into the bundle's own folder."""
+    """The page of a bundle that `train` wrote, into ``out``, by default the bundle's own folder."""
     bundle = load_bundle(folder)
-    scores = read_scores(folder / SCORES, store.ids) if bundle.scores is not None else None
+    scores = read_scores(folder / SCORES, store.ids, store.part) if bundle.scores is not None else None
     stages = []
     for number in range(len(bundle.recipe.stages) - 1):
         file = stage_folder(folder, number) / SCORES
         if file.is_file():
-            stages.append((f"stage {number + 1}", read_scores(file, store.ids)))
+            stages.append((f"stage {number + 1}", read_scores(file, store.ids, store.part)))
     if stages and scores is not None:
         stages.append((f"stage {len(bundle.recipe.stages)}", scores))
     content = ReportContent(
@@ -84,12 +86,12 @@ def report_of_training(
         bundle=bundle,
         scores=scores,
         threshold=threshold,
-        reproduce=(this_command(),),
+        reproduce=(str(command),) if (command := bundle.provenance.get("command")) else (),
         stages=tuple(stages),
         strips=_strips(folder),
         **training_parts(bundle),
     )
-    return draw(content, folder, predictor_of(bundle, device))
+    return draw(content, out or folder, predictor_of(bundle, device))
 
 
 def _strips(folder: Path) -> tuple[tuple[str, Path | np.ndarray], ...]:
@@ -127,6 +129,7 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
+    from pcam_automl.search.reading import n_finished_of
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -134,15 +137,16 @@ def report_of_study(
     folder = model or opened.folder / "final" / "model"
     bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
     trial = _trial_of(opened.study, bundle)
+    scores_before = scores is None
     if scores is None and trial is not None:
         file = opened.folder / "trials" / str(trial.number) / SCORES
-        scores = read_scores(file, opened.store.ids) if file.is_file() else None
+        scores = read_scores(file, opened.store.ids, opened.store.part) if file.is_file() else None
         if scores is not None:
             on = f"validation slides of trial {trial.number}, before the final training"
             scores = replace(scores, on=on)
     recipe = None
     if bundle is None and trial is not None and "recipe" in trial.user_attrs:
-        recipe = build_recipe(_json(trial.user_attrs["recipe"]))
+        recipe = build_recipe(json.loads(trial.user_attrs["recipe"]))
     content = ReportContent(
         f"Study {name}",
         opened.store,
@@ -150,10 +154,11 @@ def report_of_study(
         recipe=recipe,
         bundle=bundle,
         scores=scores,
+        scores_before=scores_before,
         threshold=threshold,
         study=opened.study,
         study_settings=opened.settings,
-        reproduce=study_commands(name, url, opened.settings.data, len(opened.study.get_trials(deepcopy=False))),
+        reproduce=study_commands(name, url, opened.settings, n_finished_of(opened.study)),
         **(training_parts(bundle) if bundle is not None else {}),
     )
     written = draw(content, out or opened.folder, None if bundle is None else predictor_of(bundle, device))
@@ -161,12 +166,6 @@ def report_of_study(
         artifacts = studies_folder(storage_url(url)) / "artifacts"
         attach(opened.study, trial.number, written.pictures, artifacts, page=str(written.page))
     return written
-
-
-def _json(text: str) -> Any:
-    import json
-
-    return json.loads(text)
 
 
 def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
@@ -180,15 +179,32 @@ def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
     return best_of(trials)
 
 
-def study_commands(name: str, url: str | None, data: str, n_trials: int) -> tuple[str, ...]:
-    """The two commands that repeat a study; its own options are remembered by the study."""
+def study_commands(name: str, url: str | None, settings: StudySettings, n_finished: int) -> tuple[str, ...]:
+    """The two commands that repeat a study of so many finished trials, from what it remembers."""
     from pcam_automl.commands.search import command_options
 
     options = command_options(name, url)
-    return (
-        f"pcam-automl search --data {shlex.quote(data)} --trials {n_trials}{options}",
-        f"pcam-automl finalize{options}",
-    )
+    words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n_finished), *search_options(settings)]
+    return (f"{shlex.join(words)}{options}", f"pcam-automl finalize{options}")
+
+
+def search_options(settings: StudySettings) -> list[str]:
+    """The words of `search` that make such a study anew; what is so by default is left out, but for the weights."""
+    recipe, space = settings.plan["recipe_name"], settings.plan["space_name"]
+    base = yaml.safe_load(settings.space).get("base") or {}
+    # With --recipe and no --space a search keeps the recipe's network: only then is the backbone fixed without --set.
+    around = space in ("default", "dense") and "backbone" in base and "backbone" not in settings.pins
+    words = ["--recipe", recipe] if recipe != "default" or around else []
+    words += ["--space", space] if not around and (recipe, space) != ("default", "default") else []
+    for field, value in settings.pins.items():
+        words += ["--set", f"{field}={value if isinstance(value, str) else json.dumps(value)}"]
+    words += ["--weights", settings.weights]
+    words += ["--holdout", f"{settings.holdout:g}"] if settings.holdout else []
+    if settings.cap_s is None and not {"views", "epochs"} & set(settings.pins):
+        words += ["--views", str(settings.rungs[-1][0])]
+    words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
+    words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
+    return words + (["--seed", str(settings.seed)] if settings.seed else [])
 
 
 def run_report(
@@ -206,6 +222,9 @@ def run_report(
     """The page of a study, or with ``model`` and ``data`` of a bundle."""
     if not 0.0 <= threshold <= 1.0:
         raise DataError(f"--threshold must be in [0, 1], got {threshold}")
+    if model is None and (groups or domains):
+        named = "--groups" if groups else "--domains"
+        raise DataError(f"{named} goes with --model; a study remembers its slides and scanners: leave it out")
     place = choose_device(device)
     use_cores()
     with stop_signal("nothing was lost; repeat the command"):
@@ -229,16 +248,28 @@ def run_report(
                 device=place,
                 threshold=threshold,
                 title=f"{bundle.recipe.backbone} in {folder.name}",
+                out=out,
             )
     terminal.result(str(written.page))
 
 
-def after_work(work: Any) -> Written | None:
-    """Draw a report after hours of training: whatever is wrong with the page, the training's result stands."""
+def after_work(work: Callable[[], Written], *, again: str) -> Written | None:
+    """Draw a report after hours of training: whatever is wrong with the page, the training's result stands.
+
+    Args:
+        work: draws it.
+        again: the command that draws it later.
+
+    Raises:
+        Interrupted: a signal came; the message says that the training is safe.
+    """
     try:
-        written: Written = work()
-    except PcamError as fault:
-        terminal.say(f"the report could not be written: {fault}; `pcam-automl report` draws it again")
+        written = work()
+    except Interrupted as stop:
+        text = f"interrupted while the report was drawn; the training's results are written, `{again}` draws the report"
+        raise Interrupted(text, stop.signum) from None
+    except Exception as fault:  # noqa: BLE001 - a fault of ours in a picture must not hide the result of the training
+        terminal.say(f"the report could not be written: {type(fault).__name__}: {fault}; `{again}` draws it again")
         return None
     terminal.say(f"report: {written.page}")
     return written

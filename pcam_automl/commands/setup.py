@@ -46,6 +46,7 @@ class Setup:
         split: which rows may be used.
         train_rows: to train on, in nested order.
         score_rows: to validate on.
+        fold: the one that validates; None where a share of the slides does (``valid_share``).
         weights: where pretrained weights come from.
         device: where to train.
         speed: remembered measurements.
@@ -57,6 +58,7 @@ class Setup:
     split: Split
     train_rows: np.ndarray
     score_rows: np.ndarray
+    fold: int | None
     weights: Weights
     device: torch.device
     speed: SpeedBook
@@ -86,9 +88,11 @@ def set_up(name: str, pins: dict[str, Any], options: DataOptions, *, weights: st
             path, folder / "packs", groups=options.groups, domains=options.domains, say=terminal.say, call=call
         )
     check_task(recipe, store)
-    split, train_rows, score_rows = training_split(store, recipe, seed=options.seed, fold=options.fold)
+    split, train_rows, score_rows, fold = training_split(store, recipe, seed=options.seed, fold=options.fold)
     for note in split.notes:
         terminal.say(note)
+    if recipe.valid_share is not None and fold is not None:
+        terminal.say("the data have an official validation part: validated on that, valid_share is not used")
     use_cores()
     speed = SpeedBook(folder / "speed.json")
-    return Setup(name, recipe, store, split, train_rows, score_rows, source, place, speed)
+    return Setup(name, recipe, store, split, train_rows, score_rows, fold, source, place, speed)

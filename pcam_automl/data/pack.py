@@ -95,8 +95,9 @@ def verify(
     pairs = (("ids", store.ids, source.ids), ("labels", store.label, labels), ("parts", store.part, source.part))
     lines = [f"other {name} in the source" for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
     damaged: list[str] = []
-    for first in range(0, len(store), CHUNK_PATCHES):
-        rows = slice(first, first + CHUNK_PATCHES)
+    chunk = chunk_for((store.patches.shape[1], store.patches.shape[2]))  # large images a few at a time: they are copied
+    for first in range(0, len(store), chunk):
+        rows = slice(first, first + chunk)
         digest = pixel_digests(np.ascontiguousarray(store.patches[rows]))
         sound = (store.flags[rows] & (Flag.UNREADABLE | Flag.WRONG_SHAPE)) == 0
         damaged += store.ids[rows][sound & (digest != store.digest[rows]).any(axis=1)].tolist()

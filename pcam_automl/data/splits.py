@@ -57,7 +57,9 @@ class Split:
         return np.flatnonzero(self.fold == HOLDOUT).astype(np.int64)
 
 
-def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, holdout: float = 0.0) -> Split:
+def make_split(
+    store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, holdout: float = 0.0, holdout_name: str = "--holdout"
+) -> Split:
     """Stratified folds that share no slide and no identical patch; the same arguments give the same split.
 
     Strata are label x domain; of dense sets (folders of images and masks, and any with masks whose label is one
@@ -71,12 +73,13 @@ def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, hold
         seed: of every draw, at least 0.
         n_folds: 2 to 100.
         holdout: share of the (training) patches set aside first, in whole slides, 0 to 0.5 inclusive.
+        holdout_name: what the user set it by, for the messages.
 
     Raises:
         DataError: one label only, fewer slides than folds, a fold or holdout that would lack a label, or an argument
             out of range.
     """
-    _check_arguments(seed, n_folds, holdout)
+    _check_arguments(seed, n_folds, holdout, holdout_name)
     rows = store.development_rows()
     by_load, domain = _is_dense(store, rows), np.asarray(store.domain)[rows].astype(np.int64)
     label = _tumour_load(store, rows) if by_load else np.asarray(store.label)[rows].astype(np.int64)
@@ -100,9 +103,10 @@ def make_split(store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, hold
     if holdout > 0:
         aside = np.flatnonzero(free)[_aside(bundle[free], strata[free], holdout, np.random.default_rng([seed, 1]))]
         if by_load:
-            _check_some(aside, f"a holdout of {holdout:g}")
+            _check_some(aside, f"a {holdout_name.lstrip('-')} of {holdout:g}")
         else:
-            _check_labels(label[aside], f"a holdout of {holdout:g}", remedy="choose a larger --holdout or none")
+            what, remedy = f"a {holdout_name.lstrip('-')} of {holdout:g}", f"choose a larger {holdout_name} or none"
+            _check_labels(label[aside], what, remedy=remedy)
         fold[aside] = HOLDOUT
     part = np.flatnonzero(free & (fold == UNUSED))
     if by_load:
@@ -166,9 +170,9 @@ def _sealed(fold: NDArray[np.int8], order: Ints, seed: int, grouped: bool, notes
     return Split(fold, order, seed, digest.hexdigest(), grouped, notes)
 
 
-def _check_arguments(seed: int, n_folds: int, holdout: float) -> None:
+def _check_arguments(seed: int, n_folds: int, holdout: float, holdout_name: str) -> None:
     if not 0.0 <= holdout <= 0.5:
-        raise DataError(f"--holdout must be in [0, 0.5], got {holdout}")
+        raise DataError(f"{holdout_name} must be in [0, 0.5], got {holdout}")
     if not 2 <= n_folds <= 100:
         raise DataError(f"n_folds must be in [2, 100], got {n_folds}")
     if seed < 0:

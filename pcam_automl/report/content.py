@@ -46,7 +46,8 @@ class ReportContent:
         recipe: of the training; the bundle's where None.
         bundle: the trained network.
         epochs: one result an epoch (or rung).
-        scores: of the final network.
+        scores: of the final network, or of a trial before it.
+        scores_before: whether the network given was trained on these patches after they were scored.
         threshold: a probability of at least this is called tumour, in [0, 1].
         study: of a search.
         study_settings: what it remembers.
@@ -63,6 +64,7 @@ class ReportContent:
     bundle: ModelBundle | None = None
     epochs: tuple[RungResult, ...] = ()
     scores: Scores | None = None
+    scores_before: bool = False
     threshold: float = 0.5
     study: StudyTrials | None = None
     study_settings: StudySettings | None = None

@@ -22,7 +22,13 @@ N_SHOWN = 6
 _MARGIN = 0.05
 """Shares of attention this near to the area's are called chance."""
 
+_TRAINED_SINCE = (
+    " Probabilities and losses are those of the trial, which had not seen these patches; the maps are the final network's, "
+    "which has since trained on them, and show what speaks for the trial's call."
+)
+
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 def example_section(content: ReportContent, predictor: Predictor | None, progress: Callable[[str], None]) -> Section:
@@ -39,12 +45,12 @@ def example_section(content: ReportContent, predictor: Predictor | None, progres
     if predictor is None or recipe is None:
         blocks.append(left_out("Grad-CAM, since no trained network was given to this report."))
     else:
-        blocks.append(Text(_how_to_read(recipe)))
+        blocks.append(Text(_how_to_read(recipe) + (_TRAINED_SINCE if content.scores_before else "")))
         explain = _explainer(predictor, store)
     attended: list[Explanation] = []
     for name, heading, note, places in chosen(scores, content.threshold):
         progress(f"report: {heading.lower()}")
-        found = explain(scores.rows[places]) if explain else None
+        found = explain(scores.rows[places], scores.prob[places]) if explain else None
         attended += found or []
         blocks.append(Text(heading, style="heading"))
         blocks.append(example_sheet(store, scores, places, found, content.threshold, name=name, note=note))
@@ -75,8 +81,14 @@ def chosen(scores: Scores, threshold: float) -> list[tuple[str, str, str, Ints]]
     ]
 
 
-def _explainer(predictor: Predictor, store: PatchStore) -> Callable[[Ints], list[Explanation]]:
-    return lambda rows: explain_patches(predictor, np.stack([patch_of(store, row) for row in rows.tolist()]))
+def _explainer(predictor: Predictor, store: PatchStore) -> Callable[[Ints, Floats], list[Explanation]]:
+    """Maps for or against tumour as the scores' probabilities call it, which need not be this network's."""
+
+    def explain(rows: Ints, probs: Floats) -> list[Explanation]:
+        patches = np.stack([patch_of(store, row) for row in rows.tolist()])
+        return explain_patches(predictor, patches, probs=np.asarray(probs, np.float64))
+
+    return explain
 
 
 def _how_to_read(recipe: Recipe) -> str:

@@ -9,12 +9,15 @@ from importlib import resources
 from pathlib import Path
 
 from pcam_automl import __version__
+from pcam_automl.errors import DataError, first_few
 from pcam_automl.files import folder_written_whole, write_text
 from pcam_automl.predict import Predictor
 from pcam_automl.report.blocks import Block, Code, Facts, Picture, Section, Text, left_out
 from pcam_automl.report.content import ReportContent, both_labels
 
 PAGE, PICTURES = "report.html", "report"
+MARKER = ".pcam-automl-report"
+"""A file in the folder of pictures that says whose it is: a new report takes the place of the whole folder."""
 Progress = Callable[[str], None]
 
 
@@ -47,8 +50,9 @@ def write_report(
         progress: told which part is being drawn.
 
     Raises:
-        DataError: the disk is full, the folder is read-only, or a strip is no PNG.
+        DataError: ``out/report`` holds something else, the disk is full, the folder is read-only, or a strip is no PNG.
     """
+    check_pictures_folder(out / PICTURES)
     sections = build_sections(content, predictor=predictor, progress=progress)
     pictures = [block for section in sections for block in section.blocks if isinstance(block, Picture)]
     names = [picture.name for picture in pictures]
@@ -56,8 +60,26 @@ def write_report(
     with folder_written_whole(out / PICTURES) as folder:
         for picture in pictures:
             (folder / picture.name).write_bytes(picture.png)
+        (folder / MARKER).touch()
     write_text(out / PAGE, render(content.title, summary(content), sections))
     return Written(out / PAGE, tuple(out / PICTURES / name for name in names))
+
+
+def check_pictures_folder(folder: Path) -> None:
+    """The pictures replace their folder as a whole: refuse one that another hand has made or filled.
+
+    Raises:
+        DataError: it is a file, or holds anything but the pictures of an earlier report.
+    """
+    if not folder.exists():
+        return
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else [folder.name]
+    strange = [name for name in names if name != MARKER and not (name.endswith(".png") and MARKER in names)]
+    if strange:
+        raise DataError(
+            f"{folder} is where a report's pictures go, but holds what no report put there ({first_few(strange)}); "
+            "rename it, or choose another --out"
+        )
 
 
 def build_sections(

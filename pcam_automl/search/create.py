@@ -16,7 +16,7 @@ from pcam_automl.errors import DataError, RecipeError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, decide_weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
@@ -37,7 +37,7 @@ from pcam_automl.search.study import (
 )
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import check_task
+from pcam_automl.training.start import check_task, choose_rows
 from pcam_automl.versions import versions
 
 LARGEST_HOLDOUT = 0.5
@@ -87,7 +87,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     path = find_data(asked.data)
     weights, text = decide_weights(asked.weights or "auto")  # asks the network, up to 10 s: after what needs none
     say(text)
-    space = space.pinned({"pretrained": pins.get("pretrained", weights.pretrained)})
+    space = around_recipe(space, asked)
+    space = space.pinned({"pretrained": pins.get("pretrained", weights.pretrained and may_be_pretrained(asked))})
     space = drop_backbones_without_weights(space, weights, say)
     store = find_pack(
         path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
@@ -97,10 +98,14 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     for note in split.notes:
         say(note)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
-    space = without_stage_fields(space, start, say)
-    check_task(start.model_copy(update=recipe_fields(space)), store)
-    n_train = len(split.train_order(VALIDATION_FOLD))
-    n_valid = len(split.order) - n_train
+    common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
+    space = without_stage_fields(space, common, asked, say)
+    check_task(common, store)
+    if warning := scratch_warning(common):
+        say(warning)
+    folds = split.train_order(VALIDATION_FOLD), split.score_rows(VALIDATION_FOLD)
+    rows = choose_rows(store, common, *folds)
+    n_train, n_valid = len(rows.train), len(rows.score)
     plan = make_plan(
         space,
         start,
@@ -160,15 +165,41 @@ def recipe_fields(space: SearchSpace) -> dict[str, Any]:
     return {name: value for name, value in space.base.items() if name in Recipe.model_fields}
 
 
-def without_stage_fields(space: SearchSpace, start: Recipe, say: Say) -> SearchSpace:
-    """A recipe with stages has its rates in them: what the space varies of them would have no effect."""
-    idle = (
-        [name for name in ("lr", "lr_low", "trainable", "frozen") if name in space.parameters] if start.stages else []
-    )
-    if not idle:
+def may_be_pretrained(asked: Asked) -> bool:
+    """Whether pretrained weights are used where there are some: always for the default recipe, else as the recipe says."""
+    return asked.recipe is None or load_recipe(find_config("recipes", asked.recipe)).pretrained
+
+
+def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
+    """A search around ``--recipe`` keeps its network: without a ``--space`` the backbone is the recipe's, and so is the tile."""
+    if asked.recipe is None or asked.space is not None:
         return space
-    say(f"not searched, since the recipe's stages fix them: {', '.join(idle)}")
-    return replace(space, parameters={name: p for name, p in space.parameters.items() if name not in idle})
+    recipe, pins = load_recipe(find_config("recipes", asked.recipe)), asked.pins or {}
+    own = {"backbone": recipe.backbone} | ({"tile_size": recipe.tile_size} if recipe.tile_size is not None else {})
+    return space.pinned({name: value for name, value in own.items() if name not in pins})
+
+
+def without_stage_fields(space: SearchSpace, common: Recipe, asked: Asked, say: Say) -> SearchSpace:
+    """A recipe with stages has its rates in them: what the space varies of them would have no effect.
+
+    Raises:
+        RecipeError: ``--set`` names such a field, or nothing is left to search.
+    """
+    if common.stages:
+        fixed = ["lr", "lr_low", "trainable", "frozen"]
+        fixed += ["weight_decay"] if all(stage.weight_decay is not None for stage in common.stages) else []
+        if pinned := [name for name in fixed if name in (asked.pins or {})]:
+            raise RecipeError(
+                f"--set {', '.join(pinned)}: the recipe's stages fix it; set the stages themselves, or --set stages=[]"
+            )
+        if idle := [name for name in fixed if name in space.parameters]:
+            say(f"not searched, since the recipe's stages fix them: {', '.join(idle)}")
+            space = replace(space, parameters={name: p for name, p in space.parameters.items() if name not in idle})
+    if not space.parameters:
+        raise RecipeError(
+            "nothing is left to search: every field of the space is fixed; use `pcam-automl train`, or another --space"
+        )
+    return space
 
 
 def check_options(asked: Asked) -> None:

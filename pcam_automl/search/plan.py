@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pcam_automl.errors import RecipeError
-from pcam_automl.models.factory import smallest_input
+from pcam_automl.models.factory import check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.engine import Rung
@@ -112,21 +112,28 @@ def make_plan(
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
     asked = views if views is not None else _asked_views(fields, space, n_train)
-    rates, planned_px = {}, fields["input_size"] or (64 if "crop_size" in space.parameters else fields["crop_size"])
+    rates: dict[str, float] = {}
+    dropped: dict[str, str] = {}
+    planned_px = planned_side(fields, space)
     for name in space.choices("backbone") or [fields["backbone"]]:
-        px = max(planned_px, smallest_input(name))
-        recipe = build_recipe(merge_fields(fields, {"backbone": name, "input_size": px}))
-        n_known = len(speed._known)
+        recipe = planned_recipe(fields, name, planned_px)
+        px, n_known = recipe.network_px, len(speed._known)
+        try:
+            check_runs(recipe)
+        except RecipeError as fault:
+            dropped[name] = str(fault)
+            continue
         rates[name] = speed.images_per_s(recipe, device)
         if len(speed._known) > n_known:
             progress(f"timed {name}: {rates[name]:,.0f} training images/s at {px} px")
+    if not rates:
+        raise RecipeError(f"no backbone of the space can be built: {'; '.join(dropped.values())}")
     typical = statistics.median(rates.values())
     whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
     n_score = min(n_valid, limit, max(500, int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
     cap_s = CAP_S if asked is None else None
-    dropped = {}
     if cap_s is not None:
         for name, rate in rates.items():
             seconds = trial_seconds(default, rungs, n_score, rate)
@@ -134,11 +141,24 @@ def make_plan(
                 dropped[name] = (
                     f"a trial would take {seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"
                 )
-        if len(dropped) == len(rates):
+        if set(dropped) >= set(rates):
             raise RecipeError(
                 f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
             )
     return Plan(rungs, n_score, cap_s, rates, dropped, planned_px)
+
+
+def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:
+    """Side in px at which networks are timed: fixed, or 64 where the crop is searched."""
+    if fields["task"] == "dense":
+        return int(fields["tile_size"])
+    return int(fields["input_size"] or (64 if "crop_size" in space.parameters else fields["crop_size"]))
+
+
+def planned_recipe(fields: dict[str, Any], backbone: str, px: int) -> Recipe:
+    """The recipe that times a backbone; its input is raised to what the backbone needs."""
+    sized = {} if fields["task"] == "dense" else {"input_size": max(px, smallest_input(backbone))}
+    return build_recipe(merge_fields(fields, {"backbone": backbone, **sized}))
 
 
 def _asked_views(fields: dict[str, Any], space: SearchSpace, n_train: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from optuna.trial import BaseTrial
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import RecipeError, did_you_mean, first_few
@@ -49,7 +49,7 @@ class SearchSpace:
         return yaml.safe_dump({"base": self._base_file(), "parameters": parameters}, sort_keys=False)
 
     def _base_file(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.base.items()}
+        return {name: _plain(value) for name, value in self.base.items()}
 
     def choices(self, field: str) -> tuple[Any, ...]:
         """The values a choice can take; of a fixed field its one value; empty for a range or an unnamed field."""
@@ -130,7 +130,7 @@ class SearchSpace:
             input_size = _even(crop_size * upscale)
             fields["input_size"] = None if input_size == crop_size else input_size
         recipe = build_recipe(fields, where="trial")
-        if smallest_input is None:
+        if smallest_input is None or recipe.task == "dense":
             return recipe
         least_px = smallest_input(recipe.backbone)
         if recipe.network_px >= least_px:
@@ -254,22 +254,7 @@ def _contradictions(space: SearchSpace, where: str) -> list[str]:
                 Recipe.model_validate(corner)
             except ValidationError as fault:
                 faults += validation_faults(fault, where, FIELDS)
-    return faults if faults else _base_faults(space.base, where)
-
-
-def _base_faults(base: Mapping[str, Any], where: str) -> list[str]:
-    """Faults between the fixed fields; what is wrong alone has been reported under its own key."""
-    wrong: list[str] = []
-    fixed = {name: value for name, value in base.items() if name != UPSCALE}
-    for name, value in fixed.items():
-        checked_value(name, value, where, wrong)
-    if wrong:
-        return []
-    try:
-        Recipe.model_validate(fixed)
-    except ValidationError as fault:
-        return validation_faults(fault, where, FIELDS)
-    return []
+    return faults
 
 
 def _largest(space: SearchSpace, name: str) -> Any:
@@ -282,6 +267,13 @@ def _largest(space: SearchSpace, name: str) -> Any:
 
 def _with_recipe_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: info.default for name, info in Recipe.model_fields.items()}, UPSCALE: 1.0, **fields}
+
+
+def _plain(value: Any) -> Any:
+    """As YAML holds it: tuples as lists, stages as mappings."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _even(px: float) -> int:

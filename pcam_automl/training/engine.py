@@ -90,8 +90,11 @@ class Segment:
 class Training:
     """One recipe in training: network, optimizer, weight average and how many views they have seen."""
 
-    def __init__(self, recipe: Recipe, network: nn.Module, task: Task, compute: Compute, *, key: int) -> None:
+    def __init__(
+        self, recipe: Recipe, network: nn.Module, task: Task, compute: Compute, *, key: int, data_key: str = ""
+    ) -> None:
         self.recipe, self.task, self.compute, self.key = recipe, task, compute, key
+        self.data_key = data_key  # of the data and rows; a checkpoint of others is not gone on from
         self.network = compute.place(network)
         self.optimizer = build_optimizer(self.network, recipe)
         self.average = WeightAverage(self.network, recipe.ema) if recipe.ema > 0 else None

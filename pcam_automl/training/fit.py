@@ -80,6 +80,8 @@ def fit(
         yield result
     if training.best is not None:
         training.keep(training.best[1])
+        if scored and (training.scores is None or training.best[0] != len(training.results) - 1):
+            _, training.scores = training.score(stop)  # those of the last rung are not of the kept weights
 
 
 def _rung(
@@ -179,6 +181,7 @@ def save(training: Training, root: Path, index: int) -> None:
             "phase": training.phase,
             "best": None if training.best is None else training.best[0],
             "key": training.key,
+            "data": training.data_key,
             "recipe": training.recipe.hash,
             "compute": training.compute.to_json(),
             "micro_batch": training.micro_batch,
@@ -194,13 +197,14 @@ def save(training: Training, root: Path, index: int) -> None:
 
 
 def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
-    """Take over the newest checkpoint of the same recipe and key; returns the number of rungs that it has behind it."""
+    """Take over the newest checkpoint of the same recipe, key and data; returns how many rungs it has behind it."""
     found = newest_checkpoint(root, note=note) if root is not None else None
     if found is None:
         return 0
     folder, parts, state = found
-    if (state["recipe"], state["key"]) != (training.recipe.hash, training.key):
-        note(f"{folder} belongs to another recipe or seed; training starts afresh")
+    if (state["recipe"], state["key"], state.get("data")) != (training.recipe.hash, training.key, training.data_key):
+        # with other rows, weights that saw the validation patches would be gone on from
+        note(f"{folder} belongs to another recipe, seed, fold or data; training starts afresh")
         return 0
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]

@@ -17,6 +17,24 @@ PROBE_BATCH_CPU = 32
 """Images a probe step takes on a CPU, where the rate hardly depends on it; a GPU is measured at the recipe's own batch."""
 
 
+_NETWORK_FIELDS = (
+    "task",
+    "decoder",
+    "head",
+    "hidden",
+    *(name for name in Recipe.model_fields if name.startswith("cnn_")),
+)
+
+
+def _built_otherwise(recipe: Recipe) -> list[str]:
+    """The fields beside the backbone that change the network, where they are not the defaults."""
+    return [
+        f"{name}={value}"
+        for name in _NETWORK_FIELDS
+        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default
+    ]
+
+
 class SpeedBook:
     """Fastest variant and step time of a network on a device, measured once and kept.
 
@@ -39,7 +57,8 @@ class SpeedBook:
     def compute_for(self, recipe: Recipe, device: torch.device) -> Compute:
         """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images."""
         batch = self.probe_batch(recipe, device)
-        key = "/".join([recipe.backbone, str(recipe.network_px), str(batch), device_name(device), torch.__version__])
+        network = [recipe.backbone, *_built_otherwise(recipe)]
+        key = "/".join([*network, str(recipe.network_px), str(batch), device_name(device), torch.__version__])
         if key not in self._known:
             bare = recipe.model_copy(update={"pretrained": False})
             compute = measure(lambda: build_network(bare, Weights("none"), seed=0), recipe.network_px, batch, device)

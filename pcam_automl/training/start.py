@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,9 @@ def without_excluded(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.
 
 
 def choose_rows(store: PatchStore, recipe: Recipe, train_rows: np.ndarray, score_rows: np.ndarray) -> Rows:
-    """Leave out what the recipe excludes, then take its subsample and balance it; the nested order stays.
+    """Leave out what the recipe excludes, then take its subsample and balance it.
+
+    The order stays nested within each class; balanced, the classes take turns, so that a rung's prefix is balanced, too.
 
     Raises:
         DataError: a patch task without both classes.
@@ -74,9 +77,19 @@ def choose_rows(store: PatchStore, recipe: Recipe, train_rows: np.ndarray, score
         if n_positive in (0, len(train)):
             raise DataError(f"training needs both classes, got {n_positive} patches of label 1 among {len(train)}")
         if recipe.balance == "undersample":  # of each class the first ones of the nested order
-            n = min(n_positive, len(train) - n_positive)
-            train = train[(positive & (np.cumsum(positive) <= n)) | (~positive & (np.cumsum(~positive) <= n))]
+            rank = np.where(positive, np.cumsum(positive), np.cumsum(~positive))
+            kept = rank <= min(n_positive, len(train) - n_positive)
+            train = train[kept][np.argsort(rank[kept], kind="stable")]
     return Rows(train, without_excluded(store, recipe, score_rows))
+
+
+def data_key(store: PatchStore, rows: Rows) -> str:
+    """64 hex digits over the data and which of them are trained and scored on, in their order."""
+    total = hashlib.sha256(store.content_hash.encode())
+    for part in (rows.train, rows.score):
+        total.update(f"/{len(part)}/".encode())
+        total.update(np.ascontiguousarray(part, np.dtype("<i8")).tobytes())
+    return total.hexdigest()
 
 
 def start_training(
@@ -112,4 +125,4 @@ def start_training(
     data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks)
     network = build_network(recipe, weights, seed=recipe.seed)
     task: Task = (DenseTask if recipe.task == "dense" else PatchTask)(recipe, data, compute, key)
-    return Training(recipe, network, task, compute, key=key)
+    return Training(recipe, network, task, compute, key=key, data_key=data_key(store, rows))

@@ -10,6 +10,7 @@ import pytest
 from data_builders import tissue, write_csv
 from PIL import Image
 
+from pcam_automl.data import pack as pack_module
 from pcam_automl.data.masks import MaskRule, decode_mask, find_background
 from pcam_automl.data.pack import pack, verify
 from pcam_automl.data.packs import find_pack
@@ -82,6 +83,16 @@ def test_every_layout_gives_the_same_images_and_masks(name: str, tmp_path: Path)
     assert store.label.tolist() == [0, 1, 1, 1, 1, 1]
     assert (store.part == TRAIN).all()
     assert verify(store, source) == 6
+
+
+def test_verify_copies_large_images_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(write_set(tmp_path / "set"))
+    store, lengths = pack(source, tmp_path / "pack"), list[int]()
+    monkeypatch.setattr(pack_module, "chunk_for", lambda shape: 4)
+    digests = pack_module.pixel_digests
+    monkeypatch.setattr(pack_module, "pixel_digests", lambda pixels: (lengths.append(len(pixels)), digests(pixels))[1])
+    assert verify(store, source) == 6
+    assert lengths == [4, 2]
 
 
 def test_jpeg_images_are_taken_and_smeared_jpeg_masks_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 from report_content import RECIPE, bundle_of, epochs_of, full_content, scores_of, study_of
 
 from pcam_automl.data.store import open_store
+from pcam_automl.errors import DataError
 from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.predict import build_predictor
 from pcam_automl.report.blocks import Picture, Section, Table, Text
 from pcam_automl.report.content import RateCurve, ReportContent
-from pcam_automl.report.page import build_sections, write_report
+from pcam_automl.report.page import MARKER, build_sections, write_report
 from pcam_automl.training.compute import Compute
 
 SECTIONS = ["scores", "examples", "data", "search", "network", "training", "recipe"]
@@ -42,7 +43,8 @@ def test_full_page_holds_every_section_and_its_pictures_beside_it(easy_pack: Pat
     text = written.page.read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
     assert re.findall(r'href="#(\w+)"', text) == SECTIONS
-    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == sorted(p.name for p in written.pictures)
+    beside = sorted(p.name for p in (tmp_path / "report").iterdir() if p.name != MARKER)
+    assert beside == sorted(p.name for p in written.pictures)
     inside = [base64.b64decode(uri) for uri in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert inside == [p.read_bytes() for p in written.pictures]
     names = {p.stem for p in written.pictures}
@@ -146,3 +148,30 @@ def test_browser_draws_the_page_without_complaint(easy_pack: Path, tmp_path: Pat
     )  # fmt: skip
     assert "Refused to load" not in done.stderr
     assert shot.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photo.png"])
+def test_pictures_never_replace_a_folder_of_another_hand(tmp_path: Path, name: str) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / name).write_text("mine")
+    with pytest.raises(DataError, match=rf"report is where a report's pictures go.*{name}.*rename it"):
+        write_report(ReportContent("t", epochs=epochs_of()), tmp_path)
+    assert (tmp_path / "report" / name).read_text() == "mine"
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_new_report_replaces_the_pictures_of_an_older_one_but_not_what_was_added(tmp_path: Path) -> None:
+    write_report(ReportContent("t", study=study_of()), tmp_path)
+    written = write_report(ReportContent("t", epochs=epochs_of()), tmp_path)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {p.name for p in written.pictures} | {MARKER}
+    (tmp_path / "report" / "letter.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"letter\.txt"):
+        write_report(ReportContent("t", epochs=epochs_of()), tmp_path)
+
+
+def test_maps_of_a_trials_scores_are_said_to_be_of_a_network_trained_since(easy_pack: Path) -> None:
+    content, predictor = full_content(easy_pack), build_predictor(bundle_of(), Compute("cpu"))
+    for before in (False, True):
+        sections = build_sections(replace(content, scores_before=before), predictor=predictor)
+        texts = " ".join(b.text for s in sections for b in s.blocks if isinstance(b, Text))
+        assert ("has since trained on them" in texts) == before

@@ -15,6 +15,7 @@ from easy_set import write_easy_set
 from optuna.trial import TrialState
 
 from pcam_automl.configs_folder import find_config, list_configs
+from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.errors import (
     DataError,
     InputError,
@@ -24,6 +25,7 @@ from pcam_automl.errors import (
     StudyError,
     TrainingDiverged,
 )
+from pcam_automl.finalize import finalize
 from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
 from pcam_automl.recipe import build_recipe, load_recipe
 from pcam_automl.search import create as create_module
@@ -452,3 +454,44 @@ def test_patience_gives_a_trial_a_rung_an_epoch(tmp_path: Path, asked: Asked) ->
     search(opened, 1)
     trial = opened.study.trials[0]
     assert trial.value == max(trial.intermediate_values.values())
+
+
+def test_a_recipe_keeps_its_network_where_no_space_is_given(tmp_path: Path, asked: Asked) -> None:
+    asked = replace(
+        asked, recipe="keras_cnn_1", space=None, pins={"crop_size": 64, "input_size": 64, "batch_size": 16}, views=64
+    )
+    opened = opened_in(tmp_path, asked)
+    assert opened.space.base["backbone"] == "keras_cnn_1"
+    assert opened.space.base["pretrained"] is False
+
+
+def test_stages_fix_their_rates_for_a_search_too(tmp_path: Path, asked: Asked) -> None:
+    said: list[str] = []
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = replace(asked, recipe="densenet169_onecycle", space="default", pins=pins, views=64)
+    opened = create_or_open_study("staged", url_in(tmp_path), asked, say=said.append)
+    assert any("not searched, since the recipe's stages fix them: lr" in line for line in said)
+    assert "lr" not in opened.space.parameters
+    with pytest.raises(RecipeError, match="--set lr: the recipe's stages fix it"):
+        create_or_open_study("other", url_in(tmp_path), replace(asked, pins={**pins, "lr": 0.1}), say=said.append)
+
+
+def test_a_dense_study_searches_and_finalizes(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "set", n_patches=120, n_slides=10, seed=5)
+    asked = Asked(
+        data=tmp_path / "set",
+        recipe="unet_timm",
+        weights="none",
+        views=16,
+        pins={"tile_size": 32, "batch_size": 4, "backbone": "resnet10t"},
+        device="cpu",
+        holdout=0.2,
+    )
+    opened = opened_in(tmp_path, asked, "dense")
+    assert search(opened, 1) == SearchEnd(1, "done")
+    recipe = json.loads(opened.study.trials[0].user_attrs["recipe"])
+    assert (recipe["task"], recipe["decoder"], recipe["tile_size"]) == ("dense", "unet", 32)
+    final = finalize(opened, epochs=0.2, device=CPU)
+    assert final.maps is not None
+    assert len(list(final.maps.glob("*.png"))) == len(opened.store.test_rows())
+    assert json.loads((final.out / "submission.json").read_text())["dice"] >= 0.0

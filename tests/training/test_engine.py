@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pcam_automl.batches import ResidentPatches, ViewStream, in_batches
 from pcam_automl.errors import Interrupted, TrainingDiverged
+from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
@@ -166,6 +167,16 @@ def test_a_checkpoint_of_another_recipe_is_not_used(data: TrainingData, tmp_path
     results = list(fitted(start(replace_recipe(lr=1e-4), data), RUNGS, checkpoints=tmp_path, note=notes.append))
     assert len(results) == 3
     assert "another recipe" in notes[0]
+
+
+def test_a_checkpoint_of_other_data_or_rows_is_not_used(data: TrainingData, tmp_path: Path) -> None:
+    first, other, notes = start(RECIPE, data), start(RECIPE, data), list[str]()
+    first.data_key, other.data_key = "a", "b"
+    list(fitted(first, RUNGS, checkpoints=tmp_path))
+    list(fitted(other, RUNGS, checkpoints=tmp_path, note=notes.append))
+    assert len(notes) == 1
+    assert "fold or data; training starts afresh" in notes[0]
+    assert same(first, other)  # trained from the beginning, on what here are the same rows
 
 
 def test_dropping_a_decay_branch_leaves_the_stable_training_untouched(data: TrainingData) -> None:
@@ -387,6 +398,11 @@ def test_patience_ends_the_training_and_gives_back_the_best_weights(data: Traini
     assert len(results) < len(rungs)
     state = training.averaged_state()
     assert all(torch.equal(state[key], kept[best.rung][key]) for key in state)
-    resumed = start(recipe, data)  # nothing is left to do, and the best weights are found again
+    assert training.scores is not None  # of the kept weights, not of the last ones
+    assert auc(training.scores.label, training.scores.prob) == best.auc
+    assert log_loss(training.scores.label, training.scores.prob) == best.loss
+    resumed = start(recipe, data)  # nothing is left to do, and the best weights are found again, and their scores
     assert len(list(fitted(resumed, rungs, checkpoints=tmp_path, keep_final=True))) == len(results)
     assert same(training, resumed)
+    assert resumed.scores is not None
+    assert np.array_equal(resumed.scores.prob, training.scores.prob)

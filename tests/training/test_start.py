@@ -1,7 +1,8 @@
-"""Which rows a recipe trains on: exclusions, subsample and balance keep the nested order."""
+"""Which rows a recipe trains on: exclusions, subsample and balance keep the nested order of each class."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.start import choose_rows
+from pcam_automl.training.start import Rows, choose_rows, data_key
 
 
 def in_order(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -43,10 +44,28 @@ def test_a_subsample_is_a_prefix_of_the_nested_order(easy_pack: Path) -> None:
     assert np.array_equal(part.score, order[:5])
 
 
-def test_undersampling_balances_and_keeps_the_order(easy_pack: Path) -> None:
+def test_undersampling_balances_every_prefix_and_keeps_the_order_of_each_class(easy_pack: Path) -> None:
     store = open_store(easy_pack)
     order = store.development_rows()
     order = np.concatenate([order[store.label[order] == 1][:9], order[store.label[order] == 0]])
     part = choose_rows(store, Recipe(balance="undersample"), order, order[:0]).train
     assert (store.label[part] == 1).sum() == (store.label[part] == 0).sum() == 9
-    assert in_order(part, order)
+    positive = store.label[part] == 1
+    assert in_order(part[positive], order)
+    assert in_order(part[~positive], order)
+    lead = np.cumsum(np.where(positive, 1, -1))  # a rung trains on a prefix
+    assert np.abs(lead).max() == 1
+
+
+def test_the_data_key_tells_data_rows_and_their_order_apart(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    rows = store.development_rows()
+    keys = {
+        data_key(store, Rows(rows[10:], rows[:10])),
+        data_key(store, Rows(rows[9:], rows[:9])),
+        data_key(store, Rows(rows, rows[:0])),  # the same rows in all, cut elsewhere
+        data_key(store, Rows(rows[:9:-1], rows[:10])),
+        data_key(replace(store, content_hash="0" * 64), Rows(rows[10:], rows[:10])),
+    }
+    assert len(keys) == 5
+    assert data_key(store, Rows(rows[10:].copy(), rows[:10].astype(np.int32))) in keys
