@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,6 +81,20 @@ Fold = Annotated[
 SplitSeed = Annotated[
     int, typer.Option("--seed", min=0, help="Seed of the split; the training's is --set seed=N.", metavar="N")
 ]
+
+
+def _checked_pins(recipe: str, sets: list[str] | None) -> dict[str, Any]:
+    """``--set`` as fields, the recipe judged with them before anything slow is imported.
+
+    Raises:
+        RecipeError: no such recipe, or faults in it or in a field.
+    """
+    from pcam_automl.configs_folder import find_config
+    from pcam_automl.recipe import load_recipe, parse_assignments
+
+    pins = parse_assignments(sets or [])
+    load_recipe(find_config("recipes", recipe), overrides=pins)
+    return pins
 
 
 def _version(asked: bool) -> None:
@@ -362,9 +376,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train one recipe, validated on the split, as a bundle."""
-    from pcam_automl.recipe import parse_assignments
-
-    pins = parse_assignments(set_ or [])
+    pins = _checked_pins(recipe, set_)
     from pcam_automl.commands.models import run_train
     from pcam_automl.commands.setup import DataOptions
 
@@ -419,9 +431,7 @@ def lr_find(
     json: Json = False,
 ) -> None:
     """Loss against a rising learning rate, for several weight decays in one plot."""
-    from pcam_automl.recipe import parse_assignments
-
-    pins = parse_assignments(set_ or [])
+    pins = _checked_pins(recipe, set_)
     from pcam_automl.commands.recipes import run_lr_find
     from pcam_automl.commands.setup import DataOptions
 
@@ -463,9 +473,7 @@ def compare_backbones(
     json: Json = False,
 ) -> None:
     """Rank backbones by their first and by their short-training validation loss and accuracy."""
-    from pcam_automl.recipe import parse_assignments
-
-    pins = parse_assignments(set_ or [])
+    pins = _checked_pins(recipe, set_)
     from pcam_automl.commands.recipes import run_compare
     from pcam_automl.commands.setup import DataOptions
     from pcam_automl.compare import PUBLISHED

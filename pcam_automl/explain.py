@@ -103,7 +103,7 @@ class _Rearranged(nn.Module):
 @contextmanager
 def _map_layer(network: nn.Module, images: Tensor, least_map: int) -> Iterator[nn.Module]:
     """The layer whose output captum reads; a token or channels-last layer is wrapped for the time of the block."""
-    shapes = _output_shapes(network, images[:1])
+    shapes = output_shapes(network, images[:1])
     found = _token_layer(network, shapes)
     if found is not None:
         name, n_prefix = found
@@ -121,8 +121,13 @@ def _map_layer(network: nn.Module, images: Tensor, least_map: int) -> Iterator[n
         network.set_submodule(name, layer)
 
 
-def _output_shapes(network: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
-    """Output shape of every module that runs and returns a tensor, in the order of completion."""
+def output_shapes(network: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
+    """Output shape of every named module that runs and returns a tensor, in the order of completion.
+
+    Args:
+        network: on the image's device; torch's meta device computes shapes alone.
+        image: (1, 3, px, px).
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     hooks = []
 

@@ -26,6 +26,10 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+FILE_COLUMNS = 160
+"""Width of tables that go into a file or a pipe, where nothing is gained by squeezing columns."""
+
+
 def say(text: str) -> None:
     """One line to stderr, as it is (no markup is read from it)."""
     err.print(escape(text))
@@ -58,7 +62,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         grid.add_column(escape(name), justify="left" if number == 0 else "right")
     for row in rows:
         grid.add_row(*map(escape, row))
-    out.print(grid)
+    out.print(grid, width=None if out.is_terminal else FILE_COLUMNS)
 
 
 def duration(seconds: float) -> str:

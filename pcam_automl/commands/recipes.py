@@ -16,6 +16,7 @@ from pcam_automl.errors import RecipeError
 from pcam_automl.files import sha256_of_json, write_json
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.lr_find import find_lr, write_curves
+from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights
 from pcam_automl.training.start import Rows, choose_rows, data_key
 from pcam_automl.training.task import Score
@@ -88,6 +89,8 @@ def run_compare(
     as_json: bool,
 ) -> None:
     """Train each backbone shortly on the same patches; finished ones are kept, so that the same command goes on."""
+    if faults := [f"backbone {name} {fault}" for name in backbones if (fault := backbone_fault(name)) is not None]:
+        raise RecipeError("; ".join(faults))
     with stop_signal("finished backbones are stored; the same command goes on") as stop:
         setup = set_up(recipe, pins, options, weights=weights, device=device)
         recipes = [recipe_for(setup.recipe, name) for name in backbones]
@@ -149,12 +152,9 @@ def _print_compared(results: list[Compared], out: Path, as_json: bool) -> None:
         (
             one.backbone,
             f"{one.n_parameters / 1e6:.1f} M",
-            str(one.input_px),
-            f"{by_initial.index(one) + 1}",
-            f"{one.initial.loss:.4f}",
-            f"{one.initial.accuracy:.3f}",
-            f"{one.trained.loss:.4f}",
-            f"{one.trained.accuracy:.3f}",
+            f"{one.input_px}",
+            f"{one.initial.loss:.3f} / {one.initial.accuracy:.3f} ({by_initial.index(one) + 1}.)",
+            f"{one.trained.loss:.3f} / {one.trained.accuracy:.3f}",
             f"{one.trained.auc:.4f}",
             f"{one.images_per_s:,.0f}",
             terminal.duration(one.seconds),
@@ -165,11 +165,8 @@ def _print_compared(results: list[Compared], out: Path, as_json: bool) -> None:
         "backbone",
         "weights",
         "px",
-        "first rank",
-        "first loss",
-        "accuracy",
-        "loss",
-        "accuracy",
+        "before: loss / acc. (rank)",
+        "after: loss / acc.",
         "AUC",
         "images/s",
         "time",

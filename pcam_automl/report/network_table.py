@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pcam_automl.explain import output_shapes
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.layers import set_trainable
 from pcam_automl.models.weights import Weights
@@ -86,7 +86,7 @@ def layer_rows(network: nn.Module, px: int, most: int = MOST_ROWS) -> list[Layer
         px: side of its input.
         most: rows, however deep; the network's direct children are always shown.
     """
-    shapes = _shapes(network.to("meta").eval(), px)
+    shapes = output_shapes(network.to("meta").eval(), torch.empty(1, 3, px, px, device="meta"))
     nodes = _opened([("", network)])
     while len(deeper := _opened(nodes)) <= most and deeper != nodes:
         nodes = deeper
@@ -120,23 +120,3 @@ def _n_parameters(module: nn.Module) -> int:
 def _kind(module: nn.Module) -> str:
     n = _n_leaves(module)
     return type(module).__name__ if n == 1 else f"{type(module).__name__} of {n}"
-
-
-def _shapes(network: nn.Module, px: int) -> dict[str, tuple[int, ...]]:
-    """Output shape by module name, in the order of completion."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                shapes.pop(name, None)
-                shapes[name] = tuple(output.shape)
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in network.named_modules() if name]
-    with torch.no_grad():
-        network(torch.empty(1, 3, px, px, device="meta"))
-    for hook in hooks:
-        hook.remove()
-    return shapes

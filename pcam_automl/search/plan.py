@@ -117,14 +117,14 @@ def make_plan(
     planned_px = planned_side(fields, space)
     for name in space.choices("backbone") or [fields["backbone"]]:
         recipe = planned_recipe(fields, name, planned_px)
-        px, n_known = recipe.network_px, len(speed._known)
+        px, known = recipe.network_px, speed.knows(recipe, device)
         try:
             check_runs(recipe)
         except RecipeError as fault:
             dropped[name] = str(fault)
             continue
         rates[name] = speed.images_per_s(recipe, device)
-        if len(speed._known) > n_known:
+        if not known:
             progress(f"timed {name}: {rates[name]:,.0f} training images/s at {px} px")
     if not rates:
         raise RecipeError(f"no backbone of the space can be built: {'; '.join(dropped.values())}")

@@ -56,9 +56,7 @@ class SpeedBook:
 
     def compute_for(self, recipe: Recipe, device: torch.device) -> Compute:
         """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images."""
-        batch = self.probe_batch(recipe, device)
-        network = [recipe.backbone, *_built_otherwise(recipe)]
-        key = "/".join([*network, str(recipe.network_px), str(batch), device_name(device), torch.__version__])
+        batch, key = self.probe_batch(recipe, device), self._key(recipe, device)
         if key not in self._known:
             bare = recipe.model_copy(update={"pretrained": False})
             compute = measure(lambda: build_network(bare, Weights("none"), seed=0), recipe.network_px, batch, device)
@@ -70,6 +68,15 @@ class SpeedBook:
             }
             write_json(self.file, self._known)
         return Compute(str(device), **self._known[key])  # type: ignore[arg-type]
+
+    def knows(self, recipe: Recipe, device: torch.device) -> bool:
+        """Whether the recipe's network has been measured here, so that nothing need be."""
+        return self._key(recipe, device) in self._known
+
+    def _key(self, recipe: Recipe, device: torch.device) -> str:
+        network = [recipe.backbone, *_built_otherwise(recipe)]
+        batch = str(self.probe_batch(recipe, device))
+        return "/".join([*network, str(recipe.network_px), batch, device_name(device), torch.__version__])
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""
