@@ -62,7 +62,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         grid.add_column(escape(name), justify="left" if number == 0 else "right")
     for row in rows:
         grid.add_row(*map(escape, row))
-    out.print(grid, width=None if out.is_terminal else FILE_COLUMNS)
+    Console(highlight=False, width=None if out.is_terminal else FILE_COLUMNS).print(grid)
 
 
 def duration(seconds: float) -> str:

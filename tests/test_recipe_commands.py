@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pcam_automl import terminal
 from pcam_automl.bundle import load_bundle
 from pcam_automl.cli import app
 from pcam_automl.configs_folder import find_config, list_configs
@@ -169,3 +170,12 @@ def test_a_dense_task_without_masks_is_refused(easy_pack: Path, in_tmp: Path) ->
         app, ["train", "unet_timm", "--data", str(easy_pack), "--out", "b", "--weights", "none"]
     )
     assert "recipe.task is dense, but the data have no masks" in str(result.exception)
+
+
+def test_tables_in_a_pipe_keep_whole_words(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(
+        "t", ("backbone", *(f"a column of many words {n}" for n in range(5))), [("mobilenetv2_100", *"12345")]
+    )
+    text = capsys.readouterr().out
+    assert "mobilenetv2_100" in text
+    assert "a column of many words 4" in text
