@@ -21,7 +21,7 @@ from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.predict import build_predictor, compute_of
-from pcam_automl.predict_dense import build_map_predictor, score_maps, write_row_maps
+from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.scores import Scores
 from pcam_automl.search.study import OpenStudy
@@ -61,6 +61,7 @@ class FinalResult:
         notes: test patches that could not be read.
         scores: of the holdout, None where there is none.
         maps: folder of the test images' probability maps, for a dense task.
+        on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
     """
 
     out: Path
@@ -73,6 +74,7 @@ class FinalResult:
     notes: tuple[str, ...]
     scores: Scores | None = None
     maps: Path | None = None
+    on_test: dict[str, float | int | None] = field(default_factory=dict)
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
@@ -293,12 +295,15 @@ def _write_maps(
         figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
     maps: Path | None = None
     notes: list[str] = []
+    on_test: dict[str, float | int | None] = {}
     if len(test):
         maps = out / "maps"
         watch.predicting(len(test), "test")
         _, notes = write_row_maps(
             predictor, store, test, maps, threshold=threshold, stop=watch.train.stop, progress=watch.predicted
         )
+        on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
+        notes = [*notes, *unscored]
     provenance = {
         **bundle.provenance,
         **figures,
@@ -306,10 +311,11 @@ def _write_maps(
         "auc_on": on,
         "threshold": threshold,
         "n_test": len(test),
+        "test": on_test or None,
     }
     write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
     seconds = time.perf_counter() - began
-    return FinalResult(out, None, trial.number, pixel_auc, on, None, seconds, tuple(notes), scores, maps)
+    return FinalResult(out, None, trial.number, pixel_auc, on, None, seconds, tuple(notes), scores, maps, on_test)
 
 
 def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:

@@ -27,6 +27,8 @@ LOWEST_LR, HIGHEST_LR = 1e-7, 10.0
 SMOOTHING = 0.98
 DIVERGED = 4.0
 """fastai's lr_find: rates from 1e-7 to 10, losses smoothed by 0.98, an end when the loss is four times its best."""
+LEAST_FALL = 0.02
+"""A run of losses that falls by a smaller share is noise, and no rate is suggested."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def rate_of_step(step: int, n_steps: int) -> float:
 
 
 def valley(lr: Sequence[float], loss: Sequence[float]) -> float | None:
-    """Rate halfway down the longest falling run of the losses (fastai's ``valley``); None where none falls."""
+    """Rate halfway down the longest falling run of the losses (fastai's ``valley``); None where they fall by less than 2 %."""
     n = len(loss)
     length = np.ones(n, np.int64)  # of the longest falling subsequence that ends here
     for i in range(1, n):
@@ -186,6 +188,9 @@ def valley(lr: Sequence[float], loss: Sequence[float]) -> float | None:
         length[i] = 1 + (int(earlier.max()) if len(earlier) else 0)
     end = int(length.argmax()) if n else 0
     if n == 0 or length[end] < 3:
+        return None
+    level = float(np.median(loss[: max(1, n // 10)]))  # where the rates are too small to matter
+    if level - loss[end] < LEAST_FALL * level:
         return None
     first, third = end - int(length[end]) + 1, int(length[end]) / 3
     return float(lr[min(max(first, 0) + int(third) + int(third / 2), n - 1)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from pcam_automl.errors import BundleError, DataError, first_few
 from pcam_automl.files import written_whole
 from pcam_automl.scores import Scores
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.dense import DenseTask, MapViews, logit_maps
+from pcam_automl.training.dense import DenseTask, MapViews, always_negative_accuracy, logit_maps
 from pcam_automl.training.task import Score, TrainingData
 
 _STRIP_PX = 256  # a tile of the strip is at most this large
 _GAP_PX = 4
+_PASS_PIXELS = 1 << 18  # images that are judged together: 28 patches of 96 px, 2.5 times as fast as one at a time
 _NOT_SEEN = 128  # grey: an epoch whose decision was not kept
 
 Grey = NDArray[np.uint8]
@@ -46,13 +47,15 @@ class MapPredictor:
     compute: Compute
     views: MapViews
 
-    def probs(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (H, W) of tumour for an image (H, W, 3) uint8 of any size; reflected where it is smaller than a tile."""
-        height, width, _ = image.shape
+    def probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities (B, H, W) of tumour for images (B, H, W, 3) uint8 of any one size; reflected where they are smaller
+        than a tile.
+        """
+        _, height, width, _ = images.shape
         short = [(0, max(0, self.views.tile_size - side)) for side in (height, width)]
-        padded = np.pad(image, (*short, (0, 0)), mode="symmetric")
-        batch = torch.from_numpy(padded).to(self.compute.device).permute(2, 0, 1)[None]
-        logits = logit_maps(self.network, batch, self.views, self.compute)[0, :height, :width]
+        padded = np.pad(images, ((0, 0), *short, (0, 0)), mode="symmetric")
+        batch = torch.from_numpy(padded).to(self.compute.device).permute(0, 3, 1, 2)
+        logits = logit_maps(self.network, batch, self.views, self.compute)[:, :height, :width]
         return np.asarray(torch.sigmoid(logits).cpu().numpy())
 
 
@@ -84,15 +87,16 @@ def write_maps(
     stop: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[int, list[str]]:
-    """Write ``<out>/<stem>.png`` for each image: 8 bits, grey, 255 times the probability; one image in memory at a time.
+    """Write ``<out>/<stem>.png`` for each image: 8 bits, grey, 255 times the probability; images of one size that
+    follow each other are judged together, a quarter of a megapixel at a time.
 
     Args:
         predictor: see :func:`build_map_predictor`.
         files: images with distinct stems (see :func:`pcam_automl.predict.list_images`), at most 2048 px a side.
         out: folder, made if need be; older maps of the same names are replaced.
         threshold: also write ``<stem>_mask.png``, 255 where the probability is at least this, in [0, 1].
-        stop: called before each image; raises to end early.
-        progress: called with 1 after each image.
+        stop: called before each pass; raises to end early.
+        progress: called with the number of images just done.
 
     Returns:
         How many maps were written, and the files that could not be read, each with its fault.
@@ -101,17 +105,8 @@ def write_maps(
         DataError: a map would replace an image or another map, or ``out`` cannot be written.
     """
     _check_targets([file.stem for file in files], files, out, threshold)
-    faults, n_written = [], 0
-    for file in files:
-        stop()
-        image = read_patch(file)
-        if isinstance(image, PatchFault):
-            faults.append(f"{file.name}: {image}")
-        else:
-            _write_map(out, file.stem, predictor.probs(image), threshold)
-            n_written += 1
-        progress(1)
-    return n_written, faults
+    images = ((file.stem, file.name, read_patch(file)) for file in files)
+    return _write_all(predictor, images, out, threshold, stop, progress)
 
 
 def write_row_maps(
@@ -128,15 +123,47 @@ def write_row_maps(
     left out and named.
     """
     _check_targets(store.ids[rows].tolist(), (), out, threshold)
+    images = (
+        (str(store.ids[row]), str(store.ids[row]), store.faults.get(row) or np.array(store.patches[row]))
+        for row in rows.tolist()
+    )
+    return _write_all(predictor, images, out, threshold, stop, progress)
+
+
+def _write_all(
+    predictor: MapPredictor,
+    images: Iterable[tuple[str, str, NDArray[np.uint8] | PatchFault | str]],
+    out: Path,
+    threshold: float | None,
+    stop: Callable[[], None],
+    progress: Callable[[int], None],
+) -> tuple[int, list[str]]:
+    """Maps of images (stem, name for people, pixels or fault), those of one size that follow each other in one pass."""
     faults, n_written = [], 0
-    for row in rows.tolist():
+    waiting: list[tuple[str, NDArray[np.uint8]]] = []
+
+    def flush() -> None:
+        nonlocal n_written
+        if not waiting:
+            return
         stop()
-        if row in store.faults:
-            faults.append(f"{store.ids[row]}: {store.faults[row]}")
-        else:
-            _write_map(out, str(store.ids[row]), predictor.probs(np.array(store.patches[row])), threshold)
-            n_written += 1
-        progress(1)
+        for (stem, _), probs in zip(waiting, predictor.probs(np.stack([image for _, image in waiting])), strict=True):
+            _write_map(out, stem, probs, threshold)
+        n_written += len(waiting)
+        progress(len(waiting))
+        waiting.clear()
+
+    for stem, name, image in images:
+        if not isinstance(image, np.ndarray):
+            faults.append(f"{name}: {image}")
+            progress(1)
+            continue
+        if waiting and (
+            image.shape != waiting[0][1].shape or (len(waiting) + 1) * image.shape[0] * image.shape[1] > _PASS_PIXELS
+        ):
+            flush()
+        waiting.append((stem, image))
+    flush()
     return n_written, faults
 
 
@@ -160,6 +187,26 @@ def score_maps(
     task = DenseTask(predictor.bundle.recipe, data, predictor.compute, key=0)
     task.views = predictor.views
     return task.score(predictor.network, stop)
+
+
+def figures_on_test(
+    predictor: MapPredictor, store: PatchStore, *, stop: Callable[[], None] = lambda: None
+) -> tuple[dict[str, float | int | None], list[str]]:
+    """Figures of the test images that came with masks, beside the network that never sees tumour; and why there are none.
+
+    Returns:
+        n, dice, accuracy, always_negative_accuracy, auc and loss (empty if no test image has a mask), and notes.
+    """
+    rows = [row for row in store.test_rows().tolist() if store.label[row] >= 0 and row not in store.faults]
+    if store.masks is None or not rows:
+        return {}, []
+    known = np.array(rows, np.int64)
+    try:
+        score, _ = score_maps(predictor, store, known, stop=stop)
+    except DataError as fault:  # masks of one value: the maps are good, a figure there cannot be
+        return {}, [f"the test images are not scored: {fault}"]
+    figures = {"n": len(known), "dice": score.dice, "accuracy": score.accuracy, "auc": score.auc, "loss": score.loss}
+    return {**figures, "always_negative_accuracy": always_negative_accuracy(store, known)}, []
 
 
 def _write_map(out: Path, name: str, probs: NDArray[np.float32], threshold: float | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pcam_automl import predict_dense
 from pcam_automl.batches import ResidentPatches
 from pcam_automl.bundle import ModelBundle
 from pcam_automl.data.pack import pack
@@ -23,6 +24,7 @@ from pcam_automl.predict_dense import (
     StripRecorder,
     build_map_predictor,
     decision_strip,
+    figures_on_test,
     half_full_row,
     score_maps,
     write_maps,
@@ -69,10 +71,14 @@ def save(path: Path, image: np.ndarray) -> Path:
     return path
 
 
+def one(predictor: MapPredictor, image: np.ndarray) -> np.ndarray:
+    return predictor.probs(image[None])[0]
+
+
 @pytest.mark.parametrize("size", [(32, 32), (100, 45), (20, 70), (5, 3), (64, 64)])
 def test_a_map_is_as_large_as_its_image_and_right_at_every_pixel(size: tuple[int, int], red: MapPredictor) -> None:
     image = picture(*size)
-    probs = red.probs(image)
+    probs = one(red, image)
     want = 1 / (1 + np.exp(-(image[..., 0] / 255 * 20 - 10)))
     assert probs.shape == size
     np.testing.assert_allclose(probs, want, atol=1e-4)
@@ -82,7 +88,7 @@ def test_a_bundles_map_turns_with_the_image_when_all_views_are_averaged() -> Non
     predictor = build_map_predictor(bundle_of(), Compute("cpu"))
     assert predictor.views.eight  # tta: dihedral is the recipe's
     image = picture(32, 32)
-    np.testing.assert_allclose(predictor.probs(np.rot90(image).copy()), np.rot90(predictor.probs(image)), atol=1e-5)
+    np.testing.assert_allclose(one(predictor, np.rot90(image).copy()), np.rot90(one(predictor, image)), atol=1e-5)
     assert not build_map_predictor(bundle_of(), Compute("cpu"), all_views=False).views.eight
 
 
@@ -100,18 +106,32 @@ def test_maps_and_masks_are_written_for_readable_images_and_the_others_named(red
         red, [*files, tmp_path / "in" / "c.png"], tmp_path / "out", threshold=0.5, progress=done.append
     )
     assert n == 2
-    assert done == [1, 1, 1]
+    assert done == [1, 2]  # the broken one, then both others in one pass
     assert [fault.split(":")[0] for fault in faults] == ["c.png"]
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert names == ["a.png", "a_mask.png", "b.png", "b_mask.png"]
     with Image.open(tmp_path / "out" / "a.png") as file:
         assert file.mode == "L"
         grey = np.asarray(file)
-    assert np.array_equal(grey, np.rint(red.probs(picture(40, 50, 0)) * 255).astype(np.uint8))
+    assert np.array_equal(grey, np.rint(one(red, picture(40, 50, 0)) * 255).astype(np.uint8))
     with Image.open(tmp_path / "out" / "a_mask.png") as file:
         mask = np.asarray(file)
-    assert np.array_equal(mask == 255, red.probs(picture(40, 50, 0)) >= 0.5)
+    assert np.array_equal(mask == 255, one(red, picture(40, 50, 0)) >= 0.5)
     assert set(np.unique(mask)) == {0, 255}
+
+
+def test_images_of_several_sizes_are_judged_as_one_at_a_time(
+    red: MapPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_dense, "_PASS_PIXELS", 40 * 40 * 2)
+    sizes = [(40, 40), (40, 40), (40, 40), (36, 44), (40, 40), (100, 90)]
+    files = [save(tmp_path / "in" / f"{seed}.png", picture(*size, seed)) for seed, size in enumerate(sizes)]
+    done: list[int] = []
+    assert write_maps(red, files, tmp_path / "out", progress=done.append) == (6, [])
+    assert done == [2, 1, 1, 1, 1]
+    for seed, size in enumerate(sizes):
+        with Image.open(tmp_path / "out" / f"{seed}.png") as file:
+            assert np.array_equal(np.asarray(file), np.rint(one(red, picture(*size, seed)) * 255).astype(np.uint8))
 
 
 def test_without_a_threshold_there_is_one_file_an_image(red: MapPredictor, tmp_path: Path) -> None:
@@ -134,7 +154,10 @@ def test_maps_never_replace_images_or_each_other(red: MapPredictor, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_stopping_keeps_the_maps_written_so_far(red: MapPredictor, tmp_path: Path) -> None:
+def test_stopping_keeps_the_maps_written_so_far(
+    red: MapPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_dense, "_PASS_PIXELS", 32 * 32)
     files = [save(tmp_path / "in" / f"{name}.png", picture(32, 32)) for name in "abc"]
     left = [2]
 
@@ -232,8 +255,11 @@ def test_a_strip_of_a_training_without_validation_needs_a_row(task: DenseTask, t
     assert len(tiles_of(tmp_path / "strip.png")) == 3
 
 
-def packed_pairs(root: Path) -> PatchStore:
-    """Four images of 40 px whose red channel is the mask, one of them a broken test image without a mask."""
+def packed_pairs(root: Path, *, truth: np.ndarray | None = None) -> PatchStore:
+    """Four images of 40 px whose red channel is the mask, and two test images, one of them broken; ``truth`` is the other's mask."""
+    if truth is not None:
+        for name in ("u0", "u1"):
+            save(root / "raw" / "outputs_test" / f"{name}.png", truth)
     for number in range(4):
         mask = np.zeros((40, 40), np.uint8)
         mask[: 10 * number] = 255
@@ -252,7 +278,23 @@ def test_rows_of_a_pack_are_mapped_and_scored_as_files_are(red: MapPredictor, tm
     assert n == 1
     assert [fault.split(":")[0] for fault in faults] == ["u1"]
     with Image.open(tmp_path / "out" / "u0.png") as file:
-        assert np.array_equal(np.asarray(file), np.rint(red.probs(picture(40, 40, 9)) * 255).astype(np.uint8))
+        assert np.array_equal(np.asarray(file), np.rint(one(red, picture(40, 40, 9)) * 255).astype(np.uint8))
     score, scores = score_maps(red, store, store.development_rows())
     assert score.auc == score.dice == score.accuracy == 1.0
     assert set(scores.rows.tolist()) == {0, 1, 2, 3}
+
+
+def test_test_images_with_masks_are_scored_and_those_without_are_not(red: MapPredictor, tmp_path: Path) -> None:
+    assert figures_on_test(red, packed_pairs(tmp_path / "none")) == ({}, [])
+    truth = np.zeros((40, 40), np.uint8)
+    truth[:10] = 255
+    store = packed_pairs(tmp_path / "some", truth=truth)
+    figures, notes = figures_on_test(red, store)
+    assert notes == []
+    assert figures["n"] == 1  # the broken one is left out
+    assert figures["always_negative_accuracy"] == 0.75
+    decided = one(red, picture(40, 40, 9)) >= 0.5
+    assert figures["accuracy"] == pytest.approx((decided == (truth > 0)).mean())
+    _, notes = figures_on_test(red, packed_pairs(tmp_path / "empty", truth=np.zeros_like(truth)))
+    assert "not scored" in notes[0]
+    assert "no tumour" in notes[0]

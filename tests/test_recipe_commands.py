@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -107,6 +108,17 @@ def test_valley_lies_in_the_fall_and_a_rising_curve_has_none() -> None:
     assert lr[30] < found < lr[70]
     assert valley(lr, list(range(100))) is None
     assert valley([], []) is None
+
+
+def test_noise_about_a_level_suggests_no_rate_and_a_small_fall_out_of_it_does() -> None:
+    lr = np.geomspace(1e-7, 10, 200).tolist()
+    noise = 0.69 + np.random.default_rng(0).normal(0, 0.003, 200)
+    assert valley(lr, noise.tolist()) is None
+    steps = np.arange(200)
+    fallen = noise - 0.05 * np.clip((steps - 100) / 50, 0, 1) + 0.01 * np.clip(steps - 150, 0, None)  # and diverges
+    found = valley(lr, fallen.tolist())
+    assert found is not None
+    assert lr[90] < found < lr[150]
     assert LrCurve(0.0, (), (), None).suggestion is None
 
 

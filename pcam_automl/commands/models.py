@@ -139,12 +139,18 @@ def _print_final(final: FinalResult, as_json: bool) -> None:
                 "auc": final.auc,
                 "auc_on": final.auc_on,
                 "auc_95": final.auc_95,
+                "test": final.on_test or None,
                 "seconds": round(final.seconds, 1),
             }
         )
         return
     interval = f" (95 % {final.auc_95[0]:.4f} to {final.auc_95[1]:.4f})" if final.auc_95 else ""
     terminal.say(f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; {terminal.duration(final.seconds)}")
+    if test := final.on_test:
+        terminal.say(
+            f"{test['n']:,} test images with masks: Dice {test['dice']:.4f}, pixel accuracy {test['accuracy']:.4f} (always "
+            f"negative: {test['always_negative_accuracy']:.4f}), pixel AUC {test['auc']:.4f}"
+        )
     made = final.submission or final.maps
     terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches, so no submission)")
 
