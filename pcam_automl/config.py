@@ -96,6 +96,8 @@ class StudySettings(BaseModel):
     split_hash: str
     seed: Annotated[int, Field(ge=0)]
     holdout: float
+    groups: str | None = None
+    domains: str | None = None
     weights: str
     start: dict[str, Any]
     space: str

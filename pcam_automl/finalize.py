@@ -29,7 +29,7 @@ from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.fit import best_result
-from pcam_automl.training.start import choose_rows
+from pcam_automl.training.start import choose_rows, data_key, without_excluded
 
 VIEWS_FACTOR = 4
 LEAST_EPOCHS, MOST_EPOCHS = 3.0, 20.0
@@ -186,8 +186,10 @@ def finalize(
     out = (out or opened.folder / "final").resolve()
     rows = split.order
     n_train = _n_final(opened, trial)
-    planned = opened.settings.cap_s is not None
-    recipe = final_recipe(trial, n_train, epochs, planned=planned, own_epochs=opened.start.epochs)
+    base = opened.space.base
+    planned = opened.settings.cap_s is not None or base.get("epochs") is not None
+    own_epochs = base.get("epochs") or opened.start.epochs
+    recipe = final_recipe(trial, n_train, epochs, planned=planned, own_epochs=own_epochs)
     watch.plan(trial, recipe, n_train, out)
     provenance = {
         "study": opened.name,
@@ -195,9 +197,10 @@ def finalize(
         "trial_auc": trial.value,
         "split_hash": split.hash,
         "holdout": opened.settings.holdout,
+        "weights": str(opened.weights),
     }
     model = out / "model"
-    if not _is_done(model, recipe, store):
+    if not _is_done(model, recipe, opened, rows):
         train_to_bundle(
             recipe,
             store,
@@ -214,12 +217,17 @@ def finalize(
     return finish(opened, trial, model, out, threshold, device, watch, began)
 
 
-def _is_done(model: Path, recipe: Recipe, store: PatchStore) -> bool:
-    """Whether the folder already holds this recipe trained on this pack."""
+def _is_done(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -> bool:
+    """Whether the folder already holds this recipe, from these weights, trained on these patches of this pack.
+
+    A study made anew under an old one's name may have the same recipe and another holdout.
+    """
     if not (model / "bundle.json").is_file():
         return False
     bundle = load_bundle(model)
-    return bundle.recipe == recipe and bundle.provenance.get("pack_hash") == store.content_hash
+    trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
+    held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
+    return bundle.recipe == recipe and held == (trained_on, str(opened.weights))
 
 
 def _predict(
@@ -238,7 +246,8 @@ def _predict(
     store = opened.store
     patches = open_patches(store, torch.device(compute.device))
     score, on, interval = float(trial.value or float("nan")), f"validation fold, trial {trial.number}", None
-    holdout, test = opened.split.holdout_rows(), store.test_rows()
+    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
+    test = store.test_rows()
     scores = None
     if len(holdout):
         watch.predicting(len(holdout), "holdout")
@@ -285,14 +294,10 @@ def _write_maps(
     """A dense task's ending: figures on the holdout, one probability map a test image instead of a submission."""
     bundle, store = load_bundle(model), opened.store
     predictor = build_map_predictor(bundle, compute_of(bundle, device))
-    holdout, test = opened.split.holdout_rows(), store.test_rows()
+    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
+    test = store.test_rows()
     pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
-    if len(holdout):
-        watch.predicting(len(holdout), "holdout")
-        score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
-        pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
-        figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
     maps: Path | None = None
     notes: list[str] = []
     on_test: dict[str, float | int | None] = {}
@@ -304,6 +309,16 @@ def _write_maps(
         )
         on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
         notes = [*notes, *unscored]
+    if len(holdout):
+        watch.predicting(len(holdout), "holdout")
+        try:
+            score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
+            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
+            figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
+        except (
+            DataError
+        ) as fault:  # masks of one value; a new study refuses such a holdout, an older one has trained by now
+            notes.append(f"the holdout is not scored: {fault}")
     provenance = {
         **bundle.provenance,
         **figures,

@@ -212,6 +212,10 @@ class Recipe(BaseModel):
             faults.append("stages have a cycle of their own each; schedule must be one_cycle or constant, got wsd")
         if self.lr_low is not None and self.lr_low > self.lr:
             faults.append(f"lr_low must be at most lr, got {self.lr_low} and {self.lr}")
+        if self.patience is not None and self.stages:
+            faults.append(
+                "patience and stages exclude each other (an early end would leave the later stages out); give one"
+            )
         if self.patience is not None and self.schedule != "constant":
             faults.append(
                 f"patience needs schedule constant (a cut cycle is no finished training), got {self.schedule}"
@@ -273,6 +277,15 @@ def key_of(where: str, *parts: object) -> str:
     return f"{where}{' ' if where == PINS else '.'}{name}" if name else where
 
 
+_RULES = {
+    "tuple_type": "must be a list",
+    "float_parsing": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+}
+"""Pydantic's words for these speak of Python."""
+
+
 def validation_faults(
     fault: ValidationError, where: str, known: Sequence[str] | Mapping[str, Any], pinned: Collection[str] = ()
 ) -> list[str]:
@@ -280,7 +293,8 @@ def validation_faults(
     lines = []
     for error in fault.errors():
         loc = error["loc"]
-        key = key_of(PINS if loc and loc[0] in pinned else where, *loc)
+        shown = (part + 1 if isinstance(part, int) else part for part in loc)  # people count from 1, so does --stage
+        key = key_of(PINS if loc and loc[0] in pinned else where, *shown)
         if error["type"] == "extra_forbidden":
             lines.append(f"{key} is not a known field{did_you_mean(str(loc[-1]), known)}")
         elif error["type"] == "missing":
@@ -289,7 +303,10 @@ def validation_faults(
             colon = "" if loc else ":"  # a rule between fields, said of the whole
             lines.append(f"{key}{colon} {error['msg'].removeprefix('Value error, ')}")
         else:
-            rule = error["msg"].replace("Input should be", "must be", 1).replace("Input should", "must", 1)
+            rule = _RULES.get(error["type"], error["msg"])
+            rule = rule.replace("Input should be", "must be", 1).replace("Input should", "must", 1)
+            if error["type"] == "tuple_type":
+                rule += f" such as {'[{share: 1.0, lr: 0.001}]' if loc[-1] == 'stages' else '[8, 16]'}"
             value = error["input"]
             nearest = (
                 did_you_mean(value, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
@@ -347,7 +364,7 @@ def _repeated_keys(root: yaml.Node) -> list[str]:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(f"{path}{number}.", item) for number, item in enumerate(node.value)]
+            waiting += [(f"{path}{number}.", item) for number, item in enumerate(node.value, start=1)]
         elif isinstance(node, yaml.MappingNode):
             names = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             found += [path + name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -445,9 +462,19 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if name in fields and fields[name] != parsed:
             faults.append(f"--set {name} given twice, as {fields[name]!r} and {parsed!r}; keep one")
         fields[name] = parsed
-    if faults:
-        raise RecipeError("; ".join(faults))
+    if faults:  # with the values that are wrong, else they would be found only after these are mended
+        raise RecipeError("; ".join([*faults, *_value_faults(fields)]))
     return fields
+
+
+def _value_faults(fields: Mapping[str, Any]) -> list[str]:
+    """Faults of the values of ``--set``, each judged alone."""
+    try:
+        Recipe.model_validate(dict(fields))
+    except ValidationError as fault:
+        lines = validation_faults(fault, PINS, Recipe.model_fields)
+        return [line for line, error in zip(lines, fault.errors(), strict=True) if error["loc"]]
+    return []
 
 
 def parse_scalar(text: str) -> Any:

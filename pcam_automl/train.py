@@ -20,7 +20,7 @@ from pcam_automl.data.splits import Split, make_split
 from pcam_automl.data.store import VALID, PatchStore
 from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
-from pcam_automl.models.factory import n_parameters, normalisation_of
+from pcam_automl.models.factory import n_parameters
 from pcam_automl.models.weights import Weights
 from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
@@ -30,6 +30,7 @@ from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
+from pcam_automl.training.schedule import phase_ends
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 from pcam_automl.versions import versions
@@ -67,8 +68,7 @@ def epoch_rungs(recipe: Recipe, n_train: int) -> tuple[Rung, ...]:
 
 def stage_ends(recipe: Recipe, views: int) -> tuple[int, ...]:
     """Views at which each stage ends, the last being ``views``; empty without stages."""
-    shares = np.cumsum([stage.share for stage in recipe.stages])
-    return tuple(min(views, max(1, round(float(share) * views))) for share in shares)
+    return phase_ends(recipe, views) if recipe.stages else ()
 
 
 def train_to_bundle(
@@ -188,6 +188,7 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
         "n_train": len(rows.train),
         "n_parameters": n_parameters(training.network),
         "pack_hash": store.content_hash,
+        "data_key": training.data_key,
         "patch_px": int(min(store.patches.shape[1:3])),
         "compute": training.compute.to_json(),
         "device": device_name(torch.device(training.compute.device)),
@@ -198,7 +199,7 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
     }
     if "fold" in provenance:
         record["fold"] = validation_fold(store, recipe, provenance["fold"])
-    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
+    norm = training.task.data.normalisation
     return ModelBundle(recipe, norm, training.averaged_state(), metrics, {**provenance, **record}, text)
 
 

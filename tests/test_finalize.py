@@ -6,23 +6,28 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pcam_automl.data.splits import make_split
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
-from pcam_automl.finalize import choose_trial, final_recipe, finalize
+from pcam_automl.finalize import FinalWatch, choose_trial, final_recipe, finalize
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.worker import run_worker
-from pcam_automl.train import epoch_rungs, stage_ends
+from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
+from pcam_automl.training.schedule import rates_at
 
 CPU = torch.device("cpu")
 SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
@@ -181,3 +186,27 @@ def test_stages_end_at_rungs_of_their_own() -> None:
     recipe = Recipe.model_validate({"epochs": 4, "stages": stages})
     assert stage_ends(recipe, 400) == (120, 400)
     assert [rung.views for rung in epoch_rungs(recipe, 100)] == [100, 120, 200, 300, 400]
+
+
+@given(n=st.integers(2, 5000), share=st.floats(0.01, 0.99), epochs=st.floats(0.5, 9.0))
+def test_the_first_step_of_a_stage_has_its_rates(n: int, share: float, epochs: float) -> None:
+    stages = ({"share": share, "lr": 1e-2}, {"share": 1.0 - share, "lr": 1e-3})
+    recipe = Recipe.model_validate({"epochs": epochs, "schedule": "constant", "warmup": 0.0, "stages": stages})
+    end = recipe.n_views(n)
+    first, _ = stage_ends(recipe, end)
+    assert rates_at(recipe, first - 1, end=end, horizon=end).phase == 0
+    if first < end:
+        assert rates_at(recipe, first, end=end, horizon=end).phase == 1
+
+
+def test_a_bundle_of_another_holdout_is_not_taken_for_done(opened: OpenStudy) -> None:
+    """A deleted study made anew under its name: the same recipe, other patches set aside."""
+    trained: list[int] = []
+    watch = FinalWatch(train=TrainWatch(begins=lambda recipe, compute, views: trained.append(views)))
+    finalize(opened, epochs=1.0, device=CPU, watch=watch)
+    finalize(opened, epochs=1.0, device=CPU, watch=watch)
+    assert len(trained) == 1
+    again = make_split(opened.store, seed=0, holdout=0.3)
+    assert len(again.holdout_rows())
+    finalize(replace(opened, split=again), epochs=1.0, device=CPU, watch=watch)
+    assert len(trained) == 2

@@ -117,7 +117,7 @@ def test_keys_given_twice_are_found_at_every_level() -> None:
     text = "a: {b: {c: 1, c: 2}, d: [{e: 1, e: 1}]}\nf: 1\nf: 2\n"
     with pytest.raises(RecipeError) as fault:
         parse_yaml(text, "x.yaml")
-    for key in ("a.b.c", "a.d.0.e", "f"):
+    for key in ("a.b.c", "a.d.1.e", "f"):
         assert f"x.yaml: {key} given twice; keep one" in str(fault.value)
     assert parse_yaml("a: &same {b: 1}\nc: *same\nd: &loop [*loop]\n", "x")["c"] == {"b": 1}
 

@@ -77,7 +77,7 @@ def run_finalize(
     with_report: bool = True,
 ) -> FinalResult:
     """Retrain the chosen trial, write the bundle and the submission."""
-    go_on = "the last epoch is stored; the same command goes on"
+    go_on = "every epoch that ended is stored; the same command goes on after the last of them"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
@@ -169,7 +169,7 @@ def run_train(
     """Train one recipe on the split's other folds, validated on one of them."""
     began = time.perf_counter()
     check_bundle_target(out)
-    with stop_signal("the last epoch is stored; the same command goes on") as stop:
+    with stop_signal("every epoch that ended is stored; the same command goes on after the last of them") as stop:
         setup = set_up(recipe, pins, options, weights=weights, device=device)
         for number in range(len(setup.recipe.stages) - 1):
             check_bundle_target(stage_folder(out, number), option="a stage's folder beside --out,")

@@ -136,6 +136,9 @@ def report_of_study(
         opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
     folder = model or opened.folder / "final" / "model"
     bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
+    if bundle is not None and model is None and bundle.provenance.get("split_hash") != opened.split.hash:
+        terminal.say(f"{folder} is not of this study (another split, perhaps of a deleted study): left out")
+        bundle = None
     trial = _trial_of(opened.study, bundle)
     scores_before = scores is None
     if scores is None and trial is not None:
@@ -199,6 +202,8 @@ def search_options(settings: StudySettings) -> list[str]:
     for field, value in settings.pins.items():
         words += ["--set", f"{field}={value if isinstance(value, str) else json.dumps(value)}"]
     words += ["--weights", settings.weights]
+    words += ["--groups", settings.groups] if settings.groups else []
+    words += ["--domains", settings.domains] if settings.domains else []
     words += ["--holdout", f"{settings.holdout:g}"] if settings.holdout else []
     if settings.cap_s is None and not {"views", "epochs"} & set(settings.pins):
         words += ["--views", str(settings.rungs[-1][0])]

@@ -21,7 +21,7 @@ from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.train import training_split
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import check_task
+from pcam_automl.training.start import absent_ids, check_task
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def set_up(name: str, pins: dict[str, Any], options: DataOptions, *, weights: st
             path, folder / "packs", groups=options.groups, domains=options.domains, say=terminal.say, call=call
         )
     check_task(recipe, store)
+    if absent := absent_ids(store, recipe):
+        terminal.say(absent)
     split, train_rows, score_rows, fold = training_split(store, recipe, seed=options.seed, fold=options.fold)
     for note in split.notes:
         terminal.say(note)

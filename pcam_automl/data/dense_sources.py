@@ -69,9 +69,13 @@ def _check_partners(
 ) -> None:
     faults = []
     if alone := sorted(images.keys() - masks.keys()):
-        faults.append(f"{len(alone)} images in {images_at} have no mask in {masks_at} ({first_few(alone)})")
+        faults.append(
+            f"{len(alone)} of {len(images)} images in {images_at} have no mask in {masks_at} ({first_few(alone)})"
+        )
     if alone := sorted(masks.keys() - images.keys()):
-        faults.append(f"{len(alone)} masks in {masks_at} have no image in {images_at} ({first_few(alone)})")
+        faults.append(
+            f"{len(alone)} of {len(masks)} masks in {masks_at} have no image in {images_at} ({first_few(alone)})"
+        )
     if faults:
         raise DataError(f"{root}: {'; '.join(faults)}; an image and its mask have the same name before the dot")
 

@@ -87,7 +87,7 @@ def decode_mask(raw: bytes, shape: tuple[int, int], rule: MaskRule = KAGGLE) -> 
         hint = "; JPEG blurs edges, save masks as PNG" if raw[:2] == b"\xff\xd8" else ""
         raise PatchFault(
             f"{len(found)} value{many} ({', '.join(map(str, found[:5]))}), "
-            f"want {rule.background} and at most one other{hint}"
+            f"a mask has two: {rule.background} and one larger{hint}"
         )
     return mask
 

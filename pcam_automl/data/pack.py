@@ -278,5 +278,7 @@ def _measure_all(
     if mask_faults:
         named = [f"{source.ids[row]}: {reason}" for row, reason in sorted(mask_faults.items())]
         at, or_else = (source.root, "") if source.kind == "dense" else (source.root / "masks", _PACK_NONE)
-        raise DataError(f"{at}: {len(named)} masks cannot be used ({first_few(named)}); repair them{or_else}")
+        raise DataError(
+            f"{at}: {len(named)} masks cannot be used ({first_few(named)}); save them as grey PNGs of two values{or_else}"
+        )
     return arrays, dict(sorted(faults.items()))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pcam_automl.data.pool import Job
 from pcam_automl.data.quality import findings, write_sheet
 from pcam_automl.data.sources import PatchSource
-from pcam_automl.data.store import FORMAT, TEST, VERSION, Flag, content_hash, open_store
+from pcam_automl.data.store import FORMAT, TEST, VERSION, Flag, channel_moments, content_hash, open_store
 from pcam_automl.files import write_json
 
 _PART_NAMES = ("train", "valid", "test")
@@ -92,10 +92,8 @@ def _channel_moments(source: PatchSource, arrays: dict[str, NDArray[Any]]) -> tu
     use = (source.part != TEST) & (source.label >= 0) & ((arrays["flags"] & Flag.LEFT_OUT) == 0)
     if not use.any():
         return [0.0] * 3, [0.0] * 3
-    stats = arrays["stats"][use].astype(np.float64)
-    mean = stats[:, :3].mean(axis=0)
-    deviation = np.sqrt(np.maximum((stats[:, 3:] ** 2 + stats[:, :3] ** 2).mean(axis=0) - mean**2, 0.0))
-    return mean.round(6).tolist(), deviation.round(6).tolist()
+    mean, deviation = channel_moments(arrays["stats"][use])
+    return [round(value, 6) for value in mean], [round(value, 6) for value in deviation]
 
 
 def _write_table(path: Path, source: PatchSource, arrays: dict[str, NDArray[Any]]) -> None:

@@ -129,6 +129,9 @@ def _nothing_found(root: Path) -> str:
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(root))
     if "store.json" in inside:
         return f"{root} is a prepared pack, not a raw folder; give it as --data"
+    for images, masks in (("images/", "masks/"), ("inputs_train/", "outputs_train/")):
+        if images in inside and masks not in inside:
+            return f"{root} has {images} but no {masks} beside it; add the masks, one a picture and of its name"
     holds = f"it holds {first_few([ascii(name)[1:-1] for name in inside])}" if inside else "it is empty"
     return (
         f"{root} holds no train_labels.csv (Kaggle), no class folders 0/ and 1/, no camelyonpatch_level_2_split_train_x.h5, "

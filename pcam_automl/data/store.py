@@ -147,6 +147,14 @@ def open_store(path: Path) -> PatchStore:
     )
 
 
+def channel_moments(stats: NDArray[np.floating[Any]]) -> tuple[list[float], list[float]]:
+    """Channel means and deviations over all pixels of some patches, (3,) each, from the patches' own ``stats`` (n, 6)."""
+    each = np.asarray(stats, np.float64)
+    mean = each[:, :3].mean(axis=0)
+    deviation = np.sqrt(np.maximum((each[:, 3:] ** 2 + each[:, :3] ** 2).mean(axis=0) - mean**2, 0.0))
+    return mean.tolist(), deviation.tolist()
+
+
 def content_hash(
     *,
     shape: Sequence[int],

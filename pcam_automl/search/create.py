@@ -6,17 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 
 from pcam_automl.config import StudySettings, check_study_name, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
+from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, RecipeError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
+from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
@@ -37,7 +40,7 @@ from pcam_automl.search.study import (
 )
 from pcam_automl.training.compute import choose_device, use_cores
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import check_task, choose_rows
+from pcam_automl.training.start import absent_ids, check_task, choose_rows
 from pcam_automl.versions import versions
 
 LARGEST_HOLDOUT = 0.5
@@ -101,8 +104,11 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
     check_task(common, store)
+    if absent := absent_ids(store, common):
+        say(absent)
     if warning := scratch_warning(common):
         say(warning)
+    check_masks(common, store, split)
     folds = split.train_order(VALIDATION_FOLD), split.score_rows(VALIDATION_FOLD)
     rows = choose_rows(store, common, *folds)
     n_train, n_valid = len(rows.train), len(rows.score)
@@ -127,6 +133,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         split_hash=split.hash,
         seed=seed,
         holdout=asked.holdout or 0.0,
+        groups=_full(asked.groups),
+        domains=_full(asked.domains),
         weights=str(weights),
         start=start.model_dump(mode="json"),
         space=space.to_yaml(),
@@ -147,6 +155,10 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         versions=versions(),
     )
     return settings, split
+
+
+def _full(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().resolve())
 
 
 def _load_asked_space(asked: Asked) -> SearchSpace:
@@ -171,12 +183,37 @@ def may_be_pretrained(asked: Asked) -> bool:
 
 
 def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
-    """A search around ``--recipe`` keeps its network: without a ``--space`` the backbone is the recipe's, and so is the tile."""
+    """A search around ``--recipe`` starts from just that recipe, unless a ``--space`` is named.
+
+    Its network is kept (backbone, decoder, tile), and so is every value that the space cannot take: an optimizer that is
+    no choice, a crop between two steps. Only then is trial 0 the recipe.
+    """
     if asked.recipe is None or asked.space is not None:
         return space
     recipe, pins = load_recipe(find_config("recipes", asked.recipe)), asked.pins or {}
-    own = {"backbone": recipe.backbone} | ({"tile_size": recipe.tile_size} if recipe.tile_size is not None else {})
-    return space.pinned({name: value for name, value in own.items() if name not in pins})
+    fields = {**recipe.model_dump(), UPSCALE: recipe.network_px / recipe.crop_size}
+    own = {name for name, p in space.parameters.items() if p.active(fields) and not p.contains(fields[name])}
+    if UPSCALE in own:
+        own = own - {UPSCALE} | {"input_size"}
+    own |= {"backbone"} | ({"decoder", "tile_size"} if recipe.task == "dense" else set())
+    return space.pinned({name: fields[name] for name in sorted(own) if name not in pins})
+
+
+def check_masks(recipe: Recipe, store: PatchStore, split: Split) -> None:
+    """Of a dense task, whether the images set aside hold both tumour and none: no map could be scored on them.
+
+    Raises:
+        DataError: they do not.
+    """
+    if recipe.task != "dense" or store.masks is None:
+        return
+    parts = (("validation fold", split.score_rows(VALIDATION_FOLD)), ("holdout", split.holdout_rows()))
+    for what, rows in parts:
+        share = float(np.mean([store.masks[row].mean() for row in rows.tolist()])) if len(rows) else 0.5
+        if share in (0.0, 1.0):
+            held = "no tumour" if share == 0.0 else "nothing but tumour"
+            remedy = "choose another --seed" + (" or a larger --holdout" if what == "holdout" else "")
+            raise DataError(f"the masks of the {what}'s {len(rows)} images hold {held}; {remedy}, or add images")
 
 
 def without_stage_fields(space: SearchSpace, common: Recipe, asked: Asked, say: Say) -> SearchSpace:

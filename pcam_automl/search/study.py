@@ -177,7 +177,8 @@ def _held(settings: StudySettings, field: str, name: str) -> _Shown:
     fields = merge_fields(settings.start, space.base)
     if field == "views" and not {"views", "epochs"} & set(space.base):
         fields["views"] = settings.rungs[-1][0]
-    return _Shown(repr(fields.get(field)))
+    held = checked_value(field, fields.get(field), PINS, [])  # lists of the JSON as a recipe holds them
+    return _Shown(repr(held))
 
 
 def check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,9 +206,9 @@ def _open_store(
         store = open_store(remembered)
     else:
         path = find_data(asked.data, settings.data)
-        store = find_pack(
-            path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
-        )
+        groups = asked.groups or (Path(settings.groups) if settings.groups else None)
+        domains = asked.domains or (Path(settings.domains) if settings.domains else None)
+        store = find_pack(path, folder.parent / "packs", groups=groups, domains=domains, say=say, call=pack_call)
     if store.content_hash != settings.pack_hash:
         raise DataError(
             f"the data changed since the study began: pack {store.content_hash[:12]} at {store.root}, the study has {settings.pack_hash[:12]}; "

@@ -7,6 +7,7 @@ Legend: B images a step, S patch side (96), px network side. A *view* is one tra
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -170,10 +171,9 @@ class Training:
         """Forward and backward over the micro-batches; returns mean loss and accuracy, (2,) on the device."""
         total = torch.zeros(2, device=self.compute.device)
         smoothing = self.recipe.label_smoothing
-        for cut in range(0, len(rows), self.micro_batch):
-            images, target = self.task.batch(
-                rows[cut : cut + self.micro_batch], views[cut : cut + self.micro_batch]
-            )  # (b, 3, px, px), (b, ...)
+        n_cuts = math.ceil(len(rows) / self.micro_batch)  # of equal size: a rest of one image has no batch statistics
+        for cut in np.array_split(np.arange(len(rows)), n_cuts):
+            images, target = self.task.batch(rows[cut], views[cut])  # (b, 3, px, px), (b, ...)
             share = len(images) / len(rows)
             with self.compute.autocast():
                 logits = logit_of(self.network(self.compute.layout(images))).float()  # the target's shape

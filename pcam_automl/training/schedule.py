@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -44,12 +46,10 @@ def rates_at(recipe: Recipe, view: int, *, end: int, horizon: int) -> Rates:
         end: views of the whole training.
         horizon: views that warm-up and frozen phase are shares of, where there are no stages.
     """
-    first, phases, number = 0.0, recipe.phases, 0
-    for number, phase in enumerate(phases):
-        if view < first + phase.share * end or number == len(phases) - 1:
-            break
-        first += phase.share * end
-    length = phase.share * end if recipe.stages else end
+    ends = phase_ends(recipe, end)
+    number = min(bisect.bisect_right(ends, view), len(ends) - 1)
+    phase, first = recipe.phases[number], ends[number - 1] if number else 0
+    length = max(1, ends[number] - first)
     if recipe.schedule == "one_cycle":
         share = one_cycle((view - first) / length, warmup=recipe.warmup)
     else:
@@ -62,6 +62,13 @@ def rates_at(recipe: Recipe, view: int, *, end: int, horizon: int) -> Rates:
         recipe.weight_decay if phase.weight_decay is None else phase.weight_decay,
         0.0 if frozen else phase.trainable,
     )
+
+
+def phase_ends(recipe: Recipe, end: int) -> tuple[int, ...]:
+    """The views at which each stage (or the one phase of a recipe without) ends, the last being ``end``."""
+    shares = itertools.accumulate(phase.share for phase in recipe.phases)
+    *inner, _ = (min(end, max(1, round(share * end))) for share in shares)
+    return (*inner, end)
 
 
 def one_cycle(progress: float, *, warmup: float) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pcam_automl.batches import Patches, open_masks
-from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, RecipeError
+from pcam_automl.data.store import PatchStore, channel_moments
+from pcam_automl.errors import DataError, RecipeError, first_few
 from pcam_automl.models.factory import build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
@@ -61,6 +61,15 @@ def without_excluded(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.
     return rows[~np.isin(store.ids[rows], list(recipe.exclude_ids))] if recipe.exclude_ids and len(rows) else rows
 
 
+def absent_ids(store: PatchStore, recipe: Recipe) -> str | None:
+    """What to say of ``exclude_ids`` that the data do not hold; None where all are there."""
+    ids = list(recipe.exclude_ids)
+    known = set(store.ids[np.isin(store.ids, ids)].tolist()) if ids else set()
+    if missing := [name for name in ids if name not in known]:
+        return f"{len(missing)} of {len(ids)} exclude_ids are not in the data: {first_few(missing)}"
+    return None
+
+
 def choose_rows(store: PatchStore, recipe: Recipe, train_rows: np.ndarray, score_rows: np.ndarray) -> Rows:
     """Leave out what the recipe excludes, then take its subsample and balance it.
 
@@ -107,7 +116,7 @@ def start_training(
 
     Args:
         recipe: what to train.
-        store: its labels and channel statistics are used; pixels come from ``patches``.
+        store: its labels and the channel statistics of the training rows are used; pixels come from ``patches``.
         rows: from :func:`choose_rows`.
         patches: the store's patches on the device.
         weights: where pretrained weights come from.
@@ -119,7 +128,7 @@ def start_training(
         RecipeError: the network cannot be built, or its input does not fit.
         DataError: a dense task without masks, or whose masks to score on hold one value.
     """
-    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
+    norm = normalisation_of(recipe, *channel_moments(np.asarray(store.stats[rows.train])))
     if recipe.task == "dense" and masks is None:
         masks = open_masks(store, patches.device)
     data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks)

@@ -59,6 +59,9 @@ class Score:
 class Task(Protocol):
     """What the loop asks of a task."""
 
+    @property
+    def data(self) -> TrainingData: ...
+
     def batch(self, rows: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
         """Augmented images (B, 3, px, px) float32 and targets in [0, 1], (B,) or (B, px, px), on the device."""
         ...

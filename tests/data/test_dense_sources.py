@@ -216,11 +216,11 @@ def empty_images(root: Path) -> None:
 
 
 FAULTS = {
-    remove_mask: r"2 images in inputs_train have no mask in outputs_train \(tile2, tile4\)",
-    remove_image: r"1 masks in outputs_train have no image in inputs_train \(tile3\)",
+    remove_mask: r"2 of 6 images in inputs_train have no mask in outputs_train \(tile2, tile4\)",
+    remove_image: r"1 of 6 masks in outputs_train have no image in inputs_train \(tile3\)",
     resize_mask: r"1 masks are not of their image's size \(tile1: image 40x40 px, mask 40x30 px\)",
     resize_image: r"5 are 40x40 px, 1 are not \(tile5: 40x48 px\); cut or pad them to one size",
-    add_a_value: r"1 masks cannot be used \(tile3: 3 values \(0, 1, 2\), want 0 and at most one other\); repair them",
+    add_a_value: r"1 masks cannot be used \(tile3: 3 values \(0, 1, 2\), a mask has two: 0 and one larger\); save them",
     colour_a_mask: r"tile3: colours in it, want grey \(equal channels\)",
     two_subfolders: r"holds no image but 2 folders \(a, b\)",
     empty_images: r"inputs_train holds no TIFF, PNG or JPEG image",
@@ -272,3 +272,10 @@ def test_few_slides_of_one_load_are_still_split(tmp_path: Path) -> None:
     write_csv(root / "train_groups.csv", "id,group", [(f"tile{n}", f"s{n // 2}") for n in range(10)])
     split = make_split(packed(root))
     assert sorted(np.bincount(split.fold).tolist()) == [2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("images", "masks"), [("images", "masks"), ("inputs_train", "outputs_train")])
+def test_pictures_without_masks_are_told_what_is_missing(images: str, masks: str, tmp_path: Path) -> None:
+    (tmp_path / images).mkdir()
+    with pytest.raises(DataError, match=f"has {images}/ but no {masks}/ beside it; add the masks"):
+        open_source(tmp_path)

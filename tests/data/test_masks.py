@@ -61,7 +61,7 @@ FAULTS = {
     ),
     "no background": (
         encoded(Image.fromarray(mask_of(0) // 255 + 1)),
-        r"2 values \(1, 2\), want 0 and at most one other",
+        r"2 values \(1, 2\), a mask has two: 0 and one larger",
     ),
     "small": (encoded(Image.fromarray(mask_of(0)[:64, :64])), "64x64 px, want 96x96"),
     "rgb": (encoded(Image.fromarray(mask_of(0)).convert("RGB")), "colour mode RGB"),

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
 from easy_set import write_easy_set
 from optuna.trial import TrialState
+from PIL import Image
 
 from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.synthetic import write_synthetic
@@ -30,7 +32,7 @@ from pcam_automl.models.factory import check_backbone, check_runs, smallest_inpu
 from pcam_automl.recipe import build_recipe, load_recipe
 from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
-from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.create import around_recipe, create_or_open_study, default_space
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
@@ -115,7 +117,7 @@ def test_the_total_is_exact_with_three_processes(tmp_path: Path, asked: Asked) -
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(300)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert n_finished_of(opened.study) == len(opened.study.trials) == 7
 
@@ -154,7 +156,7 @@ def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(tmp_path: Pat
     slots = Slots(engine_of(opened.study), opened.name)
     dead = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(str(tmp_path),))
     dead.start()
-    dead.join(60)
+    dead.join(180)  # it imports torch, beside whatever else runs
     assert dead.exitcode == -9
     assert [t.state for t in opened.study.get_trials()] == [TrialState.RUNNING]
     search(opened, 2)
@@ -403,6 +405,33 @@ STARTS = {
     "cnn": "keras_cnn_1",
     "dense": "unet_timm",
 }
+
+
+@pytest.mark.parametrize("name", list_configs("recipes"))
+def test_trial_0_of_a_search_around_a_recipe_is_that_recipe(name: str) -> None:
+    asked = Asked(recipe=name)
+    space = around_recipe(load_space(default_space(asked)), asked).pinned({"pretrained": False})
+    start = start_recipe(name, False)
+    trial = optuna.trial.FixedTrial(space.params_of(start))
+    recipe = space.suggest(trial, start.model_dump(), smallest_input=smallest_input)
+    assert recipe == start
+    check_runs(recipe)
+
+
+def test_a_holdout_whose_masks_hold_no_tumour_is_refused_before_any_trial(tmp_path: Path) -> None:
+    raw = tmp_path / "pairs"
+    for number in range(30):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:8] = 255 * (number == 0)  # one image with tumour: it cannot be on both sides
+        image = np.random.default_rng(number).integers(0, 255, (32, 32, 3), np.uint8)
+        for folder, pixels in (("images", image), ("masks", mask)):
+            (raw / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(raw / folder / f"{number}.png")
+    asked = Asked(data=raw, recipe="unet_timm", pins={"tile_size": 32}, weights="none", views=8, device="cpu")
+    with pytest.raises(
+        DataError, match=r"masks of the validation fold's .* images hold no tumour; choose another --seed"
+    ):
+        opened_in(tmp_path, asked, "dense")
 
 
 def test_every_shipped_space_has_a_start_here() -> None:
