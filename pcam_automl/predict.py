@@ -60,11 +60,12 @@ class Predictor:
 
 
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
-    """The bundle's measured precision and layout where it was trained on this device, else plain ones."""
+    """The bundle's layout, and the precision that left its AUC as it is, where it was trained on this device; else plain ones."""
     measured = bundle.provenance.get("compute", {})
     if measured.get("device") != str(device):
         return Compute(str(device))
-    return Compute(str(device), measured.get("precision", "fp32"), measured.get("channels_last", False))
+    judged = bundle.provenance.get("inference", measured)  # of a dense network the training's own
+    return Compute(str(device), judged.get("precision", "fp32"), measured.get("channels_last", False))
 
 
 def patch_side(bundle: ModelBundle) -> int:

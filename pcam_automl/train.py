@@ -31,6 +31,7 @@ from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.schedule import phase_ends
+from pcam_automl.training.scoring import Views, inference_precision
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 from pcam_automl.versions import versions
@@ -101,7 +102,8 @@ def train_to_bundle(
     ):
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
-        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows))
+        rungs = epoch_rungs(recipe, len(rows.train))
+        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows), rungs[-1].views)
         training = start_training(
             recipe,
             store,
@@ -111,7 +113,6 @@ def train_to_bundle(
             compute=compute,
             key=key_of(recipe.seed, "views"),
         )
-        rungs = epoch_rungs(recipe, len(rows.train))
         ends = stage_ends(recipe, rungs[-1].views)[:-1]
         strip = _strip(training, rows, out)
         watch.begins(recipe, compute, rungs[-1].views)
@@ -138,6 +139,7 @@ def train_to_bundle(
                 )
         bundle = _bundle(training, rows, store, provenance, began)
         write_bundle(out, bundle)
+        speed.note_micro_batch(recipe, device, training.micro_batch)
         shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(bundle, training.results, time.perf_counter() - began)
 
@@ -158,14 +160,16 @@ def stage_folder(out: Path, stage: int) -> Path:
     return out.with_name(f"{out.name}-stage{stage + 1}")
 
 
-def _variant(recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints: Path, of_data: str) -> Compute:
+def _variant(
+    recipe: Recipe, device: torch.device, speed: SpeedBook, checkpoints: Path, of_data: str, views: int
+) -> Compute:
     found = newest_checkpoint(checkpoints)
     if found is not None:
         state = found[2]
         theirs = (state["recipe"], state.get("data"), state["compute"]["device"])
         if theirs == (recipe.hash, of_data, str(device)):
             return Compute(**state["compute"])
-    return speed.compute_for(recipe, device)
+    return speed.compute_for(recipe, device, views=views)
 
 
 def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[str, Any], began: float) -> ModelBundle:
@@ -199,7 +203,14 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
     }
     if "fold" in provenance:
         record["fold"] = validation_fold(store, recipe, provenance["fold"])
-    norm = training.task.data.normalisation
+    data = training.task.data
+    if not isinstance(training.task, DenseTask):
+        judged = rows.score if len(rows.score) else rows.train
+        views = Views(recipe, data.normalisation)
+        with training.averaged() as network:
+            precision, moved = inference_precision(network, data.patches, judged, data.label, views, training.compute)
+        record["inference"] = {"precision": precision, "auc_moved": moved}
+    norm = data.normalisation
     return ModelBundle(recipe, norm, training.averaged_state(), metrics, {**provenance, **record}, text)
 
 

@@ -18,7 +18,7 @@ from pcam_automl.training.speed import SpeedBook
 def test_a_result_of_another_fold_is_not_taken_over(
     easy_pack: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device: Compute(str(device)))
+    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device, views=None: Compute(str(device)))
     keys = []
     for fold in ("0", "1"):
         torch.set_num_threads(1)

@@ -36,7 +36,7 @@ def synthetic_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timing of variants, which takes longer than the few steps do: plain float32."""
-    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device: Compute(str(device)))
+    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device, views=None: Compute(str(device)))
 
 
 def run(*arguments: str) -> str:

@@ -31,7 +31,7 @@ RECIPE = Recipe(backbone=TINY, crop_size=32, batch_size=16, epochs=2)
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpeedBook:
     """Without timing of variants: plain float32."""
-    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device: Compute(str(device)))
+    monkeypatch.setattr(SpeedBook, "compute_for", lambda self, recipe, device, views=None: Compute(str(device)))
     return SpeedBook(tmp_path / "speed.json")
 
 

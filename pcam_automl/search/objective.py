@@ -135,6 +135,7 @@ class Objective:
             self.watch.rung(trial.number, result)
             if result.rung < len(rungs) - 1 and trial.should_prune():
                 raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
+        self._speed.note_micro_batch(recipe, self.device, training.micro_batch)
         if training.scores is not None:
             write_scores(
                 self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids

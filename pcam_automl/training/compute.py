@@ -1,4 +1,4 @@
-"""Device, precision and memory layout of a training, chosen by a short measurement. Trains no recipe."""
+"""Device, threads, precision and memory layout of a training, chosen by a short measurement. Trains no recipe."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import joblib
 import torch
 from torch import Tensor, nn
 
 from pcam_automl.errors import InputError, did_you_mean
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 _PROBE_ROUNDS = 2
 """Variants take turns, so that a machine that is briefly busy does not decide."""
 
@@ -29,24 +30,31 @@ class Compute:
         precision: autocast type; ``fp32`` is no autocast.
         channels_last: memory layout of weights and images.
         step_s: measured seconds of a training step, None if not measured.
+        micro_batch: images that fit into the device's memory at a time; None where a whole batch does.
+        compiled: training steps run through ``torch.compile``.
     """
 
     device: str
     precision: Precision = "fp32"
     channels_last: bool = False
     step_s: float | None = None
+    micro_batch: int | None = None
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.precision]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.precision != "fp32")
 
     def place(self, network: nn.Module) -> nn.Module:
-        """The network on the device, in the layout."""
+        """The network on the device, in the layout; compiled in place, so that its weights keep their names."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return network.to(self.device, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+        network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        if self.compiled:
+            network.compile(dynamic=False)
+        return network
 
     def layout(self, images: Tensor) -> Tensor:
         """The images in the layout."""
@@ -78,13 +86,31 @@ def choose_device(text: str) -> torch.device:
     return torch.device("cuda", int(index or 0)) if kind == "cuda" else torch.device("cpu")
 
 
-def use_cores() -> int:
-    """Let torch use the cores that this process may use, or ``OMP_NUM_THREADS`` where that is set; returns their number."""
+def use_cores(n_workers: int = 1) -> int:
+    """Let torch use this worker's share of the cores that the process really has; returns the number of threads.
+
+    Counted are the affinity mask and the cgroup's CPU quota (a container of 2 CPUs on a host of 64 has 2).
+    ``OMP_NUM_THREADS``, where it is set, is a worker's number of threads.
+
+    Args:
+        n_workers: processes that train on this machine side by side. Two of them with two threads each on two cores
+            fell from 170 to 14 images/s.
+    """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
-    return cores
+    threads = max(1, int(joblib.cpu_count()) // n_workers)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def use_device(device: torch.device, *, deterministic: bool = False) -> None:
+    """Set what torch decides once a process: exact repetition, or the fastest kernels for shapes that never change."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
 
 
 def device_name(device: torch.device) -> str:
@@ -97,7 +123,7 @@ def device_name(device: torch.device) -> str:
 def _variants(device: torch.device) -> list[Compute]:
     name = str(device)
     if device.type == "cuda":
-        precision: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        precision: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return [Compute(name, precision, True), Compute(name, precision, False)]
     variants = [Compute(name, "fp32", True), Compute(name, "fp32", False)]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():  # else bf16 is emulated
@@ -128,6 +154,60 @@ def measure(build: Callable[[], nn.Module], px: int, batch_size: int, device: to
                     times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size))
     fastest = min(times, key=times.__getitem__)
     return Compute(fastest.device, fastest.precision, fastest.channels_last, times[fastest])
+
+
+def fixed_variant(device: torch.device) -> Compute:
+    """The variant of deterministic runs, where no measurement may decide: the usual winner on this kind of device."""
+    return _variants(device)[0]
+
+
+def measure_fitting(build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device) -> Compute:
+    """As :func:`measure`, at the largest halving of the batch that fits into memory; ``step_s`` is for the whole batch.
+
+    Raises:
+        torch.OutOfMemoryError: not even two images fit.
+    """
+    fits = batch_size
+    while True:
+        try:
+            compute = measure(build, px, fits, device)
+        except (torch.OutOfMemoryError, RuntimeError) as fault:
+            if not is_out_of_memory(fault) or fits <= 2:
+                raise
+            fits = max(2, fits // 2)
+            continue
+        if fits == batch_size:
+            return compute
+        assert compute.step_s is not None
+        return replace(compute, step_s=compute.step_s * batch_size / fits, micro_batch=fits)
+
+
+def measure_compiled(
+    build: Callable[[], nn.Module], px: int, batch_size: int, compute: Compute
+) -> tuple[float, float] | str:
+    """Seconds that ``torch.compile`` takes for a training step of this variant, and seconds of a compiled step; or, as
+    text, why it cannot be compiled here (no C++ compiler, an operation that is not understood).
+    """
+    compiled = replace(compute, compiled=True)
+    began = time.perf_counter()
+    try:
+        with _rng_kept():
+            network = build()
+            _step_seconds(compiled, network, px, batch_size)
+            ready_s = time.perf_counter() - began
+            step_s = min(_step_seconds(compiled, network, px, batch_size) for _ in range(_PROBE_ROUNDS))
+    except Exception as fault:  # noqa: BLE001 - a compiler of foreign graphs raises anything; the reason is recorded
+        return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    finally:
+        torch.compiler.reset()
+    return ready_s, step_s
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """CUDA's out-of-memory error, or the CPU allocator's (a plain RuntimeError)."""
+    return (
+        isinstance(fault, torch.OutOfMemoryError) or "not enough memory" in str(fault) or "out of memory" in str(fault)
+    )
 
 
 @contextlib.contextmanager

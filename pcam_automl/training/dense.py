@@ -171,6 +171,11 @@ class DenseTask:
                     "choose another --fold or --seed, or add images"
                 )
 
+    def expect(self, rows: np.ndarray) -> None:
+        """Announce the rows of the next :meth:`batch`."""
+        self.data.patches.expect(rows)
+        self.masks.expect(rows)
+
     def batch(self, rows: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
         """Augmented tiles (B, 3, px, px) float32 and their masks (B, px, px) float32 of 0 and 1, on the device."""
         norm = self.data.normalisation

@@ -7,6 +7,7 @@ Legend: B images a step, S patch side (96), px network side. A *view* is one tra
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -28,12 +29,13 @@ from pcam_automl.models.layers import set_trainable
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.training.checkpoint import optimizer_tensors, restore_optimizer
-from pcam_automl.training.compute import Compute
+from pcam_automl.training.compute import Compute, is_out_of_memory
 from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
 from pcam_automl.training.schedule import Rates
 from pcam_automl.training.task import Score, Task
 
 STEPS_BETWEEN_CHECKS = 50  # reading the loss syncs with the device
+_SCALER_KEYS = ("scale", "_growth_tracker")  # what a GradScaler learns
 ProgressCall = Callable[[int], None]
 
 
@@ -100,7 +102,8 @@ class Training:
         self.optimizer = build_optimizer(self.network, recipe)
         self.average = WeightAverage(self.network, recipe.ema) if recipe.ema > 0 else None
         self.views, self.phase = 0, 0
-        self.micro_batch = recipe.batch_size
+        self.micro_batch = min(recipe.batch_size, compute.micro_batch or recipe.batch_size)
+        self.scaler = torch.amp.GradScaler(torch.device(compute.device).type, enabled=compute.precision == "fp16")
         self.results: list[RungResult] = []
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.scores: Scores | None = None  # what the last score was of
@@ -123,12 +126,15 @@ class Training:
         torch.manual_seed(key_of(self.key, "dropout", first) >> 1)  # a resumed segment drops the same units
         began = time.perf_counter()
         total = torch.zeros(2, device=self.compute.device)  # loss, accuracy: read once
+        following = stream.rows_of(first, first + batch_size) if n_steps else None
         for step in range(n_steps):
             stop()
             view = first + step * batch_size
             self.use(rates_of(view))
-            rows = stream.rows_of(view, view + batch_size)
-            total += self.step(rows, np.arange(view, view + batch_size))
+            rows, after = following, view + batch_size
+            assert rows is not None
+            following = stream.rows_of(after, after + batch_size) if step < n_steps - 1 else None
+            total += self.step(rows, np.arange(view, after), following)
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
                 check_finite(total[0])
             progress(batch_size)
@@ -146,11 +152,17 @@ class Training:
             set_trainable(self.network, rates.trainable)
         set_rates(self.optimizer, rates)
 
-    def step(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
-        """One optimizer step, (loss, accuracy) still on the device; halves the micro-batch and repeats when memory is short."""
+    def step(self, rows: np.ndarray, views: np.ndarray, following: np.ndarray | None = None) -> Tensor:
+        """One optimizer step, (loss, accuracy) still on the device; halves the micro-batch and repeats when memory is short.
+
+        Args:
+            rows: (B,) store rows.
+            views: (B,) their view numbers.
+            following: rows of the next step, if it is known, to be fetched meanwhile.
+        """
         while True:
             try:
-                figures = self._gradients(rows, views)
+                figures = self._gradients(rows, views, following)
                 break
             except (torch.OutOfMemoryError, RuntimeError) as fault:
                 if not is_out_of_memory(fault) or self.micro_batch <= 2:
@@ -160,29 +172,40 @@ class Training:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if self.recipe.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)
-        self.optimizer.step()
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_norm)  # on the device, nothing is read
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
         return figures
 
-    def _gradients(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
+    def _gradients(self, rows: np.ndarray, views: np.ndarray, following: np.ndarray | None = None) -> Tensor:
         """Forward and backward over the micro-batches; returns mean loss and accuracy, (2,) on the device."""
         total = torch.zeros(2, device=self.compute.device)
         smoothing = self.recipe.label_smoothing
-        n_cuts = math.ceil(len(rows) / self.micro_batch)  # of equal size: a rest of one image has no batch statistics
-        for cut in np.array_split(np.arange(len(rows)), n_cuts):
+        cuts = self._cuts(len(rows))
+        coming = [*(rows[cut] for cut in cuts[1:]), following if following is None else following[cuts[0]]]
+        for cut, next_rows in zip(cuts, coming, strict=True):
             images, target = self.task.batch(rows[cut], views[cut])  # (b, 3, px, px), (b, ...)
+            if next_rows is not None:
+                self.task.expect(next_rows)
             share = len(images) / len(rows)
             with self.compute.autocast():
                 logits = logit_of(self.network(self.compute.layout(images))).float()  # the target's shape
             smooth = target * (1.0 - smoothing) + 0.5 * smoothing
             loss = F.binary_cross_entropy_with_logits(logits, smooth) * share
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             right = ((logits > 0) == (target > 0.5)).float().mean()
             total += torch.stack((loss.detach(), right * share))
         return total
+
+    def _cuts(self, n: int) -> list[slice]:
+        """Micro-batches of n images, of equal size to one image: a rest of a single one would have no batch statistics."""
+        n_cuts = math.ceil(n / self.micro_batch)
+        ends = [n * number // n_cuts for number in range(n_cuts + 1)]
+        return [slice(first, last) for first, last in itertools.pairwise(ends)]
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +217,8 @@ class Training:
         if self.average is not None:
             self.average.swap()
         try:
-            yield self.network
+            with torch.compiler.set_stance("force_eager" if self.compute.compiled else "default"):
+                yield self.network  # a compiled one would be compiled anew for other batches
         finally:
             if self.average is not None:
                 self.average.swap()
@@ -211,6 +235,9 @@ class Training:
         parts = {"model": self.network.state_dict(), "optim": optimizer_tensors(self.optimizer)}
         if self.average is not None:
             parts["ema"] = self.average.state()
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            parts["scaler"] = {key: torch.tensor(float(state[key])) for key in _SCALER_KEYS}
         return {name: {k: t.detach().clone() for k, t in tensors.items()} for name, tensors in parts.items()}
 
     def restore(self, parts: dict[str, dict[str, Tensor]], *, views: int, ema_updates: int) -> None:
@@ -219,6 +246,12 @@ class Training:
         restore_optimizer(self.optimizer, parts["optim"])
         if self.average is not None:
             self.average.load(parts["ema"], ema_updates)
+        if self.scaler.is_enabled():
+            held = {
+                "scale": float(parts["scaler"]["scale"]),
+                "_growth_tracker": int(parts["scaler"]["_growth_tracker"]),
+            }
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **held})
         self.views = views
 
     def averaged_state(self) -> dict[str, Tensor]:
@@ -239,13 +272,6 @@ def check_finite(loss: Tensor) -> None:
     """Raise TrainingDiverged for a loss that is NaN or infinite."""
     if not bool(torch.isfinite(loss)):
         raise TrainingDiverged(f"the training loss became {float(loss)}")
-
-
-def is_out_of_memory(fault: BaseException) -> bool:
-    """CUDA's out-of-memory error, or the CPU allocator's (a plain RuntimeError)."""
-    return (
-        isinstance(fault, torch.OutOfMemoryError) or "not enough memory" in str(fault) or "out of memory" in str(fault)
-    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from pcam_automl.augment import augment, augment_spec, centre_view, draw, eight_views
 from pcam_automl.batches import Patches, in_batches
 from pcam_automl.counter import key_of
+from pcam_automl.metrics import auc
 from pcam_automl.models.factory import Normalisation, logit_of
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute
+from pcam_automl.training.compute import Compute, Precision
 
 EVAL_BATCH = 256
+N_JUDGED = 1_000
+SAME_AUC = 1e-4
+"""Low precision predicts only where the AUC of this many patches moves by no more than this."""
 Averaging = Literal["dihedral", "random", "none"]
 
 
@@ -84,13 +89,41 @@ def logits_of_rows(
         progress: called with the number of rows done in each batch.
     """
     answers: list[Tensor] = []
-    for batch in in_batches(rows, EVAL_BATCH):
+    batches = list(in_batches(rows, EVAL_BATCH))
+    for batch, following in itertools.zip_longest(batches, batches[1:]):
         stop()
-        answers.append(logits_of_images(network, patches.gather(batch), views, compute))
+        images = patches.gather(batch)
+        if following is not None:
+            patches.expect(following)
+        answers.append(logits_of_images(network, images, views, compute))
         progress(len(batch))
     if not answers:
         return np.zeros(0, np.float32)
     return torch.cat(answers).cpu().numpy()
+
+
+def inference_precision(
+    network: nn.Module, patches: Patches, rows: np.ndarray, label: np.ndarray, views: Views, compute: Compute
+) -> tuple[Precision, float]:
+    """The training's precision where it leaves the AUC as float32 has it, to 1e-4; else float32; and the difference.
+
+    Args:
+        network: in evaluation mode on ``compute.device``.
+        patches: the source of uint8 batches.
+        rows: (n,) store rows of both classes; the first 1,000 are judged.
+        label: (N,) 0/1 by store row.
+        views: what is shown of each patch.
+        compute: of the training.
+    """
+    judged = rows[:N_JUDGED]
+    truth = label[judged]
+    if compute.precision == "fp32" or len(np.unique(truth)) < 2:
+        return "fp32", 0.0
+    low, full = (
+        auc(truth, probs_of_logits(logits_of_rows(network, patches, judged, views, variant)))
+        for variant in (compute, replace(compute, precision="fp32"))
+    )
+    return (compute.precision if abs(low - full) <= SAME_AUC else "fp32"), low - full
 
 
 def probs_of_logits(logits: np.ndarray) -> np.ndarray:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from pcam_automl.files import write_json
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute, device_name, measure
+from pcam_automl.training.compute import (
+    Compute,
+    device_name,
+    fixed_variant,
+    measure_compiled,
+    measure_fitting,
+)
 
 PROBE_BATCH_CPU = 32
 """Images a probe step takes on a CPU, where the rate hardly depends on it; a GPU is measured at the recipe's own batch."""
-
+COMPILE_FROM_S = 600.0
+"""Trainings that are shorter by the measured step do not try `torch.compile`: it takes about a minute by itself."""
 
 _NETWORK_FIELDS = (
     "task",
@@ -39,11 +50,15 @@ class SpeedBook:
     """Fastest variant and step time of a network on a device, measured once and kept.
 
     The key is (backbone, network px, batch, device, torch version, threads).
+
+    Args:
+        file: the JSON; made at the first measurement.
+        deterministic: no measurement decides how a network runs (see :func:`~pcam_automl.training.compute.fixed_variant`).
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._known: dict[str, dict[str, object]] = {}
+    def __init__(self, file: Path, *, deterministic: bool = False) -> None:
+        self.file, self.deterministic = file, deterministic
+        self._known: dict[str, dict[str, Any]] = {}
         self._read()
 
     def _read(self) -> None:
@@ -54,20 +69,62 @@ class SpeedBook:
         if isinstance(known, dict):
             self._known = known | self._known
 
-    def compute_for(self, recipe: Recipe, device: torch.device) -> Compute:
-        """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images."""
-        batch, key = self.probe_batch(recipe, device), self._key(recipe, device)
+    def compute_for(self, recipe: Recipe, device: torch.device, *, views: int | None = None) -> Compute:
+        """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images.
+
+        Args:
+            recipe: its network, input and batch.
+            device: where it trains.
+            views: training images of the whole training, where it may be long enough for ``torch.compile`` to pay.
+        """
+        if self.deterministic:
+            return fixed_variant(device)
+        eager = Compute(str(device), **{k: v for k, v in self._entry(recipe, device).items() if k != "compiled"})
+        if views is None or self._seconds(recipe, device, eager, views) < COMPILE_FROM_S:
+            return eager
+        return self._if_compiled_pays(recipe, device, eager, views)
+
+    def _seconds(self, recipe: Recipe, device: torch.device, compute: Compute, views: int) -> float:
+        assert compute.step_s is not None
+        return views / self.probe_batch(recipe, device) * compute.step_s
+
+    def _if_compiled_pays(self, recipe: Recipe, device: torch.device, eager: Compute, views: int) -> Compute:
+        """The compiled variant where compiling and training with it take less time together than training without."""
+        key, entry = self._key(recipe, device), self._entry(recipe, device)
+        if "compiled" not in entry:
+            batch = eager.micro_batch or self.probe_batch(recipe, device)
+            found = measure_compiled(_builder(recipe), recipe.network_px, batch, eager)
+            scale = self.probe_batch(recipe, device) / batch
+            note = {"fault": found} if isinstance(found, str) else {"ready_s": found[0], "step_s": found[1] * scale}
+            self._note(key, {**entry, "compiled": note})
+            entry = self._known[key]
+        measured = entry["compiled"]
+        if "fault" in measured:
+            return eager
+        compiled = replace(eager, compiled=True, step_s=measured["step_s"])
+        gain_s = self._seconds(recipe, device, eager, views) - self._seconds(recipe, device, compiled, views)
+        return compiled if gain_s > measured["ready_s"] else eager
+
+    def _entry(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+        """What is known of the network, measured if nothing is."""
+        key = self._key(recipe, device)
         if key not in self._known:
-            bare = recipe.model_copy(update={"pretrained": False})
-            compute = measure(lambda: build_network(bare, Weights("none"), seed=0), recipe.network_px, batch, device)
-            self._read()  # another worker may have written meanwhile
-            self._known[key] = {
-                "precision": compute.precision,
-                "channels_last": compute.channels_last,
-                "step_s": compute.step_s,
-            }
-            write_json(self.file, self._known)
-        return Compute(str(device), **self._known[key])  # type: ignore[arg-type]
+            batch = self.probe_batch(recipe, device)
+            compute = measure_fitting(_builder(recipe), recipe.network_px, batch, device)
+            fields = {"precision": compute.precision, "channels_last": compute.channels_last, "step_s": compute.step_s}
+            self._note(key, fields | ({} if compute.micro_batch is None else {"micro_batch": compute.micro_batch}))
+        return self._known[key]
+
+    def note_micro_batch(self, recipe: Recipe, device: torch.device, micro_batch: int) -> None:
+        """Remember what fitted in the end, where a training needed more memory than the probe's bare steps had."""
+        key = self._key(recipe, device)
+        if key in self._known and micro_batch < (self._known[key].get("micro_batch") or recipe.batch_size):
+            self._note(key, {**self._known[key], "micro_batch": micro_batch})
+
+    def _note(self, key: str, entry: dict[str, Any]) -> None:
+        self._read()  # another worker may have written meanwhile
+        self._known[key] = entry
+        write_json(self.file, self._known)
 
     def knows(self, recipe: Recipe, device: torch.device) -> bool:
         """Whether the recipe's network has been measured here, so that nothing need be."""
@@ -80,10 +137,13 @@ class SpeedBook:
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""
-        compute = self.compute_for(recipe, device)
-        assert compute.step_s is not None
-        return self.probe_batch(recipe, device) / compute.step_s
+        return self.probe_batch(recipe, device) / float(self._entry(recipe, device)["step_s"])
 
     @staticmethod
     def probe_batch(recipe: Recipe, device: torch.device) -> int:
         return min(recipe.batch_size, PROBE_BATCH_CPU) if device.type == "cpu" else recipe.batch_size
+
+
+def _builder(recipe: Recipe) -> Callable[[], nn.Module]:
+    bare = recipe.model_copy(update={"pretrained": False})
+    return lambda: build_network(bare, Weights("none"), seed=0)

@@ -62,6 +62,10 @@ class Task(Protocol):
     @property
     def data(self) -> TrainingData: ...
 
+    def expect(self, rows: np.ndarray) -> None:
+        """Announce the rows of the next :meth:`batch`, whose pixels may be fetched meanwhile."""
+        ...
+
     def batch(self, rows: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
         """Augmented images (B, 3, px, px) float32 and targets in [0, 1], (B,) or (B, px, px), on the device."""
         ...
@@ -82,6 +86,9 @@ class PatchTask:
         self.recipe, self.data, self.compute, self.key = recipe, data, compute, key
         self._spec = augment_spec(recipe)
         self._label = torch.from_numpy(data.label.astype(np.float32)).to(compute.device)
+
+    def expect(self, rows: np.ndarray) -> None:
+        self.data.patches.expect(rows)
 
     def batch(self, rows: np.ndarray, views: np.ndarray) -> tuple[Tensor, Tensor]:
         norm = self.data.normalisation

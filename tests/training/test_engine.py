@@ -21,10 +21,11 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute
-from pcam_automl.training.engine import Rung, RungResult, Training, is_out_of_memory
+from pcam_automl.training.compute import Compute, is_out_of_memory
+from pcam_automl.training.engine import Rung, RungResult, Training
 from pcam_automl.training.fit import best_result, fit, stable_views, total_views
 from pcam_automl.training.schedule import Rates, rates_at
+from pcam_automl.training.scoring import Views, inference_precision
 from pcam_automl.training.task import PatchTask, TrainingData
 
 CPU = torch.device("cpu")
@@ -406,3 +407,63 @@ def test_patience_ends_the_training_and_gives_back_the_best_weights(data: Traini
     assert same(training, resumed)
     assert resumed.scores is not None
     assert np.array_equal(resumed.scores.prob, training.scores.prob)
+
+
+def test_a_batch_is_never_cut_so_that_one_image_is_left(data: TrainingData) -> None:
+    training = start(replace_recipe(batch_size=25), data)
+    training.micro_batch = 12  # 25 = 12 + 12 + 1 would leave a batch norm with a single value
+    training.step(np.arange(25), np.arange(25))
+    for n in range(2, 60):
+        for micro_batch in range(2, n + 1):
+            training.micro_batch = micro_batch
+            sizes = [cut.stop - cut.start for cut in training._cuts(n)]
+            assert sum(sizes) == n
+            assert max(sizes) <= micro_batch
+            assert min(sizes) >= min(2, max(sizes) - 1, n)
+
+
+def test_half_precision_with_a_scaler_learns_and_resumes(data: TrainingData, tmp_path: Path) -> None:
+    """The path of GPUs without bf16, on a CPU: gradients of small losses would underflow without the scaler."""
+    compute, rungs = Compute("cpu", "fp16"), (Rung(128, 60), Rung(320, 60))
+    whole = start(replace_recipe(views=None), data, compute)
+    assert whole.scaler.is_enabled()
+    results = list(fitted(whole, rungs))
+    assert results[-1].auc is not None
+    assert results[-1].auc > 0.9
+    cut = fitted(start(replace_recipe(views=None), data, compute), rungs, checkpoints=tmp_path)
+    next(cut)
+    next(cut)  # the first rung's checkpoint is written when the second is asked for
+    assert (tmp_path / "0" / "scaler.safetensors").is_file()
+    again = start(replace_recipe(views=None), data, compute)
+    list(fitted(again, rungs, checkpoints=tmp_path))
+    assert same(whole, again)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bf16_training_ends_where_float32_does(data: TrainingData, seed: int) -> None:
+    """Within 0.02 of AUC on the easy set; each seed shuffles and initialises anew."""
+    aucs = []
+    for precision in ("fp32", "bf16"):
+        training = start(replace_recipe(views=None, seed=seed), data, Compute("cpu", precision))
+        *_, last = fitted(training, (Rung(480, 60),))
+        assert last.auc is not None
+        aucs.append(last.auc)
+    assert abs(aucs[0] - aucs[1]) <= 0.02
+    assert min(aucs) > 0.95
+
+
+def test_low_precision_predicts_only_where_the_auc_stays(data: TrainingData) -> None:
+    training = start(replace_recipe(views=None), data, Compute("cpu", "bf16"))
+    list(fitted(training, (Rung(320, 60),)))
+    views = Views(training.recipe, data.normalisation)
+    with training.averaged() as network:
+        rows = data.score_rows
+        assert inference_precision(network, data.patches, rows, data.label, views, training.compute)[0] == "bf16"
+        with torch.no_grad():  # logits far from zero, a little apart: bf16 cannot tell them from each other
+            for name, parameter in network.named_parameters():
+                if name == "fc.bias":
+                    parameter.fill_(-200.0)
+        precision, moved = inference_precision(network, data.patches, rows, data.label, views, training.compute)
+    assert precision == "fp32"
+    assert abs(moved) > 1e-4
+    assert inference_precision(network, data.patches, rows, data.label, views, Compute("cpu")) == ("fp32", 0.0)

@@ -1,0 +1,109 @@
+"""Variants, threads and determinism: what is measured, what fits, what repeats."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import joblib
+import pytest
+import torch
+from torch import nn
+
+from pcam_automl.training import compute as compute_module
+from pcam_automl.training.compute import (
+    Compute,
+    fixed_variant,
+    measure,
+    measure_compiled,
+    measure_fitting,
+    use_cores,
+)
+
+CPU = torch.device("cpu")
+
+
+def small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)
+    )
+
+
+def timed_by(seconds: Callable[[Compute, int], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_module, "_step_seconds", lambda variant, network, px, batch: seconds(variant, batch))
+
+
+def test_the_fastest_variant_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_module, "_variants", lambda device: [Compute("cpu"), Compute("cpu", "bf16", True)])
+    timed_by(lambda variant, batch: 0.1 if variant.channels_last else 0.2, monkeypatch)
+    chosen = measure(small, 32, 8, CPU)
+    assert (chosen.precision, chosen.channels_last, chosen.step_s) == ("bf16", True, 0.1)
+
+
+def test_the_largest_halving_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(variant: Compute, batch: int) -> float:
+        if batch > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.01 * batch
+
+    timed_by(seconds, monkeypatch)
+    found = measure_fitting(small, 32, 128, CPU)
+    assert found.micro_batch == 16
+    assert found.step_s == pytest.approx(1.28)  # eight of them make the batch
+    timed_by(lambda variant, batch: 0.5, monkeypatch)
+    assert measure_fitting(small, 32, 128, CPU).micro_batch is None
+
+
+def test_other_errors_of_the_probe_are_not_taken_for_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(variant: Compute, batch: int) -> float:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    timed_by(seconds, monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure_fitting(small, 32, 128, CPU)
+
+
+def test_what_cannot_be_compiled_is_named_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(variant: Compute, batch: int) -> float:
+        raise RuntimeError("no C++ compiler\nat all")
+
+    timed_by(seconds, monkeypatch)
+    assert measure_compiled(small, 32, 8, Compute("cpu")) == "RuntimeError: no C++ compiler at all"
+
+
+@pytest.mark.slow
+def test_compiling_keeps_the_names_of_the_weights_and_the_answers() -> None:
+    found = measure_compiled(small, 32, 4, Compute("cpu"))
+    assert not isinstance(found, str), found
+    assert found[0] > 0 < found[1]
+    plain, images = small(), torch.randn(4, 3, 32, 32)
+    compiled = Compute("cpu", compiled=True).place(small())
+    compiled.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(compiled(images), plain(images))
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(8, 1, 8), (8, 3, 2), (2, 2, 1), (2, 5, 1)])
+def test_workers_share_the_cores(cores: int, workers: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: cores)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    assert use_cores(workers) == threads
+    assert set_to == [threads]
+
+
+def test_fp16_is_the_low_precision_of_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert fixed_variant(torch.device("cuda:0")).precision == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert fixed_variant(torch.device("cuda:0")).precision == "bf16"
+
+
+def test_deterministic_mode_is_torchs_own() -> None:
+    code = (
+        "import torch; from pcam_automl.training.compute import use_device;"
+        "use_device(torch.device('cpu'), deterministic=True); print(torch.are_deterministic_algorithms_enabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

@@ -1,0 +1,88 @@
+"""The speed book: one measurement a network, compiling where it pays, what fitted into memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from easy_set import TINY
+
+from pcam_automl.recipe import Recipe
+from pcam_automl.training import speed as speed_module
+from pcam_automl.training.compute import Compute, fixed_variant
+from pcam_automl.training.speed import SpeedBook
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(backbone=TINY, crop_size=32, batch_size=64)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made: list[str] = []
+
+    def fitting(build: object, px: int, batch: int, device: torch.device) -> Compute:
+        made.append(f"measured {batch} at {px}")
+        return Compute(str(device), "bf16", True, step_s=0.5)
+
+    monkeypatch.setattr(speed_module, "measure_fitting", fitting)
+    return made
+
+
+def test_a_network_is_measured_once_whoever_asks(calls: list[str], tmp_path: Path) -> None:
+    book = SpeedBook(tmp_path / "speed.json")
+    assert not book.knows(RECIPE, CPU)
+    assert book.compute_for(RECIPE, CPU) == Compute("cpu", "bf16", True, 0.5)
+    assert book.images_per_s(RECIPE, CPU) == 64.0  # 32 a probe step on a CPU
+    other = SpeedBook(tmp_path / "speed.json")
+    assert other.knows(RECIPE, CPU)
+    assert other.compute_for(RECIPE, CPU).step_s == 0.5
+    assert calls == ["measured 32 at 32"]
+    other.compute_for(RECIPE.model_copy(update={"crop_size": 48}), CPU)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("found", "views", "compiled"),
+    [
+        ((60.0, 0.3), 100_000, True),  # 625 s gained for 60
+        ((700.0, 0.3), 100_000, False),
+        ((60.0, 0.6), 1_000_000, False),
+        ("RuntimeError: no compiler", 1_000_000, False),
+    ],
+)
+def test_compiling_must_earn_its_time(
+    found: tuple[float, float] | str, views: int, compiled: bool, calls: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tried: list[int] = []
+    monkeypatch.setattr(speed_module, "measure_compiled", lambda build, px, batch, eager: tried.append(batch) or found)
+    book = SpeedBook(tmp_path / "speed.json")
+    assert book.compute_for(RECIPE, CPU, views=1000) == Compute("cpu", "bf16", True, 0.5)
+    assert tried == []  # 16 s of training: not even tried
+    for _ in range(2):
+        chosen = book.compute_for(RECIPE, CPU, views=views)
+        assert (chosen.compiled, chosen.step_s) == (compiled, 0.3 if compiled else 0.5)
+    assert tried == [32]
+    (entry,) = json.loads((tmp_path / "speed.json").read_text()).values()
+    assert entry["compiled"] == (
+        {"fault": found} if isinstance(found, str) else {"ready_s": found[0], "step_s": found[1]}
+    )
+    assert not book.compute_for(RECIPE, CPU).compiled  # a search's trials are short
+
+
+def test_what_fitted_in_the_end_is_where_the_next_training_begins(calls: list[str], tmp_path: Path) -> None:
+    book = SpeedBook(tmp_path / "speed.json")
+    book.compute_for(RECIPE, CPU)
+    book.note_micro_batch(RECIPE, CPU, 64)
+    assert book.compute_for(RECIPE, CPU).micro_batch is None
+    book.note_micro_batch(RECIPE, CPU, 16)
+    book.note_micro_batch(RECIPE, CPU, 32)  # another worker had more room
+    assert SpeedBook(tmp_path / "speed.json").compute_for(RECIPE, CPU).micro_batch == 16
+
+
+def test_deterministic_runs_measure_nothing(calls: list[str], tmp_path: Path) -> None:
+    book = SpeedBook(tmp_path / "speed.json", deterministic=True)
+    assert book.compute_for(RECIPE, CPU, views=10**9) == fixed_variant(CPU)
+    assert calls == []
