@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 UV     := $(shell command -v uv 2>/dev/null)
 
-.PHONY: setup quickstart test lint format bench lock clean
+.PHONY: setup quickstart test lint format bench bench-gpu lock clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# PCAM_BENCH_DEVICE=cuda:1 make bench-gpu takes another one.
+bench-gpu: setup
+	PCAM_BENCH_DEVICE=$${PCAM_BENCH_DEVICE:-cuda:0} $(BIN)/python -m benchmarks batches training inference overhead
 
 # Pins for Python 3.11-3.13 on every platform; no index address is written into the file. The extra `benchmark` is left out:
 # half a gigabyte that one benchmark needs.

@@ -1,13 +1,22 @@
-"""`python -m benchmarks [NAME ...]`: run the named benchmarks, or all that need no GPU."""
+"""`python -m benchmarks [NAME ...]`: run the named benchmarks, or all that need no GPU and for which everything is here."""
 
 import importlib
+import importlib.util
+import os
 import sys
 
-NAMES = ("ingest", "keras-cnn", "recipes")
+NAMES = ("ingest", "batches", "training", "inference", "overhead", "keras-cnn", "recipes")
+NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
+"""Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or list(NAMES)
-    if unknown := [name for name in wanted if name not in NAMES]:
+    # As `pcam-automl` sets it, before torch is imported; it helps a DataLoader's workers beside torch's threads as well.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    for name in wanted:
+    for name in sys.argv[1:] or NAMES:
+        module, remedy = NEEDS.get(name, ("torch", ""))
+        if not sys.argv[1:] and importlib.util.find_spec(module) is None:
+            print(f"{name}: skipped, {module} is not installed: {remedy}")
+            continue
         importlib.import_module(f"benchmarks.{name.replace('-', '_')}").main()
