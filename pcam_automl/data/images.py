@@ -96,6 +96,7 @@ def read_patches(
         DataError: ``folder`` cannot be opened.
     """
     faults: dict[int, PatchFault] = {}
+    reader: _TemplateReader | None = None
     rows = [memoryview(row).cast("B") for row in out[: len(names)]]
     try:
         folder_fd = os.open(folder, os.O_RDONLY)
@@ -104,7 +105,9 @@ def read_patches(
     try:
         for row, name in enumerate(names):
             try:
-                if not (templates and _read_by_template(folder_fd, name, rows[row], templates[0])):
+                if templates and (reader is None or reader.template is not templates[0]):
+                    reader = _TemplateReader(folder_fd, templates[0])
+                if reader is None or not reader.read(name, rows[row]):
                     image = _decode_with_templates(file_bytes(Path(name), folder_fd), templates)
                     check_shape(image, out.shape[1:3])
                     out[row] = image
@@ -131,23 +134,30 @@ def check_shape(image: NDArray[np.uint8], shape: tuple[int, ...] | None) -> None
         raise PatchFault(f"{image.shape[1]}x{image.shape[0]} px, want {shape[1]}x{shape[0]}", wrong_shape=True)
 
 
-def _read_by_template(folder_fd: int, name: str, row: memoryview, template: Template) -> bool:
-    """One system call scatters header, pixels and tail; False if the file is not of the template."""
-    if template.n_pixel_bytes != len(row):
-        return False
-    head, tail = bytearray(len(template.head)), bytearray(len(template.tail) + 1)
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=folder_fd)
-    except OSError as fault:
-        raise PatchFault(f"cannot be opened ({fault.strerror})") from None
-    try:
-        n_read = os.readv(fd, (head, row, tail))
-    except OSError:
-        return False  # file_bytes meets and words the same fault
-    finally:
-        os.close(fd)
-    n_want = len(head) + len(row) + len(template.tail)
-    return n_read == n_want and template.fits(head, memoryview(tail)[:-1])
+class _TemplateReader:
+    """Reads files of one template under an open folder."""
+
+    def __init__(self, folder_fd: int, template: Template) -> None:
+        self.template = template
+        self._folder_fd = folder_fd
+        self._head, self._tail = bytearray(len(template.head)), bytearray(len(template.tail) + 1)
+        self._n_bytes = len(template.head) + template.n_pixel_bytes + len(template.tail)
+
+    def read(self, name: str, row: memoryview) -> bool:
+        """One system call scatters header, pixels and tail; False if the file is not of the template."""
+        if self.template.n_pixel_bytes != len(row):
+            return False
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._folder_fd)
+        except OSError as fault:
+            raise PatchFault(f"cannot be opened ({fault.strerror})") from None
+        try:
+            n_read = os.readv(fd, (self._head, row, self._tail))
+        except OSError:
+            return False  # file_bytes meets and words the same fault
+        finally:
+            os.close(fd)
+        return n_read == self._n_bytes and self.template.fits(self._head, self._tail[:-1])
 
 
 def file_bytes(path: Path, folder_fd: int | None = None) -> bytes:

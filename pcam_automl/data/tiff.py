@@ -53,7 +53,7 @@ def parse_plain(raw: bytes, max_side_px: int) -> PlainTiff | None:
         values, date = _read_values(raw, order, entries, places)
     except struct.error:
         return None
-    if next_page or values is None or not _NEEDED <= values.keys():
+    if next_page or values is None or not values.keys() >= _NEEDED:
         return None
     shape = (values[_HEIGHT][0], values[_WIDTH][0], 3)
     if not (0 < shape[0] <= max_side_px and 0 < shape[1] <= max_side_px) or len(values[_BITS]) != 3:
@@ -124,7 +124,7 @@ def decode_plain(raw: bytes, layout: PlainTiff) -> NDArray[np.uint8] | None:
         rows = image[number * layout.strip_rows : (number + 1) * layout.strip_rows].reshape(-1)
         try:
             # libdeflate: 42 us a patch, zlib 65
-            if len(imagecodecs.deflate_decode(raw[at : at + n_bytes], out=rows)) != len(rows):
+            if len(imagecodecs.deflate_decode(raw[at : at + n_bytes], out=rows.data)) != len(rows):
                 return None
         except imagecodecs.DeflateError:
             return None
