@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pcam_automl.data.images import MAX_SIDE_PX, PatchFault, _decode_unusual_tiff
+from pcam_automl.data.images import MAX_SIDE_PX, PatchFault, _decode_tiff
 from pcam_automl.data.tiff import decode_plain, parse_plain
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_what_a_damaged_header_gives_is_what_tifffile_gives(data: st.DataObject)
     if image is None:
         return
     try:
-        slow = _decode_unusual_tiff(bytes(raw))
+        slow = _decode_tiff(bytes(raw))
     except PatchFault as fault:
         raise AssertionError(f"read here, a fault for tifffile: {fault}") from fault
     assert np.array_equal(image, slow)
