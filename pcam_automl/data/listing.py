@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pcam_automl.data.images import IMAGE_SUFFIXES
-from pcam_automl.data.tables import Strings, is_id
+from pcam_automl.data.tables import Strings, all_ids, is_id
 from pcam_automl.errors import DataError, first_few
 
 MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
@@ -26,12 +26,15 @@ def list_images(folder: Path, prefix: str, suffixes: frozenset[str] = IMAGE_SUFF
             stem, dot, suffix = entry.name.rpartition(".")
             if (dot + suffix).lower() not in suffixes or stem.startswith(".") or not entry.is_file():
                 continue
-            if not is_id(stem):
-                n_bad += 1
-            elif stem in found:
+            if stem in found:
                 twice.append(stem)
             else:
                 found[stem] = prefix + entry.name
+    if not all_ids(list(found)):
+        bad = {stem for stem in found if not is_id(stem)}
+        n_bad = len(bad) + sum(stem in bad for stem in twice)
+        found = {stem: name for stem, name in found.items() if stem not in bad}
+        twice = [stem for stem in twice if stem not in bad]
     if twice:
         raise DataError(
             f"{folder} holds {len(twice)} ids in more than one file ({first_few(sorted(twice))}); keep one of each"

@@ -18,9 +18,19 @@ from pcam_automl.data.h5 import open_dataset, plain_h5
 from pcam_automl.data.images import PatchFault, read_patch, read_patches
 from pcam_automl.data.masks import KAGGLE, MaskRule, find_background
 from pcam_automl.data.pack_files import write_pack_files
-from pcam_automl.data.pool import CHUNK_PATCHES, Job, Task, chunk_for, n_workers_for, read_task_masks, run_tasks
+from pcam_automl.data.pool import (
+    CHUNK_PATCHES,
+    Job,
+    Task,
+    chunk_for,
+    n_workers_for,
+    read_task_masks,
+    run_tasks,
+    synced_meanwhile,
+)
 from pcam_automl.data.quality import complete_flags, pixel_digests
-from pcam_automl.data.sources import PatchSource, fingerprint
+from pcam_automl.data.sources import PatchSource
+from pcam_automl.data.stamp import Stamp
 from pcam_automl.data.store import TEST, Flag, PatchStore, Progress, open_store
 from pcam_automl.data.template import Template
 from pcam_automl.errors import DataError, first_few
@@ -59,12 +69,12 @@ def pack(
     _check_target(source, out)
     if source.kind == "dense":
         check_sizes(source.root, source.ids.tolist(), source.files.tolist(), _mask_files(source))
-    stamp = fingerprint(source)
+    stamp = Stamp(source)
     with folder_written_whole(out) as folder, ExitStack() as stack:
         h5 = _h5_files(source, folder, stack)
         shape, templates = _probe(source, h5)
         job = _prepare_files(folder, source, shape, templates)
-        arrays, faults = _measure_all(source, h5, job, workers, progress)
+        arrays, faults = _measure_all(source, h5, job, workers, progress, stamp)
         stack.close()
         if source.kind == "dense":
             source = replace(source, label=_labels_of_masks(source, job))
@@ -76,7 +86,7 @@ def pack(
             raise DataError(
                 f"none of the training patches in {source.root} can be used; the first: {source.ids[row]}: {reason}"
             )
-        write_pack_files(folder, source, job, arrays, faults, stamp=stamp, keep_outliers=keep_outliers)
+        write_pack_files(folder, source, job, arrays, faults, stamp=stamp.hexdigest(), keep_outliers=keep_outliers)
     return open_store(out)
 
 
@@ -247,12 +257,20 @@ def _tasks(source: PatchSource, h5: dict[int, tuple[Path, Path | None]], shape: 
                 yield Task(first, n, source.root, tuple(source.files[first : first + n].tolist()), mask_names=masks)
 
 
+def _stamped(tasks: Iterator[Task], stamp: Stamp) -> Iterator[Task]:
+    """Every task's files are seen before it is handed on; meanwhile the workers read."""
+    for task in tasks:
+        stamp.add(task.names)
+        yield task
+
+
 def _measure_all(
     source: PatchSource,
     h5: dict[int, tuple[Path, Path | None]],
     job: Job,
     workers: int | None,
     progress: Progress | None,
+    stamp: Stamp | None = None,
 ) -> tuple[dict[str, NDArray[Any]], dict[int, str]]:
     """Run every task; the small arrays over all rows, and row -> reason of the faulty ones."""
     n = len(source)
@@ -266,8 +284,12 @@ def _measure_all(
     mask_faults: dict[int, str] = {}
     n_done = 0
     n_workers = n_workers_for(n * CHUNK_PATCHES // chunk_for(job.shape), workers)
-    with closing(run_tasks(_tasks(source, h5, job.shape), job, n_workers)) as results:
-        for done in results:
+    tasks = _tasks(source, h5, job.shape)
+    with ExitStack() as stack:
+        results = run_tasks(tasks if stamp is None else _stamped(tasks, stamp), job, n_workers)
+        for done in stack.enter_context(closing(results)):
+            if not n_done and job.patches is not None:
+                stack.enter_context(synced_meanwhile(job.patches))  # now: no thread may be there before the workers
             for name, values in arrays.items():
                 values[done.first : done.first + len(done.flags)] = getattr(done, name)
             faults.update(done.faults)

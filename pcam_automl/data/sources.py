@@ -6,7 +6,6 @@ of images and masks (dense).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pcam_automl.data.dense_sources import Pairs, find_pairs
 from pcam_automl.data.h5 import H5_PREFIX, PART_CODES, H5Part, find_h5_parts, read_h5_labels
 from pcam_automl.data.listing import bad_name_notes, find_masks, list_images
+from pcam_automl.data.stamp import Stamp
 from pcam_automl.data.store import TEST, TRAIN, VALID
 from pcam_automl.data.tables import Strings, read_column, read_ids, read_labels, read_names, repeated
 from pcam_automl.errors import DataError, first_few
@@ -104,25 +104,9 @@ def fingerprint(source: PatchSource) -> str:
     Raises:
         DataError: a file has gone since the source was opened.
     """
-    total = hashlib.sha256(source.kind.encode())
-    names = [name for part in source.h5.values() for name in (part.x, part.mask) if name]
-    names += [] if source.h5 else source.files.tolist()
-    names += [] if source.masks is None else [name for name in source.masks.tolist() if name]
-    root = os.open(source.root, os.O_RDONLY)
-    try:
-        for name in names:
-            status = os.stat(name, dir_fd=root)
-            total.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        for table in source.tables:
-            status = table.stat()
-            total.update(f"{table.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    except OSError as fault:
-        raise DataError(
-            f"{source.root / str(fault.filename)} has gone ({fault.strerror}); run the command again"
-        ) from None
-    finally:
-        os.close(root)
-    return total.hexdigest()
+    stamp = Stamp(source)
+    stamp.add([] if source.h5 else source.files.tolist())
+    return stamp.hexdigest()
 
 
 def _nothing_found(root: Path) -> str:

@@ -19,6 +19,7 @@ Strings = NDArray[np.str_]
 
 # One name, no path: nothing that could lead out of a folder, hide or break a line.
 _ID = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]{1,200}")
+_SIMPLE_IDS = re.compile(r"(?:[A-Za-z0-9_-]{1,200}\n)*")
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 
@@ -30,7 +31,8 @@ def read_labels(path: Path) -> tuple[Strings, NDArray[np.int8]]:
     """
     columns = _read_columns(path, ("id", "label"))
     texts = columns["label"]
-    labels = np.array([_LABELS.get(text.strip(), -1) for text in texts], dtype=np.int8)
+    codes = {text: _LABELS.get(text.strip(), -1) for text in set(texts)}
+    labels = np.array([codes[text] for text in texts], dtype=np.int8)
     faults = _id_faults(columns["id"])
     if wrong := [f"{columns['id'][row]!r}: {texts[row]!r}" for row in np.flatnonzero(labels < 0)]:
         faults.append(f"{len(wrong)} labels are not 0 or 1 ({first_few(wrong)})")
@@ -74,15 +76,23 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and text.isprintable()
 
 
+def all_ids(texts: Sequence[str]) -> bool:
+    """Whether every text is a patch id of letters, digits, ``_`` and ``-``: one pass, 0.2 us each; False decides nothing."""
+    joined = "\n".join([*texts, ""])
+    return _SIMPLE_IDS.fullmatch(joined) is not None and joined.count("\n") == len(texts)
+
+
 def repeated(names: Sequence[str]) -> list[str]:
     """The names that occur more than once, each once, sorted."""
+    if len(set(names)) == len(names):
+        return []
     seen: set[str] = set()
     return sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
 
 
 def _id_faults(ids: list[str]) -> list[str]:
     faults = []
-    if bad := [ascii(text) for text in ids if not is_id(text)]:
+    if not all_ids(ids) and (bad := [ascii(text) for text in ids if not is_id(text)]):
         faults.append(f"{len(bad)} ids are empty, paths or unprintable; an id is a plain name ({first_few(bad)})")
     if twice := repeated(ids):
         faults.append(f"{len(twice)} ids are given more than once ({first_few([ascii(text)[1:-1] for text in twice])})")

@@ -1,24 +1,22 @@
-"""Template: the header that a set's uncompressed TIFFs share, checked against tifffile once. Opens no files.
+"""Template: the header that a set's uncompressed TIFFs share. Opens no files.
 
-All of Kaggle's files have 27,935 bytes with the pixels at byte 287; parsing each costs 180 us, comparing a header 1 us.
+All of Kaggle's files have 27,935 bytes with the pixels at byte 287; reading each header costs 10 us, comparing it 1 us.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from io import BytesIO
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import tifffile
+from pcam_automl.data.tiff import PlainTiff
 
 
 @dataclass(frozen=True)
 class Template:
-    """The bytes around the pixels of an uncompressed one-page TIFF, validated by tifffile once.
+    """The bytes around the pixels of an uncompressed one-page TIFF.
 
     A file of ``size`` bytes with the same ``head`` (the 20 bytes of its DateTime aside: Kaggle's files differ in
     nothing else) and ``tail`` holds its pixels at ``len(head)``.
@@ -46,32 +44,16 @@ class Template:
         return np.frombuffer(raw, np.uint8, self.n_pixel_bytes, start).reshape(self.shape)
 
 
-def find_template(
-    raw: bytes, page: tifffile.TiffPage, image: NDArray[np.uint8], next_page_at: int | None
-) -> Template | None:
+def find_template(raw: bytes, layout: PlainTiff) -> Template | None:
     """The template of an uncompressed file whose every header byte lies outside the pixels, else None.
 
     Args:
         raw: the whole file.
-        page: its only page.
-        image: (H, W, 3) uint8, as decoded.
-        next_page_at: where the file would name a second page.
+        layout: as :func:`~pcam_automl.data.tiff.parse_plain` found it.
     """
-    import tifffile
-
-    if not page.is_contiguous or page.subifds or len(page.dataoffsets) != 1:
+    start = layout.strips[0][0]
+    stop = start + math.prod(layout.shape)
+    if layout.deflated or any(first < stop and last > start for first, last in layout.places):
         return None
-    start = int(page.dataoffsets[0])
-    stop = start + image.size
-    places = [(tag.offset, tag.valueoffset + tag.valuebytecount) for tag in page.tags]
-    places.append((next_page_at or start, (next_page_at or start) + 8))
-    if any(first < stop and last > start for first, last in places) or page.databytecounts[0] != image.size:
-        return None
-    date = page.tags.get("DateTime")
-    where = slice(start, start)
-    if date is not None and date.valueoffset + date.valuebytecount <= start and date.valuebytecount > 8:
-        where = slice(date.valueoffset, date.valueoffset + date.valuebytecount)
-    pixels = np.frombuffer(raw, np.uint8, image.size, start).reshape(image.shape)
-    if not (np.array_equal(pixels, image) and np.array_equal(pixels, tifffile.imread(BytesIO(raw)))):
-        return None
-    return Template(image.shape, raw[:start], raw[stop:], where)
+    date = layout.date if layout.date.stop <= start else slice(start, start)
+    return Template(layout.shape, raw[:start], raw[stop:], date)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from pcam_automl.data import h5 as h5_module
 from pcam_automl.data import pool
 from pcam_automl.data.pack import pack, verify
-from pcam_automl.data.sources import open_source
+from pcam_automl.data.sources import fingerprint, open_source
 from pcam_automl.data.store import TEST, Flag, PatchStore, open_store
 from pcam_automl.errors import DataError
 
@@ -277,6 +278,43 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     with pytest.raises(DataError, match="no space left to write"):
         pack(open_source(kaggle), tmp_path / "out" / "pack")
     assert names_in(tmp_path / "out") == []
+
+
+def test_a_disk_that_fails_while_packing_fails_the_pack(
+    kaggle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports a failed write to one fsync only: the thread that hears of it must pass it on."""
+    failed: list[int] = []
+
+    def fail_once(fd: int) -> None:
+        failed.append(fd)
+        if len(failed) == 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pool, "_SYNC_EVERY_S", 0.0)
+    monkeypatch.setattr("pcam_automl.data.pool.os.fsync", fail_once)
+    monkeypatch.setattr("pcam_automl.data.pack.CHUNK_PATCHES", 2)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="no space left to write"):
+        pack(open_source(kaggle), tmp_path / "out" / "pack", progress=lambda done, total: time.sleep(0.05))
+    assert failed
+    assert names_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pack_has_its_sources_fingerprint(kaggle: Path, tmp_path: Path, workers: int) -> None:
+    source = open_source(kaggle)
+    assert pack(source, tmp_path / "pack", workers=workers).source["fingerprint"] == fingerprint(source)
+
+
+def test_a_file_that_changes_after_it_was_read_changes_the_fingerprint(kaggle: Path, tmp_path: Path) -> None:
+    source = open_source(kaggle)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(kaggle / str(source.files[0]), ns=(1, 1))
+
+    store = pack(source, tmp_path / "pack", progress=touch)
+    assert store.source["fingerprint"] != fingerprint(source)
 
 
 def test_the_pack_never_takes_the_place_of_other_things(kaggle: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pcam_automl.data.pack import pack
-from pcam_automl.data.quality import complete_flags, findings, measure, write_sheet
+from pcam_automl.data.quality import BLUR_VARIANCE, BRIGHT_MIN, DARK_MAX, complete_flags, findings, measure, write_sheet
 from pcam_automl.data.sources import open_source
 from pcam_automl.data.store import TEST, TRAIN, Flag
 
@@ -38,6 +38,44 @@ def test_measures_equal_their_definitions(n: int, side: int, seed: int) -> None:
     assert np.allclose(measures.stats[row], [*scaled.mean(axis=(0, 1)), *scaled.std(axis=(0, 1))], atol=1e-5)
     assert measures.sharpness[row] == pytest.approx(laplacian_variance(patches[row, ..., 1]), rel=1e-4, abs=0.5)
     assert measures.digest[row].tobytes() == hashlib.sha256(patches[row].tobytes()).digest()[:16]
+
+
+def slow_measures(patch: np.ndarray) -> tuple[np.ndarray, float, int]:
+    """Stats, sharpness and flags in whole numbers, one pixel value after the other."""
+    pixels = patch.reshape(-1, 3).astype(object)
+    n = len(pixels)
+    sums, squares = pixels.sum(axis=0), (pixels * pixels).sum(axis=0)
+    mean = np.array([total / n for total in sums])
+    deviation = np.array([(max(square / n - at**2, 0.0)) ** 0.5 for square, at in zip(squares, mean, strict=True)])
+    green = patch[..., 1].astype(np.int64)
+    centre = 4 * green[1:-1, 1:-1]
+    laplacian = centre - green[:-2, 1:-1] - green[2:, 1:-1] - green[1:-1, :-2] - green[1:-1, 2:]
+    sharpness = float(np.mean(laplacian**2) - np.mean(laplacian) ** 2)
+    dark, bright = patch.max() < DARK_MAX, patch.min() > BRIGHT_MIN
+    blurred = np.float32(sharpness) < BLUR_VARIANCE and not dark and not bright
+    flags = Flag.DARK * dark | Flag.BRIGHT * bright | Flag.BLURRED * blurred
+    return (np.concatenate([mean, deviation]) / 255.0).astype(np.float32), sharpness, int(flags)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (95, 97), (3, 3), (3, 40), (64, 33), (130, 120), (263, 263)])
+def test_fast_measures_equal_the_slow_ones(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    n = 41 if shape[0] < 263 else 3  # more than one batch of the measuring
+    patches = np.empty((n, *shape, 3), np.uint8)
+    for row in range(n):
+        low = rng.integers(0, 250)
+        patches[row] = rng.integers(
+            low, rng.integers(low + 1, min(low + (2, 12, 40, 300)[row % 4], 255) + 1), (*shape, 3)
+        )
+    patches[0], patches[1], patches[2, 0, 0, 0] = 255, 0, 255
+    measures = measure(patches)
+    for row, patch in enumerate(patches):
+        stats, sharpness, flags = slow_measures(patch)
+        assert measures.flags[row] == flags
+        assert np.array_equal(measures.stats[row], stats)
+        assert measures.sharpness[row] == (
+            np.float32(sharpness) if sharpness < 1800 else pytest.approx(sharpness, rel=1e-6)
+        )
 
 
 def test_measures_do_not_depend_on_the_batch() -> None:

@@ -460,9 +460,9 @@ def test_low_precision_predicts_only_where_the_auc_stays(data: TrainingData) -> 
         rows = data.score_rows
         assert inference_precision(network, data.patches, rows, data.label, views, training.compute)[0] == "bf16"
         with torch.no_grad():  # logits far from zero, a little apart: bf16 cannot tell them from each other
-            for name, parameter in network.named_parameters():
-                if name == "fc.bias":
-                    parameter.fill_(-200.0)
+            named = dict(network.named_parameters())
+            named["fc.weight"].mul_(0.01)
+            named["fc.bias"].fill_(-200.0)
         precision, moved = inference_precision(network, data.patches, rows, data.label, views, training.compute)
     assert precision == "fp32"
     assert abs(moved) > 1e-4
