@@ -18,6 +18,7 @@ from pcam_automl.report.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     SKY,
     VERMILION,
     add_axes,
@@ -50,7 +51,7 @@ def training_section(content: ReportContent) -> Section:
         return Section("training", title, (left_out("this report is of no training."),))
     blocks: list[Block] = [epoch_table(epochs)]
     if len(epochs) > 1:
-        blocks.append(curves_figure(epochs))
+        blocks.append(curves_figure(epochs, content.maps.always_negative if content.maps is not None else None))
     else:
         blocks.append(left_out("curves, since the training was scored only once."))
     if content.lr_curve is not None and len(content.lr_curve.views) > 1:
@@ -97,9 +98,9 @@ def _stage_lines(axes: Axes, epochs: tuple[RungResult, ...]) -> None:
             axes.axvline(after.rung + 0.5, color=GREY, linestyle=":", linewidth=1.2)
 
 
-def curves_figure(epochs: tuple[RungResult, ...]) -> Picture:
-    """Losses on the left, accuracy, AUC and Dice on the right."""
-    figure = new_figure(8.4, 3.5)
+def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None = None) -> Picture:
+    """Losses on the left, accuracy, AUC and Dice on the right, beside the accuracy of never calling tumour where it is given."""
+    figure = new_figure(8.4, 4.1)
     left, right = add_row(figure, 2)
     dress(left, title="loss", x="epoch", y="loss (nats, smaller is better)")
     _plot(left, epochs, lambda e: e.train_loss, VERMILION, "training", "--")
@@ -109,11 +110,13 @@ def curves_figure(epochs: tuple[RungResult, ...]) -> Picture:
     _plot(right, epochs, lambda e: e.accuracy, BLUE, "accuracy, validation")
     _plot(right, epochs, lambda e: e.auc, GREEN, "AUC, validation")
     _plot(right, epochs, lambda e: e.dice, SKY, "Dice, validation")
+    if always_negative is not None and any(e.accuracy is not None for e in epochs):
+        right.axhline(always_negative, color=INK, linestyle=":", linewidth=1.2, label="accuracy, never calling tumour")
     for axes in (left, right):
         _stage_lines(axes, epochs)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[0]:
-            legend(axes)
+        if axes.get_legend_handles_labels()[0]:  # below: above the lines it would hide some, wherever it lay
+            legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     stages = " Dotted lines part the stages." if any(e.stage for e in epochs) else ""
     return picture(
         figure,
