@@ -131,12 +131,17 @@ def sample_sheets(store: PatchStore, noun: Noun = PATCH) -> Iterator[Picture]:
         if not len(rows):
             continue
         chosen = spread_rows(store, rows, N_SAMPLES)
+        own = list(notes)
+        if noun == IMAGE and value == 0 and store.masks is not None and np.asarray(store.masks[np.sort(chosen)]).any():
+            own.append(
+                "The label speaks of the centre alone; the network learns the masks, which may hold tumour nonetheless."
+            )
         yield sheet(
             [boxed(store, row, noun) for row in chosen.tolist()],
             f"samples_{word.replace(' ', '_')}.png",
             alt=f"{len(chosen)} {noun.many} of the class {word}",
             caption=" ".join(
-                [f"{noun.many.capitalize()} of the class “{word}”, from as many slides as possible.", *notes]
+                [f"{noun.many.capitalize()} of the class “{word}”, from as many slides as possible.", *own]
             ),
             texts=[short(str(store.ids[row]), 19) for row in chosen.tolist()],
         )
@@ -304,7 +309,7 @@ def slide_figure(store: PatchStore, noun: Noun = PATCH) -> Picture:
     counts = {v: np.bincount(group[known & (label == v)], minlength=n_groups) for v in (0, 1, -1)}
     total = np.bincount(group[known], minlength=n_groups)
     order = np.lexsort((counts[1], -total))
-    figure = new_figure(7.6, 3.0)
+    figure = new_figure(6.4, 3.0)
     axes = add_axes(figure, x=f"{n_groups} slides, the largest first", y=noun.many, grid="y")
     bottom, width = np.zeros(n_groups), 1.0 if n_groups > _MOST_BARS else 0.85
     for value, word, colour in (*_CLASSES, (-1, "no label", GREY)):

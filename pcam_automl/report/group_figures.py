@@ -93,15 +93,15 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
 
 def forest_figure(groups: list[GroupAuc], name: str, what: str, note: str, of_store: Noun = PATCH) -> Picture:
     """A point and a bar for each group."""
-    figure = new_figure(6.8, 1.1 + 0.28 * len(groups))
-    axes = add_axes(figure, x="AUC" if of_store == PATCH else "AUC over pixels", grid="x")
+    figure = new_figure(6.8, 1.3 + 0.28 * len(groups))
+    x = "AUC" if of_store == PATCH else "AUC over pixels"
+    axes = add_axes(figure, title=f"{what} (number of {of_store.many})", x=x, grid="x")
     for place, group in enumerate(reversed(groups)):
         if group.interval is not None:
             axes.plot(group.interval, [place, place], color=GREY, linewidth=2)
         axes.plot([group.auc], [place], color=BLUE, marker="o")
     axes.set_yticks(range(len(groups)), [f"{shortened(g.name)} ({g.n:,})" for g in reversed(groups)])
     axes.set_ylim(-0.6, len(groups) - 0.4)
-    axes.set_ylabel(f"{what} ({of_store.many})", fontsize=9.5)
     words = ", ".join(f"{g.name} {g.auc:.4f} ({_words(g.interval)})" for g in groups[:10])
     alone = " One without a bar holds a single slide." if any(g.interval is None for g in groups) else ""
     return picture(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
@@ -23,12 +24,15 @@ from pcam_automl.report.style import (
     add_axes,
     dress,
     legend,
+    legend_below,
     new_figure,
     picture,
 )
 from pcam_automl.scores import Scores
 
 N_BINS = 10
+FEW_CLUSTERS = 10
+"""Fewer slides (or patches, images) than this: draws of so few leave out most ways in which others may differ."""
 _MOST_POINTS = 2000
 
 
@@ -58,7 +62,8 @@ def score_section(content: ReportContent) -> Section:
 
 def _measured_on(content: ReportContent, scores: Scores) -> str:
     if not content.dense:
-        return f"Measured on {len(scores.rows):,} patches: {scores.on}."
+        n = f"{len(scores.rows):,} patches"
+        return f"Measured on {scores.on}." if n in scores.on else f"Measured on {n}: {scores.on}."
     every = " Dice and pixel accuracy are over every pixel of these images." if content.on_maps is content.maps else ""
     return f"Measured on {scores.on}.{every}"
 
@@ -67,9 +72,8 @@ def score_facts(content: ReportContent, scores: Scores) -> Facts:
     """AUC and its interval, accuracy, sensitivity, specificity, loss; of a dense task Dice and the baseline, too."""
     facts = []
     if both_labels(scores):
-        low, high = auc_interval(scores.label, scores.prob, clusters_of(content.store, scores))
         pixel = "pixel " if content.dense else ""
-        facts.append((f"{auc(scores.label, scores.prob):.4f}", f"{pixel}AUC (95 %: {low:.4f} to {high:.4f})"))
+        facts.append((f"{auc(scores.label, scores.prob):.4f}", f"{pixel}AUC ({interval_text(content, scores)})"))
     counts = confusion(scores.label, scores.prob, content.threshold)
     if (maps := content.on_maps) is not None:
         facts += maps.facts(content.threshold)
@@ -82,6 +86,18 @@ def score_facts(content: ReportContent, scores: Scores) -> Facts:
         facts.append((f"{100 * counts.true_negative / negatives:.1f} %", "of normal left alone (specificity)"))
     facts.append((f"{log_loss(scores.label, scores.prob):.4f}", "log-loss (nats)"))
     return Facts(tuple(facts))
+
+
+def interval_text(content: ReportContent, scores: Scores) -> str:
+    """The AUC's 95 % interval and what it is drawn over; why there is none, where all is of one slide."""
+    cluster, store = clusters_of(content.store, scores), content.store
+    slides = store is not None and bool((np.asarray(store.group)[scores.rows] >= 0).any())
+    over, n = "slides" if slides else content.of_store.many, len(np.unique(cluster))
+    if n < 2:
+        return f"no interval: all of one {over.removesuffix('s') if slides else content.of_store.one}"
+    low, high = auc_interval(scores.label, scores.prob, cluster)
+    few = ", so a rough guess" if n < FEW_CLUSTERS else ""
+    return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{few}"
 
 
 def facts_on_test(maps: MapFigures) -> Facts:
@@ -127,7 +143,7 @@ def precision_figure(scores: Scores, threshold: float, noun: Noun = PATCH) -> Pi
     average = float(average_precision_score(scores.label, scores.prob))
     counts = confusion(scores.label, scores.prob, threshold)
     share = 100 * float((scores.label == 1).mean())
-    figure = new_figure(5.0, 4.4)
+    figure = new_figure(5.0, 4.7)
     axes = add_axes(
         figure, x=f"tumour {noun.many} found (%, recall)", y="calls of tumour that are right (%, precision)"
     )
@@ -140,12 +156,13 @@ def precision_figure(scores: Scores, threshold: float, noun: Noun = PATCH) -> Pi
         )
         axes.plot(*place, marker="o", markersize=8, linestyle="", color=TUMOUR, label=f"threshold {threshold:g}")
     axes.set_ylim(0, 103)
-    legend(axes, loc="lower left")
+    legend_below(axes)
+    dot = "The dot is the chosen threshold." if called else f"At the threshold {threshold:g} nothing is called tumour."
     return picture(
         figure,
         "precision_recall.png",
         alt=f"Precision against recall, average precision {average:.4f}",
-        caption="How many false alarms it costs to find more tumour. The dot is the chosen threshold.",
+        caption=f"How many false alarms it costs to find more tumour. {dot}",
     )
 
 
@@ -256,6 +273,7 @@ def calibration_figure(scores: Scores, noun: Noun = PATCH) -> Picture:
     )
     for x, n in zip(left, bins.n, strict=True):
         lower.text(x + width / 2, n, f"{n:,}", ha="center", va="bottom", fontsize=7, color=INK)
+    lower.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lower.set_ylim(0, 1.5 * bins.n.max())  # room for the legend above the highest bar
     legend(lower, loc="upper center", ncols=2)
     for axes in (upper, lower):

@@ -27,7 +27,7 @@ from pcam_automl.report.style import (
     ORANGE,
     VERMILION,
     add_axes,
-    legend,
+    legend_below,
     new_figure,
     picture,
     shortened,
@@ -85,7 +85,7 @@ def _value(trial: FrozenTrial) -> float:
 
 def history_figure(trials: list[FrozenTrial]) -> Picture:
     """AUC by trial number, and the best so far."""
-    figure = new_figure(7.6, 3.4)
+    figure = new_figure(6.8, 3.7)
     axes = add_axes(figure, x="trial number", y="validation AUC")
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     pruned = [
@@ -106,7 +106,7 @@ def history_figure(trials: list[FrozenTrial]) -> Picture:
     best = np.maximum.accumulate([_value(t) for t in complete])
     axes.step([t.number for t in complete], best, where="post", color=VERMILION, linewidth=1.8, label="best so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axes, loc="lower right")
+    legend_below(axes, ncols=3)
     return picture(
         figure,
         "search_history.png",
@@ -172,7 +172,7 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
     axes = figure.add_subplot()
     heights = np.stack([*[place for place, _ in columns], (values - values.min()) / span], axis=1)
     lines = [np.column_stack([np.arange(heights.shape[1]), row]) for row in heights]
-    colours = colormaps[MAP]((values - values.min()) / span)
+    colours = colormaps[f"{MAP}_r"]((values - values.min()) / span)
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=np.linspace(1.0, 2.4, len(shown)), alpha=0.9))
     ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.3f}"), (1.0, f"{values.max():.3f}")]]
     for place, marks in enumerate(ticks):
@@ -192,8 +192,8 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
         figure,
         "search_parallel.png",
         alt=f"Parallel coordinates of {len(shown)} trials over {', '.join(names)} and AUC",
-        caption="Each line is one recipe, from its choices to its AUC on the right; yellow lines are the best, dark ones the "
-        "worst. Where the yellow lines run together, that choice matters.",
+        caption="Each line is one recipe, from its choices to its AUC on the right; dark lines are the best, yellow ones the "
+        "worst. Where the dark lines run together, that choice matters.",
     )
     return replace(drawn, wide=True)
 
@@ -247,7 +247,7 @@ def _size_figure(pairs: list[tuple[Any, float]], name: str, caption: str) -> Pic
         known, [values[crops == crop].max() for crop in known], color=VERMILION, marker="o", label="best of its size"
     )
     axes.set_xticks(known)
-    legend(axes, loc="lower right")
+    legend_below(axes)
     best = int(crops[values.argmax()])
     return picture(
         figure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pcam_automl.errors import DataError
 from pcam_automl.report.blocks import Block, Picture, Section, Table, Text, left_out
-from pcam_automl.report.content import RateCurve, ReportContent
+from pcam_automl.report.content import PATCH, Noun, RateCurve, ReportContent
 from pcam_automl.report.patch_sheets import png_of
 from pcam_automl.report.style import (
     BLUE,
@@ -24,7 +25,7 @@ from pcam_automl.report.style import (
     add_axes,
     add_row,
     dress,
-    legend,
+    legend_below,
     new_figure,
     picture,
 )
@@ -51,7 +52,7 @@ def training_section(content: ReportContent) -> Section:
         return Section("training", title, (left_out("this report is of no training."),))
     blocks: list[Block] = [epoch_table(epochs)]
     if len(epochs) > 1:
-        blocks.append(curves_figure(epochs, content.maps.always_negative if content.maps is not None else None))
+        blocks.append(curves_figure(epochs, content.maps.always_negative if content.maps else None, content.of_store))
     else:
         blocks.append(left_out("curves, since the training was scored only once."))
     if content.lr_curve is not None and len(content.lr_curve.views) > 1:
@@ -98,7 +99,7 @@ def _stage_lines(axes: Axes, epochs: tuple[RungResult, ...]) -> None:
             axes.axvline(after.rung + 0.5, color=GREY, linestyle=":", linewidth=1.2)
 
 
-def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None = None) -> Picture:
+def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None = None, noun: Noun = PATCH) -> Picture:
     """Losses on the left, accuracy, AUC and Dice on the right, beside the accuracy of never calling tumour where it is given."""
     figure = new_figure(8.4, 4.1)
     left, right = add_row(figure, 2)
@@ -115,26 +116,28 @@ def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None 
     for axes in (left, right):
         _stage_lines(axes, epochs)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[0]:  # below: above the lines it would hide some, wherever it lay
-            legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        if axes.get_legend_handles_labels()[0]:
+            legend_below(axes)
     stages = " Dotted lines part the stages." if any(e.stage for e in epochs) else ""
-    return picture(
+    drawn = picture(
         figure,
         "training_curves.png",
         alt=f"Loss and quality over {len(epochs)} epochs; last training loss {epochs[-1].train_loss:.4f}",
         caption="A healthy training: both losses fall together. If the training loss goes on falling while the validation loss "
-        f"rises, the network learns its patches by heart.{stages}",
+        f"rises, the network learns its training {noun.many} by heart.{stages}",
     )
+    return replace(drawn, wide=True)
 
 
 def lr_figure(curve: RateCurve, epochs: tuple[RungResult, ...]) -> Picture:
     """The learning rate over the views."""
     figure = new_figure(6.4, 2.6)
-    axes = add_axes(figure, x="training images seen (thousands)", y="learning rate")
-    axes.plot(np.asarray(curve.views) / 1000, curve.lr, color=BLUE, linewidth=1.8)
+    scale, unit = (1, "") if np.max(curve.views) < 10_000 else (1000, " (thousands)")
+    axes = add_axes(figure, x=f"training images seen{unit}", y="learning rate")
+    axes.plot(np.asarray(curve.views) / scale, curve.lr, color=BLUE, linewidth=1.8)
     for before, after in pairwise(epochs):
         if before.stage != after.stage:
-            axes.axvline(before.views / 1000, color=GREY, linestyle=":", linewidth=1.2)
+            axes.axvline(before.views / scale, color=GREY, linestyle=":", linewidth=1.2)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     return picture(
         figure,
