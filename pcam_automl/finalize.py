@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.predict import build_predictor, compute_of
 from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
-from pcam_automl.scores import Scores
+from pcam_automl.scores import FILE as SCORES
+from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
+from pcam_automl.training.dense import always_negative_accuracy
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.fit import best_result
 from pcam_automl.training.start import choose_rows, data_key, without_excluded
@@ -51,7 +53,7 @@ class FinalResult:
     """What finalize made.
 
     Attributes:
-        out: folder with ``model/`` (the bundle), ``submission.csv`` and ``submission.json``.
+        out: folder with ``model/`` (the bundle), ``submission.csv``, ``submission.json`` and the holdout's ``scores.csv``.
         submission: the checked file, None where the data has no test patches.
         trial: the trial that was retrained.
         auc: on the holdout, else the trial's validation AUC.
@@ -255,6 +257,7 @@ def _predict(
         score, on = auc(store.label[holdout], probs), f"holdout of {len(holdout)} patches"
         scores = Scores(holdout, store.label[holdout].astype(np.int64), probs, on)
         interval = auc_interval(store.label[holdout], probs, np.asarray(store.group)[holdout])
+        write_scores(out / SCORES, scores, store.ids)
     submission, notes = None, _unreadable_notes(store, test)
     provenance: dict[str, Any] = {
         **bundle.provenance,
@@ -313,12 +316,16 @@ def _write_maps(
         watch.predicting(len(holdout), "holdout")
         try:
             score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
-            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
-            figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
         except (
             DataError
-        ) as fault:  # masks of one value; a new study refuses such a holdout, an older one has trained by now
+        ) as fault:  # masks of one value: a new study refuses such a holdout, an older one has trained by now
             notes.append(f"the holdout is not scored: {fault}")
+        else:
+            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
+            scores = replace(scores, on=f"{len(scores.rows):,} px of {len(holdout):,} holdout images")
+            write_scores(out / SCORES, scores, store.ids)
+            figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
+            figures["always_negative_accuracy"] = always_negative_accuracy(store, holdout)
     provenance = {
         **bundle.provenance,
         **figures,

@@ -24,7 +24,7 @@ from pcam_automl.errors import DataError, Interrupted
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, build_predictor, compute_of
 from pcam_automl.recipe import Recipe, build_recipe
-from pcam_automl.report.content import RateCurve, ReportContent
+from pcam_automl.report.content import MapFigures, RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
@@ -69,9 +69,12 @@ def report_of_training(
     title: str,
     out: Path | None = None,
 ) -> Written:
-    """The page of a bundle that `train` wrote, into ``out``, by default the bundle's own folder."""
+    """The page of a bundle that `train` or `finalize` wrote, into ``out``, by default the bundle's own folder."""
     bundle = load_bundle(folder)
+    card = final_card(folder, bundle)
     scores = read_scores(folder / SCORES, store.ids, store.part) if bundle.scores is not None else None
+    if scores is None:
+        scores = holdout_scores(folder, card, store)
     stages = []
     for number in range(len(bundle.recipe.stages) - 1):
         file = stage_folder(folder, number) / SCORES
@@ -89,9 +92,48 @@ def report_of_training(
         reproduce=(str(command),) if (command := bundle.provenance.get("command")) else (),
         stages=tuple(stages),
         strips=_strips(folder),
+        maps=maps_of(bundle, card),
+        test_maps=maps_on_test(card),
         **training_parts(bundle),
     )
     return draw(content, out or folder, predictor_of(bundle, device))
+
+
+def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
+    """What `finalize` wrote of this bundle into ``submission.json`` beside it; empty where it wrote none, or of another one."""
+    file = folder.parent / "submission.json"
+    if not file.is_file():
+        return {}
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise DataError(f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` writes it anew") from None
+    same = isinstance(card, dict) and card.get("recipe") == bundle.recipe.model_dump(mode="json")
+    return card if same else {}  # a finalize that was cut off leaves an older trial's beside the new model
+
+
+def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
+    """The holdout's, which `finalize` keeps beside the bundle; None where there is none."""
+    file = folder.parent / SCORES
+    return read_scores(file, store.ids, store.part) if card and file.is_file() else None
+
+
+def maps_of(bundle: ModelBundle, card: dict[str, Any]) -> MapFigures | None:
+    """Dice and accuracy over every pixel of the validation images, of a final network those of the holdout."""
+    known = card if "dice" in card else bundle.metrics
+    if not {"dice", "accuracy", "always_negative_accuracy"} <= set(known):
+        return None
+    return MapFigures(
+        str(known["auc_on"]), known["dice"], known["accuracy"], known["always_negative_accuracy"], known["auc"]
+    )
+
+
+def maps_on_test(card: dict[str, Any]) -> MapFigures | None:
+    """The same of the test images that came with masks."""
+    if not (test := card.get("test")):
+        return None
+    on = f"every pixel of the {test['n']:,} test images that came with masks"
+    return MapFigures(on, test["dice"], test["accuracy"], test["always_negative_accuracy"], test["auc"])
 
 
 def _strips(folder: Path) -> tuple[tuple[str, Path | np.ndarray], ...]:
@@ -129,7 +171,6 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
-    from pcam_automl.search.reading import n_finished_of
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -140,6 +181,9 @@ def report_of_study(
         terminal.say(f"{folder} is not of this study (another split, perhaps of a deleted study): left out")
         bundle = None
     trial = _trial_of(opened.study, bundle)
+    card = {} if bundle is None else final_card(folder, bundle)
+    if scores is None:
+        scores = holdout_scores(folder, card, opened.store)
     scores_before = scores is None
     if scores is None and trial is not None:
         file = opened.folder / "trials" / str(trial.number) / SCORES
@@ -161,7 +205,9 @@ def report_of_study(
         threshold=threshold,
         study=opened.study,
         study_settings=opened.settings,
-        reproduce=study_commands(name, url, opened.settings, n_finished_of(opened.study)),
+        reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
+        maps=None if bundle is None else maps_of(bundle, card),
+        test_maps=maps_on_test(card),
         **(training_parts(bundle) if bundle is not None else {}),
     )
     written = draw(content, out or opened.folder, None if bundle is None else predictor_of(bundle, device))
@@ -182,13 +228,18 @@ def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
     return best_of(trials)
 
 
-def study_commands(name: str, url: str | None, settings: StudySettings, n_finished: int) -> tuple[str, ...]:
-    """The two commands that repeat a study of so many finished trials, from what it remembers."""
+def study_commands(name: str, url: str | None, settings: StudySettings, trials: list[Any]) -> tuple[str, ...]:
+    """The two commands that repeat a study with as many finished trials, from what it remembers; at least one trial."""
     from pcam_automl.commands.search import command_options
+    from pcam_automl.search.reading import FINISHED, best_of
 
     options = command_options(name, url)
-    words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n_finished), *search_options(settings)]
-    return (f"{shlex.join(words)}{options}", f"pcam-automl finalize{options}")
+    n = max(1, sum(trial.state in FINISHED for trial in trials))
+    words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n), *search_options(settings)]
+    search = f"{shlex.join(words)}{options}"
+    if best_of(trials) is None:
+        return (search, "# no trial is complete yet; once one is:", f"pcam-automl finalize{options}")
+    return (search, f"pcam-automl finalize{options}")
 
 
 def search_options(settings: StudySettings) -> list[str]:

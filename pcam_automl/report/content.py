@@ -1,4 +1,4 @@
-"""What a report is made from, as frozen values. Draws nothing and reads no file."""
+"""What a report is made from, as frozen values, and what it is called. Draws nothing and reads no file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pcam_automl.bundle import ModelBundle
 from pcam_automl.config import StudySettings
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
+from pcam_automl.metrics import accuracy, dice
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.training.engine import RungResult
@@ -36,6 +37,44 @@ class RateCurve:
 
 
 @dataclass(frozen=True)
+class Noun:
+    """What is counted, for sentences and axes."""
+
+    one: str
+    many: str
+
+
+PATCH, IMAGE, PIXEL = Noun("patch", "patches"), Noun("image", "images"), Noun("pixel", "pixels")
+
+
+@dataclass(frozen=True)
+class MapFigures:
+    """How good a dense network's maps are, over every pixel of some images, calls made at 0.5.
+
+    Attributes:
+        on: of what, for people.
+        dice: Dice coefficient in [0, 1].
+        accuracy: share of pixels called rightly.
+        always_negative: the share that a network which never sees tumour calls rightly.
+        auc: over pixels; None where only the scores know it.
+    """
+
+    on: str
+    dice: float
+    accuracy: float
+    always_negative: float
+    auc: float | None = None
+
+    def facts(self, threshold: float) -> list[tuple[str, str]]:
+        """(value, what it is): the accuracy stands beside that of never calling tumour, high wherever tumour is rare."""
+        return [
+            (f"{self.dice:.4f}", f"Dice at {threshold:g}: overlap of calls and masks, at most 1"),
+            (f"{100 * self.accuracy:.1f} %", f"of pixels called rightly at {threshold:g} (pixel accuracy)"),
+            (f"{100 * self.always_negative:.1f} %", "of pixels would be right if tumour were never called"),
+        ]
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything a report may show; what is None or empty is left out with a sentence that says why.
 
@@ -55,6 +94,8 @@ class ReportContent:
         strips: (caption, PNG file or (H, W, 3) uint8) of a dense training: original, truth, epochs.
         lr_curve: the schedule; else the rates at the ends of the epochs are drawn.
         stages: (name, scores) behind each stage.
+        maps: a dense network's figures over every pixel of the images behind the scores; else the scores' own are shown.
+        test_maps: the same of the test images that came with masks.
     """
 
     title: str
@@ -72,11 +113,41 @@ class ReportContent:
     strips: tuple[tuple[str, Path | NDArray[np.uint8]], ...] = ()
     lr_curve: RateCurve | None = None
     stages: tuple[tuple[str, Scores], ...] = ()
+    maps: MapFigures | None = None
+    test_maps: MapFigures | None = None
 
     @property
     def trained(self) -> Recipe | None:
         """The recipe given, else the bundle's."""
         return self.recipe or (self.bundle.recipe if self.bundle else None)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the network judges pixels."""
+        return self.trained is not None and self.trained.task == "dense"
+
+    @property
+    def of_store(self) -> Noun:
+        """What a row of the store is to this training."""
+        return IMAGE if self.dense else PATCH
+
+    @property
+    def of_scores(self) -> Noun:
+        """What a score is of."""
+        return PIXEL if self.dense else PATCH
+
+    @property
+    def on_maps(self) -> MapFigures | None:
+        """Dice and pixel accuracy beside the always-negative baseline; over the scored pixels where ``maps`` is not given or
+        the threshold is not its 0.5. None for patches, and without scores.
+        """
+        scores = self.scores
+        if not self.dense or scores is None or not len(scores.rows):
+            return None
+        if self.maps is not None and self.threshold == 0.5:
+            return self.maps
+        own = dice(scores.label, scores.prob, self.threshold), accuracy(scores.label, scores.prob, self.threshold)
+        return MapFigures(scores.on, *own, float((scores.label == 0).mean()))
 
 
 def both_labels(scores: Scores) -> bool:
@@ -84,7 +155,16 @@ def both_labels(scores: Scores) -> bool:
     return 0 < int((scores.label == 1).sum()) < len(scores.label)
 
 
+def clusters_of(store: PatchStore | None, scores: Scores) -> NDArray[np.int64]:
+    """(n,) what an interval's draws are made over: the slide, where it is unknown the image, whose pixels are not independent."""
+    rows = np.asarray(scores.rows, np.int64)
+    if store is None:
+        return rows
+    group = np.asarray(store.group)[rows].astype(np.int64)
+    return np.where(group < 0, len(store.group_names) + rows, group)
+
+
 def losses(scores: Scores) -> NDArray[np.float64]:
-    """(n,) negative log-likelihood of each patch in nats, clipped as in :func:`pcam_automl.metrics.log_loss`."""
+    """(n,) negative log-likelihood of each score in nats, clipped as in :func:`pcam_automl.metrics.log_loss`."""
     prob = np.asarray(scores.prob, np.float64).clip(1e-7, 1 - 1e-7)
     return np.asarray(-np.log(np.where(np.asarray(scores.label) == 1, prob, 1 - prob)))

@@ -18,7 +18,7 @@ from pcam_automl.explain import with_centre_box
 from pcam_automl.models.factory import Normalisation
 from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, Text, left_out
-from pcam_automl.report.content import ReportContent
+from pcam_automl.report.content import IMAGE, PATCH, Noun, ReportContent
 from pcam_automl.report.patch_sheets import Pixels, patch_of, sheet, with_mask_outline
 from pcam_automl.report.style import GREY, NORMAL, TUMOUR, add_axes, add_row, dress, legend, new_figure, picture
 from pcam_automl.report.style import shortened as short
@@ -35,23 +35,24 @@ def data_section(content: ReportContent) -> Section:
     if store is None:
         return Section("data", "The data", (left_out("no pack was given to this report."),))
     recipe = content.trained
-    blocks: list[Block] = [_facts(store), class_histogram(store), brightness_figure(store)]
-    blocks += sample_sheets(store)
+    noun = content.of_store
+    blocks: list[Block] = [_facts(store, noun), class_histogram(store, noun), brightness_figure(store, noun)]
+    blocks += sample_sheets(store, noun)
     if recipe is None:
         blocks.append(left_out("augmentation and batch, since there is no recipe that says how a patch is changed."))
     elif recipe.task == "dense":
-        blocks.append(left_out("augmented patches, since a dense recipe trains on tiles of larger images."))
+        blocks.append(left_out("augmented images, since a dense recipe trains on tiles of them."))
     else:
         blocks += [augmented_sheet(store, recipe), batch_sheet(store, recipe, content)]
-    blocks += [*finding_blocks(store), *group_blocks(store, content.split)]
+    blocks += [*finding_blocks(store, noun), *group_blocks(store, content.split, noun)]
     return Section("data", "The data", tuple(blocks))
 
 
-def _facts(store: PatchStore) -> Facts:
+def _facts(store: PatchStore, noun: Noun) -> Facts:
     side = "×".join(str(px) for px in store.patches.shape[2:0:-1])
-    facts = [(f"{len(store):,}", f"patches of {side} px"), (f"{len(store.development_rows()):,}", "to learn from")]
+    facts = [(f"{len(store):,}", f"{noun.many} of {side} px"), (f"{len(store.development_rows()):,}", "to learn from")]
     if n_test := len(store.test_rows()):
-        facts.append((f"{n_test:,}", "test patches"))
+        facts.append((f"{n_test:,}", f"test {noun.many}"))
     if store.group_names:
         facts.append((f"{len(store.group_names):,}", "slides"))
     if store.domain_names:
@@ -59,10 +60,10 @@ def _facts(store: PatchStore) -> Facts:
     return Facts(tuple(facts))
 
 
-def class_histogram(store: PatchStore) -> Picture:
-    """Patches by part and label."""
+def class_histogram(store: PatchStore, noun: Noun = PATCH) -> Picture:
+    """Patches or images by part and label."""
     figure = new_figure(6.4, 3.0)
-    axes = add_axes(figure, x="patches", grid="x")
+    axes = add_axes(figure, x=noun.many, grid="x")
     part, label = np.asarray(store.part), np.asarray(store.label)
     parts = [
         (code, name)
@@ -88,9 +89,10 @@ def class_histogram(store: PatchStore) -> Picture:
     return picture(
         figure,
         "classes.png",
-        alt="Bars of patches by part and label. " + "; ".join(words),
-        caption="How many patches of each class there are. If one class is much rarer, accuracy flatters a network that "
-        "never calls it; the AUC does not.",
+        alt=f"Bars of {noun.many} by part and label. " + "; ".join(words),
+        caption=f"How many {noun.many} of each class there are. If one class is much rarer, accuracy flatters a network that "
+        "never calls it; the AUC does not."
+        + (" The network itself is taught every pixel by the masks, not by these labels." if noun == IMAGE else ""),
     )
 
 
@@ -106,29 +108,41 @@ def spread_rows(store: PatchStore, rows: NDArray[np.int64], n: int) -> NDArray[n
     return np.asarray(rows[order[np.argsort(rank, kind="stable")[:n]]])
 
 
-def boxed(store: PatchStore, row: int) -> Pixels:
+def boxed(store: PatchStore, row: int, noun: Noun = PATCH) -> Pixels:
     """The patch with its centre box where the centre decides, and with its mask's border where it has a mask."""
     patch = patch_of(store, row)
     if store.masks is not None:
         patch = with_mask_outline(patch, np.asarray(store.masks[row]))
-    return with_centre_box(patch) if patch.shape[:2] == (PATCH_PX, PATCH_PX) else patch
+    return with_centre_box(patch) if noun == PATCH and patch.shape[:2] == (PATCH_PX, PATCH_PX) else patch
 
 
-def sample_sheets(store: PatchStore) -> Iterator[Picture]:
+def sample_sheets(store: PatchStore, noun: Noun = PATCH) -> Iterator[Picture]:
     """A sheet a class."""
     usable = (np.asarray(store.part) != TEST) & ((np.asarray(store.flags) & Flag.LEFT_OUT) == 0)
-    outline = " The green line is the border of its mask." if store.masks is not None else ""
+    notes = []
+    if noun == PATCH:
+        notes.append(
+            "Only the small box in the centre (32×32 px) decides the label: tumour outside of it does not count."
+        )
+    if store.masks is not None:
+        notes.append("The green line is the border of the tumour in its mask.")
     for value, word, _ in (*_CLASSES, (-1, "without a label", GREY)):
         rows = np.flatnonzero(usable & (np.asarray(store.label) == value)).astype(np.int64)
         if not len(rows):
             continue
         chosen = spread_rows(store, rows, N_SAMPLES)
+        own = list(notes)
+        if noun == IMAGE and value == 0 and store.masks is not None and np.asarray(store.masks[np.sort(chosen)]).any():
+            own.append(
+                "The label speaks of the centre alone; the network learns the masks, which may hold tumour nonetheless."
+            )
         yield sheet(
-            [boxed(store, row) for row in chosen.tolist()],
+            [boxed(store, row, noun) for row in chosen.tolist()],
             f"samples_{word.replace(' ', '_')}.png",
-            alt=f"{len(chosen)} patches of the class {word}",
-            caption=f"Patches of the class “{word}”, from as many slides as possible. Only the small box in the centre "
-            f"(32×32 px) decides the label: tumour outside of it does not count.{outline}",
+            alt=f"{len(chosen)} {noun.many} of the class {word}",
+            caption=" ".join(
+                [f"{noun.many.capitalize()} of the class “{word}”, from as many slides as possible.", *own]
+            ),
             texts=[short(str(store.ids[row]), 19) for row in chosen.tolist()],
         )
 
@@ -159,16 +173,22 @@ def augmented_sheet(store: PatchStore, recipe: Recipe) -> Picture | Text:
         return left_out("augmented patches, since no labelled patch can be trained on.")
     row = _first_row(store)
     views = _levels(_views(store, recipe, np.full(N_VIEWS - 1, row), _PLAIN))
-    scaled = [np.asarray(boxed(store, row))]
-    switched = (
-        "The recipe changes nothing (augment: 0)." if recipe.augment == 0 else f"Strength {recipe.augment:.2g} of 1."
-    )
+    original = np.asarray(boxed(store, row))
+    if all(np.array_equal(view, views[0]) for view in views):  # nine copies of one picture say less than one
+        return sheet(
+            [original, views[0]],
+            "augmented.png",
+            alt=f"Patch {store.ids[row]} and the one view of it that training shows",
+            caption=f"The recipe changes nothing (augment: {recipe.augment:g}): every time it is shown, the patch looks the same, "
+            f"cut to its centre {recipe.crop_size} px.",
+            texts=["original", "every view"],
+        )
     return sheet(
-        [*scaled, *views],
+        [original, *views],
         "augmented.png",
         alt=f"Patch {store.ids[row]} and {len(views)} augmented views of it",
         caption=f"First the patch as it is, then {len(views)} ways in which training may show it: turned, mirrored, shifted, "
-        f"stained otherwise. {switched} Every view should still be a believable picture of the same tissue, its centre inside.",
+        f"stained otherwise. Strength {recipe.augment:.2g} of 1. Every view should still be a believable picture of the same tissue, its centre inside.",
         texts=["original", *[f"view {n}" for n in range(1, len(views) + 1)]],
     )
 
@@ -198,7 +218,7 @@ def batch_sheet(store: PatchStore, recipe: Recipe, content: ReportContent) -> Pi
     )
 
 
-def brightness_figure(store: PatchStore) -> Picture:
+def brightness_figure(store: PatchStore, noun: Noun = PATCH) -> Picture:
     """Mean brightness and colour spread by class: what a network could cheat with."""
     figure = new_figure(6.4, 3.0)
     stats, label = np.asarray(store.stats), np.asarray(store.label)
@@ -219,35 +239,33 @@ def brightness_figure(store: PatchStore) -> Picture:
     return picture(
         figure,
         "brightness.png",
-        alt="Histograms of the patches' mean brightness and contrast, by class",
+        alt=f"Histograms of the {noun.many}' mean brightness and contrast, by class",
         caption="Where the two classes differ in brightness or contrast alone, a network can score well without having "
-        "looked at cells. Lonely bars at 0 or 1 are black or white patches.",
+        f"looked at cells. Lonely bars at 0 or 1 are black or white {noun.many}.",
     )
 
 
-def finding_blocks(store: PatchStore) -> Iterator[Block]:
+def finding_blocks(store: PatchStore, noun: Noun = PATCH) -> Iterator[Block]:
     """What the quality checks found, and pictures of the worst."""
     found = findings(store)
     yield Text("Quality findings", style="heading")
     if not found.by_flag:
-        yield Text("The checks found nothing: no black, white, blurred, unreadable or duplicate patch.")
+        yield Text(f"The checks found nothing: no black, white, blurred, unreadable or duplicate {noun.one}.")
         return
     rows = tuple(
         (name.replace("_", " "), short(found.by_flag[name][0], 44), f"{n:,}", f"{found.n_test[name]:,}")
         for name, n in found.counts.items()
     )
-    yield Table(
-        ("finding", "for instance", "patches", "of them test"), rows, "Patches that the checks marked.", n_left=2
-    )
+    yield Table(("finding", "for instance", noun.many, "of them test"), rows, "What the checks marked.", n_left=2)
     flags = np.asarray(store.flags)
     worth = [*found.rows.tolist(), *_blurriest(store)]
     shown = list(dict.fromkeys(worth))[:N_FINDINGS]
     if shown:
         yield sheet(
-            [boxed(store, row) for row in shown],
+            [boxed(store, row, noun) for row in shown],
             "findings.png",
-            alt=f"{len(shown)} marked patches",
-            caption="The most conspicuous patches. Black, white and unreadable ones are left out of training; blurred ones "
+            alt=f"{len(shown)} marked {noun.many}",
+            caption=f"The most conspicuous {noun.many}. Black, white and unreadable ones are left out of training; blurred ones "
             "and duplicates are only reported.",
             texts=[f"{short(str(store.ids[row]), 19)}\n{_flag_words(int(flags[row]))}" for row in shown],
         )
@@ -264,33 +282,35 @@ def _flag_words(flags: int) -> str:
     return ", ".join(str(flag.name).lower().replace("_", " ") for flag in Flag(flags) & ~Flag.LEFT_OUT)[:22]
 
 
-def group_blocks(store: PatchStore, split: Split | None) -> Iterator[Block]:
+def group_blocks(store: PatchStore, split: Split | None, noun: Noun = PATCH) -> Iterator[Block]:
     """Sizes of slides, domains and folds."""
     yield Text("Slides, scanners and folds", style="heading")
     if store.group_names:
-        yield slide_figure(store)
+        yield slide_figure(store, noun)
     else:
         yield left_out(
             "slides: the data names none, so validation may share slides with training and flatter the network."
         )
     if store.domain_names:
-        yield Table(*_counts(store, np.asarray(store.domain), list(enumerate(store.domain_names)), "scanner or centre"))
+        yield Table(
+            *_counts(store, np.asarray(store.domain), list(enumerate(store.domain_names)), "scanner or centre", noun)
+        )
     if split is not None:
         named = [(f, f"fold {f}") for f in range(int(split.fold.max()) + 1)] + [(HOLDOUT, "holdout")]
-        yield Table(*_counts(store, split.fold, named, "part of the split"))
+        yield Table(*_counts(store, split.fold, named, "part of the split", noun))
         for note in split.notes:
             yield Text(note)
 
 
-def slide_figure(store: PatchStore) -> Picture:
+def slide_figure(store: PatchStore, noun: Noun = PATCH) -> Picture:
     """Patches of every slide, stacked by label, the largest first; in bins of slides where there are many."""
     group, label = np.asarray(store.group), np.asarray(store.label)
     known, n_groups = group >= 0, len(store.group_names)
     counts = {v: np.bincount(group[known & (label == v)], minlength=n_groups) for v in (0, 1, -1)}
     total = np.bincount(group[known], minlength=n_groups)
     order = np.lexsort((counts[1], -total))
-    figure = new_figure(7.6, 3.0)
-    axes = add_axes(figure, x=f"{n_groups} slides, the largest first", y="patches", grid="y")
+    figure = new_figure(6.4, 3.0)
+    axes = add_axes(figure, x=f"{n_groups} slides, the largest first", y=noun.many, grid="y")
     bottom, width = np.zeros(n_groups), 1.0 if n_groups > _MOST_BARS else 0.85
     for value, word, colour in (*_CLASSES, (-1, "no label", GREY)):
         if counts[value].any():
@@ -302,14 +322,14 @@ def slide_figure(store: PatchStore) -> Picture:
     return picture(
         figure,
         "slides.png",
-        alt=f"Patches of each of {n_groups} slides; median {int(np.median(total))}, largest {int(total.max())}",
-        caption=f"Patches of one slide look alike, so each slide is kept whole in one fold. The median slide has "
-        f"{int(np.median(total)):,} patches, the largest {int(total.max()):,}: a few large slides can rule the score.",
+        alt=f"{noun.many.capitalize()} of each of {n_groups} slides; median {int(np.median(total))}, largest {int(total.max())}",
+        caption=f"{noun.many.capitalize()} of one slide look alike, so each slide is kept whole in one fold. The median slide has "
+        f"{int(np.median(total)):,} {noun.many}, the largest {int(total.max()):,}: a few large slides can rule the score.",
     )
 
 
 def _counts(
-    store: PatchStore, code: NDArray[np.generic], named: list[tuple[int, str]], what: str
+    store: PatchStore, code: NDArray[np.generic], named: list[tuple[int, str]], what: str, noun: Noun
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], str]:
     """Header, rows and caption of a table of patches by code."""
     label, rows = np.asarray(store.label), []
@@ -321,4 +341,4 @@ def _counts(
             share = f"{100 * positive / labelled:.1f} %" if labelled else "–"
             slides = len(np.unique(np.asarray(store.group)[own & (np.asarray(store.group) >= 0)]))
             rows.append((name, f"{n:,}", f"{positive:,}", share, f"{slides:,}" if store.group_names else "–"))
-    return (what, "patches", "tumour", "share of tumour", "slides"), tuple(rows), f"Patches by {what}."
+    return (what, noun.many, "tumour", "share of tumour", "slides"), tuple(rows), f"{noun.many.capitalize()} by {what}."

@@ -33,10 +33,14 @@ Floats = NDArray[np.float64]
 
 def example_section(content: ReportContent, predictor: Predictor | None, progress: Callable[[str], None]) -> Section:
     """Patches with predicted, actual, loss, probability and attention; a sentence for what is missing."""
-    title, scores, store = "Patch by patch", content.scores, content.store
+    title, scores, store = (
+        f"{content.of_store.one} by {content.of_store.one}".capitalize(),
+        content.scores,
+        content.store,
+    )
     if scores is None or store is None or not len(scores.rows):
         return Section("examples", title, (left_out("without a pack and scored patches there is nothing to show."),))
-    if content.trained is not None and content.trained.task == "dense":
+    if content.dense:
         why = "a dense network judges pixels; its probability maps say themselves where the tumour is."
         return Section("examples", title, (left_out(why),))
     blocks: list[Block] = []
@@ -128,7 +132,7 @@ def example_sheet(
         if found:
             gap = np.full((len(tile), 3, 3), 255, np.uint8)
             tile = np.concatenate([tile, gap, found[number].overlay], axis=1)
-            lines += f", centre {share_text(found[number].centre_share)}"
+            lines += f", {centre_text(found[number].centre_share)}"
         texts.append(lines)
         tiles.append(tile)
     return sheet(
@@ -140,6 +144,11 @@ def example_sheet(
         texts=texts,
         columns=2 if found else 3,
     )
+
+
+def centre_text(share: float) -> str:
+    """The share for a sheet, whose font has no dash."""
+    return "no map" if np.isnan(share) else f"centre {share_text(share)}"
 
 
 def share_text(share: float) -> str:

@@ -50,6 +50,9 @@ def network_section(content: ReportContent) -> Section:
     facts.append((f"{recipe.network_px}×{recipe.network_px}", "px go in"))
     cells = [(row.name, row.kind, "×".join(map(str, row.shape)) or "–", f"{row.n_parameters:,}") for row in rows]
     cells.append(("all", "", "", f"{total:,}"))
+    goal = "the one number that says how likely tumour is"
+    if recipe.task == "dense":
+        goal = "the map that says how likely tumour is at each pixel"
     blocks: list[Block] = [
         Text(
             f"{recipe.backbone}: {_start(recipe.pretrained)}. Beside its parameters it keeps {buffers:,} running statistics."
@@ -58,8 +61,8 @@ def network_section(content: ReportContent) -> Section:
         Table(
             ("layer", "kind", "output", "parameters"),
             tuple(cells),
-            "From the picture (top) to the one number that says how likely tumour is (bottom). Output: channels × height × "
-            "width in cells. The fewer cells, the larger the part of the picture that each one sums up.",
+            f"From the picture (top) to {goal} (bottom). Output: channels × height × width in cells. The fewer cells, the larger "
+            "the part of the picture that each one sums up.",
             n_left=3,
         ),
     ]

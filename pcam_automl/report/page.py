@@ -128,7 +128,7 @@ def recipe_section(content: ReportContent) -> Section:
     blocks.append(Text("Where it comes from", style="heading"))
     lines = [f"pcam-automl {__version__}"]
     if content.store is not None:
-        lines.append(f"data {content.store.content_hash[:12]}, {len(content.store):,} patches")
+        lines.append(f"data {content.store.content_hash[:12]}, {len(content.store):,} {content.of_store.many}")
     if content.split is not None:
         lines.append(f"split {content.split.hash[:12]}, seed {content.split.seed}")
     if content.bundle is not None:
@@ -149,15 +149,16 @@ def summary(content: ReportContent) -> Facts:
     facts, scores, recipe = [], content.scores, content.trained
     if scores is not None and len(scores.rows):
         if both_labels(scores):
-            facts.append((f"{auc(scores.label, scores.prob):.4f}", f"AUC on {scores.on}"))
-        facts.append(
-            (
-                f"{100 * accuracy(scores.label, scores.prob, content.threshold):.1f} %",
-                f"called rightly at {content.threshold:g}",
+            facts.append(
+                (f"{auc(scores.label, scores.prob):.4f}", f"{'pixel ' if content.dense else ''}AUC on {scores.on}")
             )
-        )
+        if (maps := content.on_maps) is not None:
+            facts += maps.facts(content.threshold)
+        else:
+            right = 100 * accuracy(scores.label, scores.prob, content.threshold)
+            facts.append((f"{right:.1f} %", f"called rightly at {content.threshold:g}"))
     if content.store is not None:
-        facts.append((f"{len(content.store):,}", "patches"))
+        facts.append((f"{len(content.store):,}", content.of_store.many))
     if recipe is not None:
         shown = f"tiles of {recipe.tile_size} px" if recipe.task == "dense" else f"the centre {recipe.crop_size} px"
         facts.append((recipe.backbone, f"sees {shown}"))

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
-from pcam_automl.data.store import PatchStore
 from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Text, left_out
-from pcam_automl.report.content import ReportContent, both_labels
+from pcam_automl.report.content import PATCH, MapFigures, Noun, ReportContent, both_labels, clusters_of
 from pcam_automl.report.group_figures import group_blocks
 from pcam_automl.report.style import (
     BLUE,
@@ -24,12 +24,15 @@ from pcam_automl.report.style import (
     add_axes,
     dress,
     legend,
+    legend_below,
     new_figure,
     picture,
 )
 from pcam_automl.scores import Scores
 
 N_BINS = 10
+FEW_CLUSTERS = 10
+"""Fewer slides (or patches, images) than this: draws of so few leave out most ways in which others may differ."""
 _MOST_POINTS = 2000
 
 
@@ -40,31 +43,43 @@ def score_section(content: ReportContent) -> Section:
         why = "no labelled patches were scored, so there is nothing to compare."
         return Section("scores", title, (left_out(why), *stage_blocks(content)))
     blocks: list[Block] = [
-        Text(f"Measured on {len(scores.rows):,} {_noun(content)}: {scores.on}."),
+        Text(_measured_on(content, scores)),
         score_facts(content, scores),
     ]
+    if content.test_maps is not None:
+        blocks += [Text(f"Measured on {content.test_maps.on}."), facts_on_test(content.test_maps)]
+    noun = content.of_scores
     if both_labels(scores):
-        blocks += [roc_figure(scores), precision_figure(scores, content.threshold)]
+        blocks += [roc_figure(scores, noun), precision_figure(scores, content.threshold, noun)]
     else:
-        blocks.append(left_out("ROC and precision-recall, since all scored patches have the same label."))
+        blocks.append(left_out(f"ROC and precision-recall, since all scored {noun.many} have the same label."))
     counts = confusion(scores.label, scores.prob, content.threshold)
-    blocks.append(confusion_figure(counts, content.threshold, "confusion.png", scores.on))
-    blocks += [calibration_figure(scores), *stage_blocks(content), *group_blocks(content.store, scores)]
+    blocks.append(confusion_figure(counts, content.threshold, "confusion.png", scores.on, noun))
+    blocks += [calibration_figure(scores, noun), *stage_blocks(content)]
+    blocks += group_blocks(content.store, scores, content.of_store)
     return Section("scores", title, tuple(blocks))
 
 
-def _noun(content: ReportContent) -> str:
-    return "pixels" if content.trained is not None and content.trained.task == "dense" else "patches"
+def _measured_on(content: ReportContent, scores: Scores) -> str:
+    if not content.dense:
+        n = f"{len(scores.rows):,} patches"
+        return f"Measured on {scores.on}." if n in scores.on else f"Measured on {n}: {scores.on}."
+    every = " Dice and pixel accuracy are over every pixel of these images." if content.on_maps is content.maps else ""
+    return f"Measured on {scores.on}.{every}"
 
 
 def score_facts(content: ReportContent, scores: Scores) -> Facts:
-    """AUC and its interval, accuracy, sensitivity, specificity, loss."""
+    """AUC and its interval, accuracy, sensitivity, specificity, loss; of a dense task Dice and the baseline, too."""
     facts = []
     if both_labels(scores):
-        low, high = auc_interval(scores.label, scores.prob, groups_of(content.store, scores))
-        facts.append((f"{auc(scores.label, scores.prob):.4f}", f"AUC (95 %: {low:.4f} to {high:.4f})"))
+        pixel = "pixel " if content.dense else ""
+        facts.append((f"{auc(scores.label, scores.prob):.4f}", f"{pixel}AUC ({interval_text(content, scores)})"))
     counts = confusion(scores.label, scores.prob, content.threshold)
-    facts.append((f"{100 * accuracy(scores.label, scores.prob, content.threshold):.1f} %", "called rightly (accuracy)"))
+    if (maps := content.on_maps) is not None:
+        facts += maps.facts(content.threshold)
+    else:
+        right = 100 * accuracy(scores.label, scores.prob, content.threshold)
+        facts.append((f"{right:.1f} %", "called rightly (accuracy)"))
     if positives := counts.true_positive + counts.false_negative:
         facts.append((f"{100 * counts.true_positive / positives:.1f} %", "of tumour found (sensitivity)"))
     if negatives := counts.true_negative + counts.false_positive:
@@ -73,9 +88,22 @@ def score_facts(content: ReportContent, scores: Scores) -> Facts:
     return Facts(tuple(facts))
 
 
-def groups_of(store: PatchStore | None, scores: Scores) -> NDArray[np.int64] | None:
-    """(n,) slide of each scored patch; None where there is no store."""
-    return None if store is None else np.asarray(store.group)[scores.rows].astype(np.int64)
+def interval_text(content: ReportContent, scores: Scores) -> str:
+    """The AUC's 95 % interval and what it is drawn over; why there is none, where all is of one slide."""
+    cluster, store = clusters_of(content.store, scores), content.store
+    slides = store is not None and bool((np.asarray(store.group)[scores.rows] >= 0).any())
+    over, n = "slides" if slides else content.of_store.many, len(np.unique(cluster))
+    if n < 2:
+        return f"no interval: all of one {over.removesuffix('s') if slides else content.of_store.one}"
+    low, high = auc_interval(scores.label, scores.prob, cluster)
+    few = ", so a rough guess" if n < FEW_CLUSTERS else ""
+    return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{few}"
+
+
+def facts_on_test(maps: MapFigures) -> Facts:
+    """The figures of the test images' maps."""
+    pixel_auc = [] if maps.auc is None else [(f"{maps.auc:.4f}", "pixel AUC")]
+    return Facts((*pixel_auc, *maps.facts(0.5)))
 
 
 def _thinned(*curves: NDArray[np.float64]) -> list[NDArray[np.float64]]:
@@ -84,7 +112,7 @@ def _thinned(*curves: NDArray[np.float64]) -> list[NDArray[np.float64]]:
     return [curve[keep] for curve in curves]
 
 
-def roc_figure(scores: Scores) -> Picture:
+def roc_figure(scores: Scores, noun: Noun = PATCH) -> Picture:
     """The ROC curve with its area."""
     from sklearn.metrics import roc_curve
 
@@ -92,7 +120,7 @@ def roc_figure(scores: Scores) -> Picture:
     false, true = _thinned(false, true)
     area = auc(scores.label, scores.prob)
     figure = new_figure(5.0, 4.4)
-    axes = add_axes(figure, x="normal patches called tumour (%)", y="tumour patches found (%)")
+    axes = add_axes(figure, x=f"normal {noun.many} called tumour (%)", y=f"tumour {noun.many} found (%)")
     axes.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.2, label="chance, AUC 0.5")
     axes.plot(100 * false, 100 * true, color=BLUE, linewidth=2, label=f"network, AUC {area:.4f}")
     axes.set_aspect("equal")
@@ -102,11 +130,11 @@ def roc_figure(scores: Scores) -> Picture:
         "roc.png",
         alt=f"ROC curve with an area of {area:.4f}",
         caption="Every possible threshold at once. The closer the line comes to the upper left corner, the better tumour and "
-        "normal are told apart; the area (AUC) is the chance that a tumour patch is ranked above a normal one.",
+        f"normal are told apart; the area (AUC) is the chance that a tumour {noun.one} is ranked above a normal one.",
     )
 
 
-def precision_figure(scores: Scores, threshold: float) -> Picture:
+def precision_figure(scores: Scores, threshold: float, noun: Noun = PATCH) -> Picture:
     """Precision against recall, the threshold marked."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
@@ -115,8 +143,10 @@ def precision_figure(scores: Scores, threshold: float) -> Picture:
     average = float(average_precision_score(scores.label, scores.prob))
     counts = confusion(scores.label, scores.prob, threshold)
     share = 100 * float((scores.label == 1).mean())
-    figure = new_figure(5.0, 4.4)
-    axes = add_axes(figure, x="tumour patches found (%, recall)", y="calls of tumour that are right (%, precision)")
+    figure = new_figure(5.0, 4.7)
+    axes = add_axes(
+        figure, x=f"tumour {noun.many} found (%, recall)", y="calls of tumour that are right (%, precision)"
+    )
     axes.axhline(share, color=GREY, linestyle=":", linewidth=1.2, label=f"chance, {share:.0f} %")
     axes.plot(100 * recall, 100 * precision, color=BLUE, linewidth=2, label=f"network, average {average:.4f}")
     if called := counts.true_positive + counts.false_positive:
@@ -126,16 +156,17 @@ def precision_figure(scores: Scores, threshold: float) -> Picture:
         )
         axes.plot(*place, marker="o", markersize=8, linestyle="", color=TUMOUR, label=f"threshold {threshold:g}")
     axes.set_ylim(0, 103)
-    legend(axes, loc="lower left")
+    legend_below(axes)
+    dot = "The dot is the chosen threshold." if called else f"At the threshold {threshold:g} nothing is called tumour."
     return picture(
         figure,
         "precision_recall.png",
         alt=f"Precision against recall, average precision {average:.4f}",
-        caption="How many false alarms it costs to find more tumour. The dot is the chosen threshold.",
+        caption=f"How many false alarms it costs to find more tumour. {dot}",
     )
 
 
-def confusion_figure(counts: Confusion, threshold: float, name: str, on: str) -> Picture:
+def confusion_figure(counts: Confusion, threshold: float, name: str, on: str, noun: Noun = PATCH) -> Picture:
     """The four counts as a coloured table."""
     cells = np.array([[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]])
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
@@ -166,7 +197,7 @@ def confusion_figure(counts: Confusion, threshold: float, name: str, on: str) ->
         name,
         alt=f"Confusion matrix: {counts.true_negative} true negative, {counts.false_positive} false positive, "
         f"{counts.false_negative} false negative, {counts.true_positive} true positive",
-        caption=f"Right calls lie on the diagonal. Lower left: {counts.false_negative:,} tumour patches missed; upper right: "
+        caption=f"Right calls lie on the diagonal. Lower left: {counts.false_negative:,} tumour {noun.many} missed; upper right: "
         f"{counts.false_positive:,} false alarms. Percentages are of each line.",
     )
 
@@ -177,12 +208,13 @@ def stage_blocks(content: ReportContent) -> Iterator[Block]:
         yield Text("After each stage", style="heading")
     for number, (name, scores) in enumerate(content.stages, 1):
         counts = confusion(scores.label, scores.prob, content.threshold)
-        yield confusion_figure(counts, content.threshold, f"confusion_stage_{number}.png", f"{name}: {scores.on}")
+        file, on = f"confusion_stage_{number}.png", f"{name}: {scores.on}"
+        yield confusion_figure(counts, content.threshold, file, on, content.of_scores)
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Patches by probability: edges (n + 1,), counts of both labels, mean probability and share of tumour (NaN if empty)."""
+    """Patches or pixels by probability: edges (n + 1,), counts of both labels, mean probability and share of tumour (NaN if empty)."""
 
     edges: NDArray[np.float64]
     n_normal: NDArray[np.int64]
@@ -216,14 +248,14 @@ def reliability(label: NDArray[np.int64], prob: NDArray[np.float64], n_bins: int
     return Reliability(edges, total - positive, positive, means)
 
 
-def calibration_figure(scores: Scores) -> Picture:
+def calibration_figure(scores: Scores, noun: Noun = PATCH) -> Picture:
     """Share of tumour by probability, and how many patches each point stands for."""
     bins = reliability(scores.label, scores.prob)
     full = bins.n > 0
     figure = new_figure(5.4, 5.2)
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 1.2))
     upper, lower = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
-    dress(upper, y="patches that are tumour (%)")
+    dress(upper, y=f"{noun.many} that are tumour (%)")
     upper.plot([0, 1], [0, 100], color=GREY, linestyle=":", linewidth=1.2, label="honest probabilities")
     upper.plot(
         bins.mean_prob[full],
@@ -233,7 +265,7 @@ def calibration_figure(scores: Scores) -> Picture:
         label=f"network, mean error {100 * bins.error:.1f} %",
     )
     legend(upper, loc="upper left")
-    dress(lower, x="probability of tumour", y="patches", grid="y")
+    dress(lower, x="probability of tumour", y=noun.many, grid="y")
     left, width = bins.edges[:-1], 1.0 / len(bins.n)
     lower.bar(left, bins.n_normal, width, align="edge", color=NORMAL, edgecolor="white", label="no tumour")
     lower.bar(
@@ -241,6 +273,7 @@ def calibration_figure(scores: Scores) -> Picture:
     )
     for x, n in zip(left, bins.n, strict=True):
         lower.text(x + width / 2, n, f"{n:,}", ha="center", va="bottom", fontsize=7, color=INK)
+    lower.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     lower.set_ylim(0, 1.5 * bins.n.max())  # room for the legend above the highest bar
     legend(lower, loc="upper center", ncols=2)
     for axes in (upper, lower):
@@ -249,6 +282,6 @@ def calibration_figure(scores: Scores) -> Picture:
         figure,
         "calibration.png",
         alt=f"Calibration curve in {len(bins.n)} bins, expected calibration error {bins.error:.4f}",
-        caption="Can the probabilities be believed? On the dotted line, of all patches given 0.8, 80 % are tumour. Below it the "
-        "network is too sure of tumour, above it too timid. Points that stand for few patches wander by chance.",
+        caption=f"Can the probabilities be believed? On the dotted line, of all {noun.many} given 0.8, 80 % are tumour. Below it the "
+        f"network is too sure of tumour, above it too timid. Points that stand for few {noun.many} wander by chance.",
     )

@@ -27,7 +27,7 @@ from pcam_automl.report.style import (
     ORANGE,
     VERMILION,
     add_axes,
-    legend,
+    legend_below,
     new_figure,
     picture,
     shortened,
@@ -49,8 +49,9 @@ def search_section(content: ReportContent) -> Section:
     importance, why_not = _importance(content)
     blocks: list[Block] = [_facts(trials, complete), history_figure(trials)]
     blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
-    blocks += _varied(complete, importance)
-    blocks.append(_best_table(complete))
+    cut = "tile_size" if content.dense else "crop_size"
+    blocks += _varied(complete, importance, cut)
+    blocks.append(_best_table(complete, cut))
     return Section("search", title, tuple(blocks))
 
 
@@ -84,7 +85,7 @@ def _value(trial: FrozenTrial) -> float:
 
 def history_figure(trials: list[FrozenTrial]) -> Picture:
     """AUC by trial number, and the best so far."""
-    figure = new_figure(7.6, 3.4)
+    figure = new_figure(6.8, 3.7)
     axes = add_axes(figure, x="trial number", y="validation AUC")
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     pruned = [
@@ -105,7 +106,7 @@ def history_figure(trials: list[FrozenTrial]) -> Picture:
     best = np.maximum.accumulate([_value(t) for t in complete])
     axes.step([t.number for t in complete], best, where="post", color=VERMILION, linewidth=1.8, label="best so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axes, loc="lower right")
+    legend_below(axes, ncols=3)
     return picture(
         figure,
         "search_history.png",
@@ -130,14 +131,14 @@ def importance_figure(importance: dict[str, float]) -> Picture:
     )
 
 
-def _varied(complete: list[FrozenTrial], importance: dict[str, float]) -> Iterator[Block]:
+def _varied(complete: list[FrozenTrial], importance: dict[str, float], cut: str) -> Iterator[Block]:
     """Figures of the parameters that vary; a sentence for each that does not."""
     names = _common_parameters(complete, importance)
     if len(names) >= 2 and len(complete) >= 2:
         yield parallel_figure(complete, names)
     else:
         yield left_out("parallel coordinates, since fewer than two parameters vary among the complete trials.")
-    for field, draw in (("crop_size", crop_figure), ("backbone", backbone_figure)):
+    for field, draw in ((cut, crop_figure if cut == "crop_size" else tile_figure), ("backbone", backbone_figure)):
         pairs = [(value, _value(t)) for t in complete if (value := _field(t, field)) is not None]
         if len({value for value, _ in pairs}) >= 2:
             yield draw(pairs)
@@ -171,7 +172,7 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
     axes = figure.add_subplot()
     heights = np.stack([*[place for place, _ in columns], (values - values.min()) / span], axis=1)
     lines = [np.column_stack([np.arange(heights.shape[1]), row]) for row in heights]
-    colours = colormaps[MAP]((values - values.min()) / span)
+    colours = colormaps[f"{MAP}_r"]((values - values.min()) / span)
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=np.linspace(1.0, 2.4, len(shown)), alpha=0.9))
     ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.3f}"), (1.0, f"{values.max():.3f}")]]
     for place, marks in enumerate(ticks):
@@ -191,8 +192,8 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
         figure,
         "search_parallel.png",
         alt=f"Parallel coordinates of {len(shown)} trials over {', '.join(names)} and AUC",
-        caption="Each line is one recipe, from its choices to its AUC on the right; yellow lines are the best, dark ones the "
-        "worst. Where the yellow lines run together, that choice matters.",
+        caption="Each line is one recipe, from its choices to its AUC on the right; dark lines are the best, yellow ones the "
+        "worst. Where the dark lines run together, that choice matters.",
     )
     return replace(drawn, wide=True)
 
@@ -224,8 +225,21 @@ def _positions(trials: Sequence[FrozenTrial], name: str) -> tuple[np.ndarray, li
 
 def crop_figure(pairs: list[tuple[Any, float]]) -> Picture:
     """AUC by crop size, and the best of each."""
+    best = int(max(pairs, key=lambda pair: pair[1])[0])
+    note = "How much of the surroundings the network was shown. The centre 32 px decide the label; more context can help or distract."
+    return _size_figure(pairs, "crop size (px of the 96 px patch)", f"{note} The best trial cut {best} px.")
+
+
+def tile_figure(pairs: list[tuple[Any, float]]) -> Picture:
+    """AUC by tile size of a dense task, and the best of each."""
+    best = int(max(pairs, key=lambda pair: pair[1])[0])
+    note = "How large a piece of an image the network was shown at a time."
+    return _size_figure(pairs, "tile size (px)", f"{note} The best trial cut {best} px.")
+
+
+def _size_figure(pairs: list[tuple[Any, float]], name: str, caption: str) -> Picture:
     figure = new_figure()
-    axes = add_axes(figure, x="crop size (px of the 96 px patch)", y="validation AUC")
+    axes = add_axes(figure, x=name, y="validation AUC")
     crops, values = np.array([int(crop) for crop, _ in pairs]), np.array([value for _, value in pairs])
     axes.scatter(crops, values, color=BLUE, s=28, alpha=0.8, label="trial")
     known = np.unique(crops)
@@ -233,14 +247,13 @@ def crop_figure(pairs: list[tuple[Any, float]]) -> Picture:
         known, [values[crops == crop].max() for crop in known], color=VERMILION, marker="o", label="best of its size"
     )
     axes.set_xticks(known)
-    legend(axes, loc="lower right")
+    legend_below(axes)
     best = int(crops[values.argmax()])
     return picture(
         figure,
         "search_crop.png",
-        alt=f"Validation AUC by crop size; the best trial has {best} px",
-        caption=f"How much of the surroundings the network was shown. The centre 32 px decide the label; more context can help "
-        f"or distract. The best trial cut {best} px.",
+        alt=f"Validation AUC by {name}; the best trial has {best} px",
+        caption=caption,
     )
 
 
@@ -265,16 +278,18 @@ def backbone_figure(pairs: list[tuple[Any, float]]) -> Picture:
     )
 
 
-def _best_table(complete: list[FrozenTrial]) -> Table:
+def _best_table(complete: list[FrozenTrial], cut: str) -> Table:
     best = sorted(complete, key=lambda t: -_value(t))[:_SHOWN_TRIALS]
     rows = tuple(
         (
             str(t.number),
             str(_field(t, "backbone") or "–"),
             f"{_value(t):.4f}",
-            str(_field(t, "crop_size") or "–"),
+            str(_field(t, cut) or "–"),
             f"{float(t.user_attrs['seconds']):.0f}" if "seconds" in t.user_attrs else "–",
         )
         for t in best
     )
-    return Table(("trial", "backbone", "AUC", "crop (px)", "seconds"), rows, "The best trials.", n_left=2)
+    return Table(
+        ("trial", "backbone", "AUC", f"{cut.removesuffix('_size')} (px)", "seconds"), rows, "The best trials.", n_left=2
+    )

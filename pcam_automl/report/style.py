@@ -54,6 +54,11 @@ def legend(axes: Axes, **options: Any) -> None:
     axes.legend(frameon=False, fontsize=8.5, **options)
 
 
+def legend_below(axes: Axes, ncols: int = 2) -> None:
+    """A legend under the axis' name, where it can hide no line; the figure must be high enough for it."""
+    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=ncols)
+
+
 def picture(figure: Figure, name: str, *, alt: str, caption: str) -> Picture:
     """The figure as PNG; equal figures give equal bytes."""
     buffer = BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,18 +13,19 @@ from matplotlib.ticker import MaxNLocator
 
 from pcam_automl.errors import DataError
 from pcam_automl.report.blocks import Block, Picture, Section, Table, Text, left_out
-from pcam_automl.report.content import RateCurve, ReportContent
+from pcam_automl.report.content import PATCH, Noun, RateCurve, ReportContent
 from pcam_automl.report.patch_sheets import png_of
 from pcam_automl.report.style import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     SKY,
     VERMILION,
     add_axes,
     add_row,
     dress,
-    legend,
+    legend_below,
     new_figure,
     picture,
 )
@@ -50,7 +52,7 @@ def training_section(content: ReportContent) -> Section:
         return Section("training", title, (left_out("this report is of no training."),))
     blocks: list[Block] = [epoch_table(epochs)]
     if len(epochs) > 1:
-        blocks.append(curves_figure(epochs))
+        blocks.append(curves_figure(epochs, content.maps.always_negative if content.maps else None, content.of_store))
     else:
         blocks.append(left_out("curves, since the training was scored only once."))
     if content.lr_curve is not None and len(content.lr_curve.views) > 1:
@@ -97,9 +99,9 @@ def _stage_lines(axes: Axes, epochs: tuple[RungResult, ...]) -> None:
             axes.axvline(after.rung + 0.5, color=GREY, linestyle=":", linewidth=1.2)
 
 
-def curves_figure(epochs: tuple[RungResult, ...]) -> Picture:
-    """Losses on the left, accuracy, AUC and Dice on the right."""
-    figure = new_figure(8.4, 3.5)
+def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None = None, noun: Noun = PATCH) -> Picture:
+    """Losses on the left, accuracy, AUC and Dice on the right, beside the accuracy of never calling tumour where it is given."""
+    figure = new_figure(8.4, 4.1)
     left, right = add_row(figure, 2)
     dress(left, title="loss", x="epoch", y="loss (nats, smaller is better)")
     _plot(left, epochs, lambda e: e.train_loss, VERMILION, "training", "--")
@@ -109,29 +111,33 @@ def curves_figure(epochs: tuple[RungResult, ...]) -> Picture:
     _plot(right, epochs, lambda e: e.accuracy, BLUE, "accuracy, validation")
     _plot(right, epochs, lambda e: e.auc, GREEN, "AUC, validation")
     _plot(right, epochs, lambda e: e.dice, SKY, "Dice, validation")
+    if always_negative is not None and any(e.accuracy is not None for e in epochs):
+        right.axhline(always_negative, color=INK, linestyle=":", linewidth=1.2, label="accuracy, never calling tumour")
     for axes in (left, right):
         _stage_lines(axes, epochs)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.get_legend_handles_labels()[0]:
-            legend(axes)
+            legend_below(axes)
     stages = " Dotted lines part the stages." if any(e.stage for e in epochs) else ""
-    return picture(
+    drawn = picture(
         figure,
         "training_curves.png",
         alt=f"Loss and quality over {len(epochs)} epochs; last training loss {epochs[-1].train_loss:.4f}",
         caption="A healthy training: both losses fall together. If the training loss goes on falling while the validation loss "
-        f"rises, the network learns its patches by heart.{stages}",
+        f"rises, the network learns its training {noun.many} by heart.{stages}",
     )
+    return replace(drawn, wide=True)
 
 
 def lr_figure(curve: RateCurve, epochs: tuple[RungResult, ...]) -> Picture:
     """The learning rate over the views."""
     figure = new_figure(6.4, 2.6)
-    axes = add_axes(figure, x="training images seen (thousands)", y="learning rate")
-    axes.plot(np.asarray(curve.views) / 1000, curve.lr, color=BLUE, linewidth=1.8)
+    scale, unit = (1, "") if np.max(curve.views) < 10_000 else (1000, " (thousands)")
+    axes = add_axes(figure, x=f"training images seen{unit}", y="learning rate")
+    axes.plot(np.asarray(curve.views) / scale, curve.lr, color=BLUE, linewidth=1.8)
     for before, after in pairwise(epochs):
         if before.stage != after.stage:
-            axes.axvline(before.views / 1000, color=GREY, linestyle=":", linewidth=1.2)
+            axes.axvline(before.views / scale, color=GREY, linestyle=":", linewidth=1.2)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     return picture(
         figure,

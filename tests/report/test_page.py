@@ -73,7 +73,7 @@ def test_figures_on_the_page_are_those_of_the_metrics(easy_pack: Path, tmp_path:
     low, high = auc_interval(scores.label, scores.prob, np.asarray(store.group)[scores.rows])
     counts = confusion(scores.label, scores.prob, 0.3)
     assert f"<dd>{auc(scores.label, scores.prob):.4f}</dd>" in text
-    assert f"AUC (95 %: {low:.4f} to {high:.4f})" in text
+    assert f"AUC (95 %: {low:.4f} to {high:.4f}, drawn over " in text
     assert f"{100 * accuracy(scores.label, scores.prob, 0.3):.1f} %" in text
     assert f"<dd>{log_loss(scores.label, scores.prob):.4f}</dd>" in text
     assert f"{counts.false_negative} false negative, {counts.true_positive} true positive" in text

@@ -44,19 +44,20 @@ def test_group_auc_is_that_of_its_patches_and_the_worst_stands_first() -> None:
     own = scores(120)
     code = np.arange(120) // 2 % 3
     code[:4] = -1
-    found = group_aucs(own, code, ("a", "b", "c"), None)
+    found = group_aucs(own, code, ("a", "b", "c"), own.rows)
     assert sorted(g.name for g in found) == ["a", "b", "c"]
     assert [g.auc for g in found] == sorted(g.auc for g in found)
     for group in found:
         rows = code == "abc".index(group.name)
         assert group.auc == auc(own.label[rows], own.prob[rows])
-        assert group.low <= group.auc <= group.high
+        assert group.interval is not None
+        assert group.interval[0] <= group.auc <= group.interval[1]
 
 
 def test_groups_with_one_label_or_few_patches_have_no_auc() -> None:
     own = scores(40)
-    assert group_aucs(own, own.label.astype(np.int64), ("a", "b"), None) == []
-    assert group_aucs(own, np.arange(40) // 4, tuple(map(str, range(10))), None) == []
+    assert group_aucs(own, own.label.astype(np.int64), ("a", "b"), own.rows) == []
+    assert group_aucs(own, np.arange(40) // 4, tuple(map(str, range(10))), own.rows) == []
 
 
 def test_samples_come_from_as_many_slides_as_there_are(easy_pack: Path) -> None:
