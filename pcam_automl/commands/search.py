@@ -97,8 +97,7 @@ class _SearchShow:
     def _rung(self, number: int, result: RungResult) -> None:
         self.bars.set(self.trial, text=f"{self._name} AUC {result.auc:.4f} views")
 
-    def finished(self, trial: FrozenTrial) -> None:
-        trials = self.opened.study.get_trials(deepcopy=False)
+    def finished(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
         best = best_of(trials)
         self.bars.set(self.total, done=sum(t.state in FINISHED for t in trials))
         terminal.say(trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else ""))
