@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("ingest", "keras-cnn", "recipes")
+NAMES = ("ingest", "keras-cnn", "recipes", "startup", "study-size")
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(NAMES)
