@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 
-NAMES = ("ingest", "batches", "training", "inference", "overhead", "keras-cnn", "recipes")
+NAMES = ("ingest", "batches", "training", "inference", "overhead", "startup", "study-size", "keras-cnn", "recipes")
 NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 """Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""
 

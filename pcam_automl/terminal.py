@@ -6,24 +6,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 # stdout carries results (and --json), stderr everything else, so that `pcam-automl ... --json | jq` works.
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Without emoji: rich would load their 3,600 names (30 ms), and turn a `:lock:` in a message into a picture.
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 FILE_COLUMNS = 160
@@ -57,12 +51,14 @@ def _finite(value: Any) -> Any:
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; columns after the first are right-aligned."""
+    from rich.table import Table
+
     grid = Table(title=escape(title), title_justify="left", header_style="bold")
     for number, name in enumerate(header):
         grid.add_column(escape(name), justify="left" if number == 0 else "right")
     for row in rows:
         grid.add_row(*map(escape, row))
-    Console(highlight=False, width=None if out.is_terminal else FILE_COLUMNS).print(grid)
+    Console(highlight=False, emoji=False, width=None if out.is_terminal else FILE_COLUMNS).print(grid)
 
 
 def duration(seconds: float) -> str:
@@ -79,6 +75,16 @@ class Bars:
     """Progress bars on stderr; nothing at all where stderr is not a terminal."""
 
     def __init__(self) -> None:
+        # Imported here: 50 ms that `status` and other commands without bars need not wait for.
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self.shown = err.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),

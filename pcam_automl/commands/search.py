@@ -12,10 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl import terminal
 from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.search.reading import FINISHED, best_of, load_study, n_finished_of
-from pcam_automl.search.storage import storage_faults
+from pcam_automl.search.reading import FINISHED, best_of, load_study_to_read, n_finished_of
 from pcam_automl.search.storage_url import safe_url
-from pcam_automl.search.summary import Summary, summarise
+from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
     from pcam_automl.recipe import Recipe
@@ -31,6 +30,7 @@ def run_search(
     """Create or open the study and run trials until it has ``n_trials`` finished ones."""
     from pcam_automl.search.create import create_or_open_study
     from pcam_automl.search.objective import Objective
+    from pcam_automl.search.storage import storage_faults
     from pcam_automl.search.worker import run_worker
     from pcam_automl.training.compute import choose_device, use_cores
 
@@ -97,8 +97,7 @@ class _SearchShow:
     def _rung(self, number: int, result: RungResult) -> None:
         self.bars.set(self.trial, text=f"{self._name} AUC {result.auc:.4f} views")
 
-    def finished(self, trial: FrozenTrial) -> None:
-        trials = self.opened.study.get_trials(deepcopy=False)
+    def finished(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
         best = best_of(trials)
         self.bars.set(self.total, done=sum(t.state in FINISHED for t in trials))
         terminal.say(trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else ""))
@@ -150,8 +149,7 @@ def command_options(name: str | None, url: str | None) -> str:
 def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     """Print a study's counts, best trial, importances and seconds."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with storage_faults(storage_url(url)):
-        study, settings = load_study(name, url)
+    study, settings = load_study_to_read(name, url, READ_ATTRS)
     summary = summarise(study, settings)
     if as_json:
         terminal.print_json(summary.to_json())

@@ -22,6 +22,7 @@ from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import write_scores
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.slots import Slot
+from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
@@ -82,14 +83,14 @@ class Objective:
         lineage = self.slot.lineage or f"{trial.number}"
         self.begun(self.slot, trial.number, lineage)
         began = time.perf_counter()
-        for name, value in {
-            "slot": self.slot.number,
-            "lineage": lineage,
-            "split_hash": self.opened.split.hash,
-            "device": device_name(self.device),
-            "versions": versions(),
-        }.items():
-            trial.set_user_attr(name, value)
+        set_user_attrs(
+            trial,
+            slot=self.slot.number,
+            lineage=lineage,
+            split_hash=self.opened.split.hash,
+            device=device_name(self.device),
+            versions=versions(),
+        )
         reason = "complete"
         try:
             return self._train(trial, lineage)
@@ -106,9 +107,8 @@ class Objective:
             reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
             raise
         finally:
-            trial.set_user_attr("reason", reason)
-            trial.set_user_attr("seconds", round(time.perf_counter() - began, 3))
-            trial.set_user_attr("peak_memory_bytes", peak_memory_bytes(self.device))
+            seconds = round(time.perf_counter() - began, 3)
+            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak_memory_bytes(self.device))
             self._release()
 
     def _train(self, trial: Trial, lineage: str) -> float:
@@ -129,9 +129,12 @@ class Objective:
         ):
             assert result.auc is not None
             trial.report(result.auc, step=planned[result.rung].views)
-            trial.set_user_attr("rungs", [asdict(done) for done in training.results])
-            trial.set_user_attr("images_per_s", round(result.images_per_s, 1))
-            trial.set_user_attr("micro_batch", training.micro_batch)
+            set_user_attrs(
+                trial,
+                rungs=[asdict(done) for done in training.results],
+                images_per_s=round(result.images_per_s, 1),
+                micro_batch=training.micro_batch,
+            )
             self.watch.rung(trial.number, result)
             if result.rung < len(rungs) - 1 and trial.should_prune():
                 raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
@@ -159,9 +162,12 @@ class Objective:
             share = self._share(recipe)
             recipe = recipe.model_copy(update={"views": scaled(opened.rungs, share)[-1].views, "epochs": None})
         rungs = scaled(opened.rungs, recipe.n_views(0) / opened.rungs[-1].views)
-        trial.set_user_attr("recipe", recipe.model_dump_json())
-        trial.set_user_attr("compute", compute.to_json())
-        trial.set_user_attr("views_share", round(rungs[-1].views / opened.rungs[-1].views, 4))
+        set_user_attrs(
+            trial,
+            recipe=recipe.model_dump_json(),
+            compute=compute.to_json(),
+            views_share=round(rungs[-1].views / opened.rungs[-1].views, 4),
+        )
         return recipe, compute, rungs
 
     def _share(self, recipe: Recipe) -> float:
@@ -174,6 +180,8 @@ class Objective:
 
     def _earlier(self, lineage: str, number: int) -> dict[str, Any] | None:
         """User attributes of the lineage's last row before this one, if it got as far as a recipe."""
+        if self.slot is None or self.slot.lineage is None:  # it begins with this row
+            return None
         for other in reversed(self.opened.study.get_trials(deepcopy=False)):
             attrs = other.user_attrs
             if other.number != number and attrs.get("lineage") == lineage and "recipe" in attrs and "compute" in attrs:

@@ -45,7 +45,7 @@ class SuccessiveHalving(BasePruner):
             return False
         sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
         own = _score(trial.intermediate_values[step], sign)
-        others = values_at(step, [t for t in study.get_trials(deepcopy=False) if t.number != trial.number], trial)
+        others = values_at(step, study.get_trials(deepcopy=False), trial)
         scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)
         if len(scores) < self.eta:
             return False
@@ -58,15 +58,17 @@ def values_at(step: int, trials: Sequence[FrozenTrial], own: FrozenTrial) -> lis
     latest: dict[str, tuple[int, float]] = {}
     mine = _lineage(own)
     for trial in trials:
-        lineage = _lineage(trial)
-        if lineage == mine or step not in trial.intermediate_values:
+        value = trial.intermediate_values.get(step)
+        if value is None or (lineage := _lineage(trial)) == mine:
             continue
-        latest[lineage] = max(latest.get(lineage, (-1, 0.0)), (trial.number, trial.intermediate_values[step]))
+        if lineage not in latest or latest[lineage] < (trial.number, value):
+            latest[lineage] = trial.number, value
     return [value for _, value in latest.values()]
 
 
 def _lineage(trial: FrozenTrial) -> str:
-    return str(trial.user_attrs.get(LINEAGE, f"trial {trial.number}"))
+    lineage = trial.user_attrs.get(LINEAGE)
+    return f"trial {trial.number}" if lineage is None else str(lineage)
 
 
 def _score(value: float, sign: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -11,8 +12,8 @@ from pydantic import ValidationError
 
 from pcam_automl.config import StudySettings, check_study_name, storage_url
 from pcam_automl.errors import StudyError, did_you_mean, first_few
-from pcam_automl.search.storage import open_storage
-from pcam_automl.search.storage_url import safe_url
+from pcam_automl.search.sqlite_reader import read_study
+from pcam_automl.search.storage_url import plain_sqlite_path, safe_url
 
 SETTINGS_KEY = "pcam_automl"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -25,6 +26,8 @@ def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySe
     Raises:
         StudyError: no such study, or one that this package did not create.
     """
+    from pcam_automl.search.storage import open_storage
+
     url = storage_url(url)
     check_study_name(name)
     storage = open_storage(url, create=False)
@@ -34,6 +37,22 @@ def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySe
         known = optuna.get_all_study_names(storage)
         hint = f"it has {first_few(sorted(known))}" if known else "it has none yet; `pcam-automl search` makes one"
         raise StudyError(f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}") from None
+    return study, _settings_of(study)
+
+
+def load_study_to_read(name: str, url: str | None, attrs: Collection[str]) -> tuple[optuna.Study, StudySettings]:
+    """As :func:`load_study`, for those who write nothing and need no user attributes of trials but ``attrs``.
+
+    An SQLite file is read without SQLAlchemy and Optuna's ORM: 0.1 instead of 3 s for 1,000 trials.
+
+    Raises:
+        StudyError: see :func:`load_study`.
+    """
+    check_study_name(name)
+    file = plain_sqlite_path(storage_url(url))
+    study = read_study(file, name, attrs) if file is not None else None
+    if study is None or SETTINGS_KEY not in study.user_attrs:  # of another kind, or still being created
+        return load_study(name, url)
     return study, _settings_of(study)
 
 

@@ -38,6 +38,8 @@ _TABLE = sa.Table(
     sa.UniqueConstraint("study_name", "trial_number", name="pcam_automl_slots_trial"),
 )
 _C = _TABLE.c
+_FEW = 200
+"""So many trial numbers are looked up by name; for more the whole table is read."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Slots:
     def __init__(self, engine: sa.Engine, study_name: str) -> None:
         self.engine = engine
         self.study_name = study_name
+        self._seen_done: set[int] = set()
         try:
             retry_transient(lambda: _METADATA.create_all(engine))
         except sa.exc.DBAPIError:
@@ -122,7 +125,8 @@ class Slots:
         Open slots come first, lowest number first, with the lineage to be continued where they have one.
         """
         while True:
-            slots = self.all()
+            # One statement, for one moment of the table. The done slots below the total, thousands, decide nothing.
+            slots = self._select(sa.or_(_C.state == "open", _C.slot >= n_total, _C.slot == self._last()))
             reopened = [slot for slot in slots if slot.state == "open" and slot.number < n_total]
             # After a lowered total, slots at or above it already fill the places of as many open ones below.
             beyond = sum(slot.state != "open" for slot in slots if slot.number >= n_total)
@@ -162,7 +166,7 @@ class Slots:
 
     def reap(self, is_alive: Callable[[str], bool | None] = owner_alive) -> list[Slot]:
         """Reopen, with their lineage, the claims whose owner is certainly dead; those slots as they were before."""
-        dead = [s for s in self.all() if s.state == "claimed" and s.owner and is_alive(s.owner) is False]
+        dead = [s for s in self.claimed() if s.owner and is_alive(s.owner) is False]
         return [slot for slot in dead if self.reopen(slot, keep_lineage=True)]
 
     def adopt(self, done_trial_numbers: Iterable[int]) -> int:
@@ -175,9 +179,13 @@ class Slots:
             How many slots became done.
         """
         n_adopted = 0
-        slots = self.all()
+        new = sorted(set(done_trial_numbers) - self._seen_done)
+        if not new:
+            return 0
+        few = len(new) <= _FEW
+        slots = self._select(sa.or_(_C.trial_number.in_(new), _C.slot == self._last())) if few else self.all()
         of_trial = {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
-        for trial_number in sorted(set(done_trial_numbers)):
+        for trial_number in new:
             while trial_number not in of_trial:
                 number = slots[-1].number + 1 if slots else 0
                 n_adopted += self._insert(number, state="done", trial_number=trial_number, attempts=1)
@@ -186,14 +194,19 @@ class Slots:
                     slots = self.all()
                 of_trial |= {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
             slot = of_trial[trial_number]
-            if slot.state != "done":
+            done = slot.state == "done"
+            if not done:
                 values = {"state": "done", "owner": None}
-                n_adopted += self._update(slot.number, values, _C.state != "done", _C.trial_number == trial_number)
+                done = self._update(slot.number, values, _C.state != "done", _C.trial_number == trial_number)
+                n_adopted += done
+            if done:  # for good
+                self._seen_done.add(trial_number)
         return n_adopted
 
     def clear(self) -> None:
         """Forget every slot of the study: for a study that is deleted, or made anew under an old name."""
         self._run(sa.delete(_TABLE).where(_C.study_name == self.study_name))
+        self._seen_done.clear()
 
     def counts(self) -> dict[State, int]:
         """Number of slots in each state."""
@@ -203,6 +216,14 @@ class Slots:
     def all(self) -> list[Slot]:
         """Every slot, by number."""
         return self._select()
+
+    def claimed(self) -> list[Slot]:
+        """The claimed slots, by number."""
+        return self._select(_C.state == "claimed")
+
+    def _last(self) -> sa.ScalarSelect[int]:
+        last = _TABLE.alias()
+        return sa.select(sa.func.max(last.c.slot)).where(last.c.study_name == self.study_name).scalar_subquery()
 
     def _read(self, number: int) -> Slot | None:
         return next(iter(self._select(_C.slot == number)), None)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import random
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
+from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
@@ -249,12 +252,51 @@ class RetryingStorage(RDBStorage):
 
         return retry_transient(call)
 
+    def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
+        """All of them in one transaction; what is there under the same keys is replaced."""
+        rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+        state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
+        upsert = _upsert(models.TrialUserAttributeModel.__table__, self.engine.dialect.name)
+
+        def write() -> None:
+            with self.engine.begin() as connection:
+                self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
+                connection.execute(upsert, rows)
+
+        retry_transient(write)
+
     def record_heartbeat(self, trial_id: int) -> None:
         """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
         try:
             retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id))
         except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
+
+
+def _upsert(table: sa.Table, dialect: str) -> sa.Insert:
+    """Insert of (trial_id, key, value_json) rows that replaces the value of a key that is there."""
+    if dialect == "mysql":
+        put = mysql.insert(table)
+        return put.on_duplicate_key_update(value_json=put.inserted.value_json)
+    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    return insert.on_conflict_do_update(
+        index_elements=[table.c.trial_id, table.c.key], set_={"value_json": insert.excluded.value_json}
+    )
+
+
+def set_user_attrs(trial: Trial, **attrs: Any) -> None:
+    """Several user attributes of a running trial at once: 21 a trial, one by one, took 25 ms on SQLite.
+
+    Raises:
+        UpdateFinishedTrialError: the trial has ended.
+    """
+    storage = getattr(trial.storage, "_backend", trial.storage)
+    if not isinstance(storage, RetryingStorage):
+        for key, value in attrs.items():
+            trial.set_user_attr(key, value)
+        return
+    storage.set_trial_user_attrs(trial._trial_id, attrs)
+    trial._cached_frozen_trial.user_attrs.update(attrs)  # as Trial.set_user_attr does; the pruner reads it there
 
 
 def _retried(method: Callable[..., T]) -> Callable[..., T]:

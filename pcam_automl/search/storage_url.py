@@ -6,11 +6,13 @@ import importlib.util
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus
 
-import sqlalchemy as sa
-
 from pcam_automl.errors import StudyError, did_you_mean
+
+if TYPE_CHECKING:  # imported where it is used: `status` on an SQLite file does without these 0.5 s
+    import sqlalchemy as sa
 
 # Drivers in order of preference, the extra of ours that brings the first, and the scheme that Optuna's own SQL knows.
 _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
@@ -31,6 +33,8 @@ def safe_url(url: str) -> str:
 
 def _secrets(url: str) -> list[str]:
     """Every spelling of the URL's passwords, longest first."""
+    import sqlalchemy as sa
+
     found = set(re.findall(r"//[^:/?#]*:(.*)@", url))
     found |= set(re.findall(rf"[?&](?:{'|'.join(_SECRET_KEYS)})=([^&]*)", url, flags=re.IGNORECASE))
     with suppress(sa.exc.ArgumentError, ValueError):  # an unreadable URL has no further secrets
@@ -53,6 +57,8 @@ def normalised_url(url: str) -> str:
     Raises:
         StudyError: not a URL, a scheme that is not a database of ours, a missing driver, an SQLite URL without a file.
     """
+    import sqlalchemy as sa
+
     if "://" not in url:
         hint = f"sqlite:///{url}" if url and ":" not in url else "sqlite:///studies/pcam.db"
         raise StudyError(f"storage must be a database URL, got {safe_url(url)!r} (did you mean {hint!r}?)")
@@ -101,12 +107,23 @@ def _installed_driver(backend: str) -> str:
 
 def sqlite_path(url: str) -> Path | None:
     """The file of an SQLite URL, None for a server or for SQLite's own ``file:`` addresses."""
+    import sqlalchemy as sa
+
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith("file:"):
         return None
     return Path(parsed.database)
 
 
+def plain_sqlite_path(url: str) -> Path | None:
+    """The file of ``sqlite:///FILE`` without options; None for every other URL, for SQLAlchemy to read."""
+    file = url.removeprefix("sqlite:///")
+    odd = file == url or not file or "?" in file or file.startswith((":memory:", "file:"))
+    return None if odd else Path(file)
+
+
 def extra_of(url: str) -> str:
     """The extra of this package that brings the driver for the URL's database."""
+    import sqlalchemy as sa
+
     return _SERVERS[sa.make_url(url).get_backend_name()][0]

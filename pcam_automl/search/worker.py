@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import gc
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
@@ -22,6 +24,8 @@ from pcam_automl.search.study import OpenStudy
 
 LEAST_FAILURES_ALLOWED = 10
 
+Finished = Callable[[FrozenTrial, list[FrozenTrial]], None]
+
 
 @dataclass(frozen=True)
 class SearchEnd:
@@ -36,7 +40,7 @@ def run_worker(
     *,
     n_trials: int,
     timeout_s: float | None = None,
-    finished: Callable[[FrozenTrial], None] = lambda trial: None,
+    finished: Finished = lambda trial, trials: None,
 ) -> SearchEnd:
     """Run trials until ``n_trials`` of the study are finished (complete or pruned), by whichever worker.
 
@@ -44,7 +48,7 @@ def run_worker(
         objective: over the open study; its ``stop`` ends the run by raising.
         n_trials: the study's total.
         timeout_s: no new trial starts after this many seconds; the running one finishes.
-        finished: called with each trial that this worker ended.
+        finished: called with each trial that this worker ended, and with all trials of the study.
 
     Raises:
         SearchFailed: max(10, n_trials) trials failed.
@@ -56,12 +60,27 @@ def run_worker(
     sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
     study.sampler = sampler
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
+    with long_lived_left_alone():
+        return _run_trials(objective, study, slots, sampler, n_trials, timeout_s, finished)
+
+
+def _run_trials(
+    objective: Objective,
+    study: optuna.Study,
+    slots: Slots,
+    sampler: PerTrialSampler,
+    n_trials: int,
+    timeout_s: float | None,
+    finished: Finished,
+) -> SearchEnd:
+    opened = objective.opened
     began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
+    trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     while True:
         objective.stop()
         if timeout_s is not None and time.monotonic() - began >= timeout_s:
             return SearchEnd(n_finished, "timeout")
-        settle_lost(study, slots)
+        settle_lost(study, slots, trials)
         slot = slots.claim(n_trials, owner)
         if slot is None:
             return SearchEnd(n_finished, "done" if n_finished_of(study) >= n_trials else "claimed elsewhere")
@@ -69,10 +88,26 @@ def run_worker(
         sampler.prescribed = prescribed(opened, slot)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, slot, trial, objective)
-        finished(trial)
+        trials = study.get_trials(deepcopy=False)
+        finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
-        check_failures(study, n_trials)
+        check_failures(trials, n_trials)
+
+
+@contextmanager
+def long_lived_left_alone() -> Iterator[None]:
+    """Inside the block Python's collector skips what was there before it.
+
+    The objective collects after each trial, to give the network's memory back: 0.2 s each for going through all that
+    torch, timm and 10,000 cached trials consist of, none of which ever goes away.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
@@ -93,13 +128,14 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     return 0
 
 
-def settle_lost(study: optuna.Study, slots: Slots) -> None:
+def settle_lost(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> None:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back."""
-    trials = study.get_trials(deepcopy=False)
     slots.adopt([t.number for t in trials if t.state in FINISHED])
-    for slot in slots.all():  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
-        if slot.state != "claimed" or slot.owner is None or owner_alive(slot.owner) is not False:
-            continue
+    lost = [slot for slot in slots.claimed() if slot.owner is not None and owner_alive(slot.owner) is False]
+    if not lost:
+        return
+    trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
+    for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
         if slot.trial_number is not None and trials[slot.trial_number].state == TrialState.RUNNING:
             study._storage.set_trial_user_attr(trials[slot.trial_number]._trial_id, "reason", "worker lost")
             study.tell(slot.trial_number, state=TrialState.FAIL, skip_if_finished=True)
@@ -117,9 +153,9 @@ def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
     return {}
 
 
-def check_failures(study: optuna.Study, n_trials: int) -> None:
+def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:
     """Raise SearchFailed once max(10, n_trials) trials ended in an error."""
-    errors = errors_of(study.get_trials(deepcopy=False))
+    errors = errors_of(trials)
     if len(errors) >= max(LEAST_FAILURES_ALLOWED, n_trials):
         ((commonest, n),) = collections.Counter(errors).most_common(1)
         raise SearchFailed(

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy as sa
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search.slots import Slots, owner_alive, owner_of_this_process
-from pcam_automl.search.storage import engine_of, engine_options, open_storage
+from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.storage import engine_of, engine_options, open_storage, set_user_attrs
 from pcam_automl.search.storage_url import normalised_url
 
 SERVERS = {
@@ -145,6 +146,31 @@ def test_trials_without_a_slot_count_as_done(slots: Slots) -> None:
     assert slots.claim(4, "a") is None
 
 
+def test_a_large_study_is_not_read_again_for_every_trial(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 300  # more than are looked up by name
+    assert slots.adopt(range(n)) == n
+    read, select = [], slots._select
+
+    def counting(*conditions: Any) -> list[Slot]:
+        found = select(*conditions)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(slots, "_select", counting)
+    slot = slots.claim(n + 2, "a")
+    assert slot is not None
+    assert slot.number == n
+    slots.started(slot, n, "lin")
+    assert slots.finish(slot)
+    assert slots.adopt(range(n + 1)) == 0
+    assert slots.adopt([*range(n + 1), n + 5]) == 1
+    assert slots.reap(lambda owner: False) == []
+    assert sum(read) < 12
+    assert slots.counts() == {"claimed": 0, "done": n + 2, "open": 0}
+    slots.clear()
+    assert slots.adopt([0]) == 1
+
+
 def test_trial_that_finished_before_its_slot_was_told_makes_it_done(slots: Slots) -> None:
     killed, lost = slots.claim(5, "a"), slots.claim(5, "b")
     assert killed is not None
@@ -212,3 +238,24 @@ def test_owner_is_known_by_host_pid_and_start() -> None:
 
 def test_tables_of_optuna_stay_usable_beside_ours(local: Slots) -> None:
     assert {"pcam_automl_slots", "trials", "studies"} <= set(sa.inspect(local.engine).get_table_names())
+
+
+def test_attributes_are_written_together_and_read_as_optunas_own(url: str) -> None:
+    study = optuna.create_study(storage=open_storage(url))
+    in_memory = optuna.create_study()
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("reason", "begun")
+        set_user_attrs(trial, reason="complete", rungs=[{"auc": 0.5}], seconds=1.5)
+        assert trial.user_attrs == {"reason": "complete", "rungs": [{"auc": 0.5}], "seconds": 1.5}
+        return 1.0
+
+    for one in (study, in_memory):
+        one.optimize(objective, n_trials=1)
+        assert one.trials[0].user_attrs == {"reason": "complete", "rungs": [{"auc": 0.5}], "seconds": 1.5}
+    storage = study._storage._backend
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        storage.set_trial_user_attrs(study.trials[0]._trial_id, {"late": 1})
+    assert "late" not in optuna.load_study(study_name=study.study_name, storage=storage).trials[0].user_attrs
+    optuna.delete_study(study_name=study.study_name, storage=storage)
+    engine_of(study).dispose()
