@@ -34,7 +34,7 @@ WRAPPED = {
     IMPORTS: "importlib._bootstrap:_find_and_load",  # every import of a module that is not there yet comes through it
     TRAIN: "pcam_automl.training.engine:Training.train",
     SCORE: "pcam_automl.training.engine:Training.score",
-    "speed probes": "pcam_automl.training.speed:measure",
+    "speed probes": "pcam_automl.training.speed:measure_fitting",
     "networks": "pcam_automl.search.objective:start_training",
     "checkpoints": "pcam_automl.training.fit:save",
 }

@@ -56,6 +56,12 @@ Storage = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Same seed, same device, same weights: no measurement decides, some speed is lost."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Sets = Annotated[
     list[str] | None,
@@ -195,6 +201,7 @@ def search(
     groups: Groups = None,
     domains: Domains = None,
     device: Device = "auto",
+    deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
     """Search training recipes with Optuna; every result is stored as it comes."""
@@ -220,6 +227,7 @@ def search(
         pruner=pruner,
         views=views,
         device=device,
+        deterministic=deterministic,
     )
     run_search(study, storage, asked, n_trials=trials, timeout_s=timeout_s, as_json=json)
 
@@ -373,6 +381,7 @@ def train(
     seed: SplitSeed = 0,
     report: WithReport = True,
     device: Device = "auto",
+    deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
     """Train one recipe, validated on the split, as a bundle."""
@@ -387,6 +396,7 @@ def train(
         out=out,
         weights=weights,
         device=device,
+        deterministic=deterministic,
         with_report=report,
         as_json=json,
     )

@@ -96,6 +96,7 @@ class StudySettings(BaseModel):
     split_hash: str
     seed: Annotated[int, Field(ge=0)]
     holdout: float
+    deterministic: bool = False
     groups: str | None = None
     domains: str | None = None
     weights: str

@@ -33,7 +33,7 @@ from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.submission import check_threshold, write_probabilities
 from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
-from pcam_automl.training.compute import Compute, choose_device, use_cores
+from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult
 
 EXPLANATIONS = "explanations.csv"
@@ -82,8 +82,7 @@ def run_finalize(
         with terminal.counting("packing") as call:
             opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
         check_bundle_target((out or opened.folder / "final") / "model", option="model/ of --out")
-        place = choose_device(device)
-        use_cores()
+        place = use_device(device, deterministic=opened.settings.deterministic)
 
         def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
             value = f" (validation AUC {trial.value:.4f})" if trial.value is not None else ""
@@ -165,12 +164,13 @@ def run_train(
     device: str,
     as_json: bool,
     with_report: bool = True,
+    deterministic: bool = False,
 ) -> None:
     """Train one recipe on the split's other folds, validated on one of them."""
     began = time.perf_counter()
     check_bundle_target(out)
     with stop_signal("every epoch that ended is stored; the same command goes on after the last of them") as stop:
-        setup = set_up(recipe, pins, options, weights=weights, device=device)
+        setup = set_up(recipe, pins, options, weights=weights, device=device, deterministic=deterministic)
         for number in range(len(setup.recipe.stages) - 1):
             check_bundle_target(stage_folder(out, number), option="a stage's folder beside --out,")
         with stop.deferred(), _training_bar(stop.check) as watch:
@@ -241,8 +241,7 @@ def run_predict(
     check_threshold(threshold)
     bundle = load_bundle(bundle_folder(model))
     files = list_images(inputs)
-    place = choose_device(device)
-    use_cores()
+    place = use_device(device)
     if bundle.recipe.task == "dense":
         if explain is not None:
             raise InputError("--explain belongs to task patch; a dense bundle's map shows itself where the tumour is")

@@ -29,7 +29,7 @@ from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
 from pcam_automl.train import stage_folder, strip_file
-from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.training.compute import use_device
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
 
@@ -260,6 +260,7 @@ def search_options(settings: StudySettings) -> list[str]:
         words += ["--views", str(settings.rungs[-1][0])]
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
+    words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])
 
 
@@ -281,8 +282,7 @@ def run_report(
     if model is None and (groups or domains):
         named = "--groups" if groups else "--domains"
         raise DataError(f"{named} goes with --model; a study remembers its slides and scanners: leave it out")
-    place = choose_device(device)
-    use_cores()
+    place = use_device(device)
     with stop_signal("nothing was lost; repeat the command"):
         if model is None:
             written = report_of_study(name, url, data=data, model=None, out=out, threshold=threshold, device=place)

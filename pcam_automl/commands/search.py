@@ -32,7 +32,7 @@ def run_search(
     from pcam_automl.search.objective import Objective
     from pcam_automl.search.storage import storage_faults
     from pcam_automl.search.worker import run_worker
-    from pcam_automl.training.compute import choose_device, use_cores
+    from pcam_automl.training.compute import use_device
 
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -40,8 +40,7 @@ def run_search(
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        device = choose_device(asked.device)
-        use_cores()
+        device = use_device(asked.device, deterministic=opened.settings.deterministic)
         print_plan(opened, n_trials)
         with terminal.Bars() as bars:
             show = _SearchShow(bars, opened, n_trials)

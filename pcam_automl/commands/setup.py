@@ -19,7 +19,7 @@ from pcam_automl.models.factory import check_runs
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.train import training_split
-from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.training.compute import use_device
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import absent_ids, check_task
 
@@ -64,13 +64,24 @@ class Setup:
     speed: SpeedBook
 
 
-def set_up(name: str, pins: dict[str, Any], options: DataOptions, *, weights: str | None, device: str) -> Setup:
+def set_up(
+    name: str,
+    pins: dict[str, Any],
+    options: DataOptions,
+    *,
+    weights: str | None,
+    device: str,
+    deterministic: bool = False,
+) -> Setup:
     """Read the recipe, decide on weights, open the data, split them.
 
     Raises:
         RecipeError, DataError, InputError: anything at fault, before a step is taken.
     """
-    recipe, place = load_recipe(find_config("recipes", name), overrides=pins), choose_device(device)
+    recipe, place = (
+        load_recipe(find_config("recipes", name), overrides=pins),
+        use_device(device, deterministic=deterministic),
+    )
     path = find_data(options.data)
     source, text = decide_weights(weights or ("auto" if recipe.pretrained else "none"))
     if recipe.pretrained or weights:
@@ -95,6 +106,5 @@ def set_up(name: str, pins: dict[str, Any], options: DataOptions, *, weights: st
         terminal.say(note)
     if recipe.valid_share is not None and fold is not None:
         terminal.say("the data have an official validation part: validated on that, valid_share is not used")
-    use_cores()
-    speed = SpeedBook(folder / "speed.json")
+    speed = SpeedBook(folder / "speed.json", deterministic=deterministic)
     return Setup(name, recipe, store, split, train_rows, score_rows, fold, source, place, speed)

@@ -38,7 +38,7 @@ from pcam_automl.search.study import (
     open_study,
     start_recipe,
 )
-from pcam_automl.training.compute import choose_device, use_cores
+from pcam_automl.training.compute import choose_device, use_device
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import absent_ids, check_task, choose_rows
 from pcam_automl.versions import versions
@@ -83,8 +83,7 @@ def create_or_open_study(
 
 def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
     """Everything a new study remembers."""
-    use_cores()
-    device = choose_device(asked.device)
+    device = use_device(asked.device, deterministic=asked.deterministic)
     pins = dict(asked.pins or {})
     space = _load_asked_space(asked)
     path = find_data(asked.data)
@@ -119,7 +118,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         n_valid=n_valid,
         device=device,
         views=asked.views,
-        speed=SpeedBook(folder.parent / "speed.json"),
+        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic),
         progress=say,
     )
     if plan.dropped:
@@ -133,6 +132,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         split_hash=split.hash,
         seed=seed,
         holdout=asked.holdout or 0.0,
+        deterministic=asked.deterministic,
         groups=_full(asked.groups),
         domains=_full(asked.domains),
         weights=str(weights),
@@ -254,6 +254,10 @@ def check_options(asked: Asked) -> None:
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.deterministic and asked.views is None and not {"views", "epochs"} & set(asked.pins or {}):
+        raise RecipeError(
+            "--deterministic needs --views (or --set epochs): by default the measured speed decides how much a trial trains"
+        )
 
 
 def drop_backbones_without_weights(space: SearchSpace, weights: Weights, say: Say) -> SearchSpace:

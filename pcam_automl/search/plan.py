@@ -131,7 +131,8 @@ def make_plan(
     typical = statistics.median(rates.values())
     whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
-    n_score = min(n_valid, limit, max(500, int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)))
+    affordable = limit if speed.deterministic else int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)
+    n_score = min(n_valid, limit, max(500, affordable))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
     cap_s = CAP_S if asked is None else None
     if cap_s is not None:

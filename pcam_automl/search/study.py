@@ -47,6 +47,7 @@ class Asked:
     pruner: str | None = None
     views: int | None = None
     device: str = "auto"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class OpenStudy:
 
     @property
     def speed_book(self) -> SpeedBook:
-        return SpeedBook(self.folder.parent / "speed.json")
+        return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic)
 
 
 def start_recipe(name: str, pretrained: bool) -> Recipe:
@@ -152,6 +153,8 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     for field, value in check_pins(asked.pins or {}).items():
         key = f"set {field}"
         given[key], remembered[key] = _Shown(repr(value)), _held(settings, field, name)
+    if asked.deterministic:
+        given["deterministic"] = True
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.space is not None:

@@ -103,14 +103,27 @@ def use_cores(n_workers: int = 1) -> int:
     return threads
 
 
-def use_device(device: torch.device, *, deterministic: bool = False) -> None:
-    """Set what torch decides once a process: exact repetition, or the fastest kernels for shapes that never change."""
+def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) -> torch.device:
+    """Choose the device and set what torch decides once a process: threads, and exact repetition or the fastest kernels.
+
+    Args:
+        text: see :func:`choose_device`.
+        n_workers: see :func:`use_cores`.
+        deterministic: the same seed gives the same weights, bit for bit on a CPU with the same number of threads. On CUDA
+            torch warns of each operation that has no such kernel.
+
+    Raises:
+        InputError: an unknown or absent device.
+    """
+    device = choose_device(text)
+    use_cores(n_workers)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")  # high: TF32 where float32 is left
+    return device
 
 
 def device_name(device: torch.device) -> str:

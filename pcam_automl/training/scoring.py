@@ -115,7 +115,7 @@ def inference_precision(
         views: what is shown of each patch.
         compute: of the training.
     """
-    judged = rows[:N_JUDGED]
+    judged = np.array(rows[:N_JUDGED])  # a copy: torch warns of arrays that are read-only, as a split's are
     truth = label[judged]
     if compute.precision == "fp32" or len(np.unique(truth)) < 2:
         return "fp32", 0.0

@@ -27,6 +27,7 @@ from pcam_automl.errors import (
     StudyError,
     TrainingDiverged,
 )
+from pcam_automl.files import sha256_of_file
 from pcam_automl.finalize import finalize
 from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
 from pcam_automl.recipe import build_recipe, load_recipe
@@ -41,6 +42,8 @@ from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
 from pcam_automl.search.worker import SearchEnd, run_worker
+from pcam_automl.training import speed as speed_module
+from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
 
@@ -372,6 +375,7 @@ def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: A
         ({"space": "defualt"}, RecipeError, "did you mean 'default'"),
         ({"holdout": 0.9}, DataError, "holdout must be in"),
         ({"weights": "nowhere"}, RecipeError, "an existing folder"),
+        ({"deterministic": True, "views": None}, RecipeError, "--deterministic needs --views"),
         ({"pins": {"views": 10}}, RecipeError, "--views 192 and --set views both name the budget; keep one"),
     ],
 )
@@ -383,6 +387,22 @@ def test_bad_options_are_one_line_and_leave_no_study(
     assert "\n" not in str(fault.value)
     database = tmp_path / "studies" / "s.db"  # options are judged before it is made
     assert not database.exists() or optuna.get_all_study_names(url_in(tmp_path)) == []
+
+
+def test_deterministic_studies_repeat_to_the_last_bit_whatever_is_measured(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(folder: Path, step_s: float, channels_last: bool) -> tuple[list[float], str]:
+        measured = Compute("cpu", "fp32", channels_last, step_s)
+        monkeypatch.setattr(speed_module, "measure_fitting", lambda build, px, batch, device: measured)
+        opened = opened_in(folder, replace(asked, deterministic=True))
+        search(opened, 2)
+        torch.use_deterministic_algorithms(False)
+        best = finalize(opened, epochs=1.0, device=CPU)
+        weights = sha256_of_file(best.out / "model" / "model.safetensors")
+        return [v for t in opened.study.trials for v in t.intermediate_values.values()], weights
+
+    assert trained(tmp_path / "a", 0.01, True) == trained(tmp_path / "b", 9.0, False)
 
 
 def test_an_absent_study_is_named_with_the_nearest(tmp_path: Path, asked: Asked) -> None:
