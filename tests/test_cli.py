@@ -267,11 +267,16 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     options = ["--space", "tiny.yaml", "--set", "beta1=0.85", "--weights", "none", "--holdout", "0.25", "--views", "64"]
     options += ["--sampler", "random", "--pruner", "none", "--seed", "3"]
     assert run("search", "--data", easy_raw, "--trials", 1, "--study", "s", *options)[0] == 0
-    _, settings = load_study("s")
-    search, finalize = study_commands("s", None, settings, 1)
+    study, settings = load_study("s")
+    search, finalize = study_commands("s", None, settings, study.trials)
     words = ["pcam-automl", "search", "--data", settings.data, "--trials", "1", *options, "--study", "s"]
     assert sorted(shlex.split(search)) == sorted(words)
     assert finalize == "pcam-automl finalize --study s"
+    unfinished = study_commands(
+        "s", None, settings, []
+    )  # `--trials 0` is not allowed, and there is nothing to finalize
+    assert shlex.split(unfinished[0]) == shlex.split(search)
+    assert unfinished[1:] == ("# no trial is complete yet; once one is:", finalize)
 
 
 def test_verify_names_a_patch_that_changed(run: Any, in_tmp: Path) -> None:
@@ -308,6 +313,12 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
     final = json.loads(out)
     assert final["auc_on"].startswith("holdout of")
     assert final["auc_95"][0] <= final["auc"] <= final["auc_95"][1]
+    assert run("report", "--out", "r")[0] == 0
+    page = Path("r/report.html").read_text()
+    assert f"<dd>{final['auc']:.4f}</dd>" in page
+    assert f"AUC on {final['auc_on']}" in page
+    assert run("report", "--model", Path(final["out"]), "--data", easy_raw, "--out", "r2")[0] == 0
+    assert f"AUC on {final['auc_on']}" in Path("r2/report.html").read_text()
 
 
 @pytest.mark.parametrize(
