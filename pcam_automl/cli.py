@@ -201,6 +201,18 @@ def search(
     groups: Groups = None,
     domains: Domains = None,
     device: Device = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, max=64, help="Worker processes on this machine; 1 by default.", metavar="N"),
+    ] = None,
+    workers_per_device: Annotated[
+        str | None,
+        typer.Option(
+            "--workers-per-device",
+            help="Workers on each GPU (or the CPU): a number, or auto to measure what fits and pays.",
+            metavar="N",
+        ),
+    ] = None,
     deterministic: Deterministic = False,
     json: Json = False,
 ) -> None:
@@ -229,7 +241,16 @@ def search(
         device=device,
         deterministic=deterministic,
     )
-    run_search(study, storage, asked, n_trials=trials, timeout_s=timeout_s, as_json=json)
+    run_search(
+        study,
+        storage,
+        asked,
+        n_trials=trials,
+        timeout_s=timeout_s,
+        as_json=json,
+        n_workers=workers,
+        per_device=workers_per_device,
+    )
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -25,9 +26,18 @@ if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard`
 
 
 def run_search(
-    name: str, url: str | None, asked: Asked, *, n_trials: int, timeout_s: float | None, as_json: bool
+    name: str,
+    url: str | None,
+    asked: Asked,
+    *,
+    n_trials: int,
+    timeout_s: float | None,
+    as_json: bool,
+    n_workers: int | None = None,
+    per_device: str | None = None,
 ) -> None:
-    """Create or open the study and run trials until it has ``n_trials`` finished ones."""
+    """Create or open the study and run trials until it has ``n_trials`` finished ones, in this process or in several."""
+    from pcam_automl.commands.workers import devices_for, run_many
     from pcam_automl.search.create import create_or_open_study
     from pcam_automl.search.objective import Objective
     from pcam_automl.search.storage import storage_faults
@@ -36,17 +46,22 @@ def run_search(
 
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    devices = devices_for(asked, n_workers, per_device, studies_folder(storage_url(url)))
+    asked = replace(asked, n_workers=len(devices))
     go_on = "every finished trial is stored; the same command goes on"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        device = use_device(asked.device, deterministic=opened.settings.deterministic)
         print_plan(opened, n_trials)
-        with terminal.Bars() as bars:
-            show = _SearchShow(bars, opened, n_trials)
-            objective = Objective(opened, device, stop=stop.check, watch=show.watch())
-            with stop.deferred():
-                end = run_worker(objective, n_trials=n_trials, timeout_s=timeout_s, finished=show.finished)
+        if len(devices) > 1:
+            end = run_many(opened, url, asked, devices, n_trials=n_trials, timeout_s=timeout_s, stop=stop)
+        else:
+            device = use_device(asked.device, deterministic=opened.settings.deterministic)
+            with terminal.Bars() as bars:
+                show = _SearchShow(bars, opened, n_trials)
+                objective = Objective(opened, device, stop=stop.check, watch=show.watch())
+                with stop.deferred():
+                    end = run_worker(objective, n_trials=n_trials, timeout_s=timeout_s, finished=show.finished)
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 
@@ -99,7 +114,12 @@ class _SearchShow:
     def finished(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
         best = best_of(trials)
         self.bars.set(self.total, done=sum(t.state in FINISHED for t in trials))
-        terminal.say(trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else ""))
+        terminal.say(finished_line(trial, best))
+
+
+def finished_line(trial: FrozenTrial, best: FrozenTrial | None) -> str:
+    """A trial that has just ended, and the best one so far."""
+    return trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
 
 
 def trial_line(trial: FrozenTrial) -> str:

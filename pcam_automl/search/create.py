@@ -83,7 +83,7 @@ def create_or_open_study(
 
 def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
     """Everything a new study remembers."""
-    device = use_device(asked.device, deterministic=asked.deterministic)
+    device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
     pins = dict(asked.pins or {})
     space = _load_asked_space(asked)
     path = find_data(asked.data)

@@ -48,6 +48,7 @@ class Asked:
     views: int | None = None
     device: str = "auto"
     deterministic: bool = False
+    n_workers: int = 1
 
 
 @dataclass(frozen=True)

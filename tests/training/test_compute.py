@@ -103,7 +103,7 @@ def test_fp16_is_the_low_precision_of_a_gpu_without_bf16(monkeypatch: pytest.Mon
 def test_deterministic_mode_is_torchs_own() -> None:
     code = (
         "import torch; from pcam_automl.training.compute import use_device;"
-        "use_device(torch.device('cpu'), deterministic=True); print(torch.are_deterministic_algorithms_enabled())"
+        "use_device('cpu', deterministic=True); print(torch.are_deterministic_algorithms_enabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"

@@ -1,0 +1,135 @@
+"""`search --workers`: how many, where, and what people see of them. Runs no trial itself (see search/processes.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pcam_automl import terminal
+from pcam_automl.config import find_data
+from pcam_automl.configs_folder import find_config
+from pcam_automl.errors import DataError
+from pcam_automl.interrupt import StopSignal
+from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
+from pcam_automl.search.processes import Heard, WorkerTask, run_workers
+from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import SearchEnd
+from pcam_automl.training.compute import use_cores
+from pcam_automl.training.speed import SpeedBook
+
+_PACK_BYTES_UNKNOWN = 6_100_000_000
+"""Kaggle's training set, where the size of the data is not known before they are packed."""
+
+
+def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, studies: Path) -> list[str]:
+    """The device of each worker; ``auto`` measures the recipe that the search starts from.
+
+    Raises:
+        InputError: see :func:`~pcam_automl.search.placement.worker_devices`.
+    """
+    if n_workers is None and per_device is None:
+        return [asked.device]
+
+    def fitting(device: torch.device) -> int:
+        recipe = load_recipe(find_config("recipes", asked.recipe or "default"), overrides={"pretrained": False})
+        recipe = recipe.model_copy(update={"pretrained": False})
+        return _n_on_cpu(recipe, studies) if device.type == "cpu" else _n_on_gpu(recipe, device, asked, studies)
+
+    devices = worker_devices(asked.device, n_workers, per_device, fitting=fitting)
+    terminal.say(f"{len(devices)} worker{'s' * (len(devices) > 1)} on {', '.join(sorted(set(devices)))}")
+    return devices
+
+
+def _n_on_cpu(recipe: Recipe, studies: Path) -> int:
+    book, cpu = SpeedBook(studies / "speed.json"), torch.device("cpu")
+
+    def rate_of(threads: int) -> float:
+        torch.set_num_threads(threads)
+        return book.images_per_s(recipe, cpu)
+
+    n = n_for_cpu(rate_of)
+    use_cores(n)
+    return n
+
+
+def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path) -> int:
+    """Not run here yet: no GPU was at hand."""
+    book = SpeedBook(studies / "speed.json")
+    torch.cuda.reset_peak_memory_stats(device)
+    step_s = recipe.batch_size / book.images_per_s(recipe, device)
+    double = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size})
+    double_step_s = double.batch_size / book.images_per_s(double, device)
+    peak_bytes = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return n_for_gpu(
+        free_bytes=free_bytes,
+        pack_bytes=_pack_bytes(asked),
+        peak_bytes=peak_bytes,
+        step_s=step_s,
+        double_step_s=double_step_s,
+        n_cores=use_cores(),
+    )
+
+
+def _pack_bytes(asked: Asked) -> int:
+    """Bytes of the prepared pack that is named; of raw data, which are not packed yet, those of Kaggle's."""
+    with contextlib.suppress(DataError):  # the search itself says what is wrong with the data
+        file = find_data(asked.data) / "patches.npy"
+        if file.is_file():
+            return file.stat().st_size
+    return _PACK_BYTES_UNKNOWN
+
+
+def run_many(
+    opened: OpenStudy,
+    url: str | None,
+    asked: Asked,
+    devices: Sequence[str],
+    *,
+    n_trials: int,
+    timeout_s: float | None,
+    stop: StopSignal,
+) -> SearchEnd:
+    """Run the workers under one bar for the study and one each."""
+    # What is asked agrees with the study by now; a worker needs only where the data are.
+    task = WorkerTask(opened.name, url, Asked(data=opened.store.root), n_trials, timeout_s, len(devices))
+    with terminal.Bars() as bars:
+        show = _WorkersShow(bars, opened, n_trials, devices)
+        with stop.deferred():
+            return run_workers(task, devices, stop=stop, heard=show.heard)
+
+
+class _WorkersShow:
+    """One line a finished trial, a bar for the study and one for each worker's running trial."""
+
+    def __init__(self, bars: terminal.Bars, opened: OpenStudy, n_trials: int, devices: Sequence[str]) -> None:
+        self.bars = bars
+        self.total = bars.add("trials", n_trials)
+        bars.set(self.total, done=n_finished_of(opened.study))
+        self.bar = [bars.add(f"worker {number} on {device} starting", None) for number, device in enumerate(devices)]
+        self.name = [""] * len(devices)
+
+    def heard(self, said: Heard) -> None:
+        from pcam_automl.commands.search import finished_line
+
+        worker, values = said.worker, said.values
+        if said.kind == "begins":
+            number, backbone, views = values
+            self.name[worker] = f"trial {number} {backbone}"
+            self.bars.restart(self.bar[worker], f"{self.name[worker]} views", views)
+        elif said.kind == "views":
+            self.bars.step(self.bar[worker], values[0])
+        elif said.kind == "rung":
+            self.bars.set(self.bar[worker], text=f"{self.name[worker]} AUC {values[1]:.4f} views")
+        elif said.kind == "note":
+            terminal.say(values[0])
+        elif said.kind == "finished":
+            trial, n_finished, best = values
+            self.bars.set(self.total, done=n_finished)
+            terminal.say(finished_line(trial, best))

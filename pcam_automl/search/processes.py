@@ -1,0 +1,205 @@
+"""Several worker processes on one study and one machine. Starts, hears and ends them; replaces none."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from pcam_automl import errors
+from pcam_automl.errors import Interrupted, PcamError, SearchFailed
+from pcam_automl.interrupt import StopSignal, stop_signal
+from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.reading import FINISHED, best_of
+from pcam_automl.search.study import Asked, open_study
+from pcam_automl.search.worker import SearchEnd, run_worker
+from pcam_automl.training.compute import use_device
+
+Kind = Literal["begins", "views", "rung", "note", "finished", "ended", "fault"]
+_VIEWS_EVERY_S = 0.2
+_LAST_WORDS_S = 10.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a worker said.
+
+    Attributes:
+        worker: its number, from 0.
+        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, AUC), ``note`` (text),
+            ``finished`` (trial, number of finished trials, best trial or None), ``ended`` (:class:`SearchEnd`), ``fault`` (name of the error, text).
+        values: as above.
+    """
+
+    worker: int
+    kind: Kind
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What every worker process is told; picklable."""
+
+    name: str
+    url: str | None
+    asked: Asked
+    n_trials: int
+    timeout_s: float | None
+    n_workers: int
+
+
+def run_workers(
+    task: WorkerTask, devices: Sequence[str], *, stop: StopSignal, heard: Callable[[Heard], None]
+) -> SearchEnd:
+    """Run a worker on each of ``devices`` until the study has its trials.
+
+    The first signal lets every worker end its step, store and give back its slot; the second ends them at once.
+
+    Args:
+        task: the study, which exists, and its total.
+        devices: one a worker; ``cpu`` several times shares the cores.
+        stop: of this process.
+        heard: called in this process with what the workers say.
+
+    Raises:
+        Interrupted: a signal came.
+        SearchFailed, InputError: a worker's own fault, once all have ended; or all were killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(task, number, device, events), name=f"worker {number}")
+        for number, device in enumerate(devices)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        return _listen(workers, events, stop, heard)
+    finally:
+        _end(workers)
+
+
+def _listen(workers: Sequence[BaseProcess], events: Any, stop: StopSignal, heard: Callable[[Heard], None]) -> SearchEnd:
+    ends: dict[int, SearchEnd] = {}
+    faults: list[tuple[str, str]] = []
+    lost: set[int] = set()
+    interrupted: Interrupted | None = None
+    while True:
+        alive = [worker for worker in workers if worker.is_alive()]
+        try:
+            event: Heard = events.get(timeout=0.2)
+        except queue.Empty:
+            for number, worker in enumerate(workers):
+                if worker.exitcode is not None and worker.exitcode < 0 and number not in lost | ends.keys():
+                    lost.add(number)
+                    name = signal.Signals(-worker.exitcode).name
+                    heard(
+                        Heard(number, "note", (f"worker {number} ended by {name}; its trial goes on in another one",))
+                    )
+            if not alive:
+                break
+        else:
+            if event.kind == "ended":
+                ends[event.worker] = event.values[0]
+            elif event.kind == "fault":
+                faults.append(event.values)
+            else:
+                heard(event)
+        if interrupted is None:
+            try:
+                stop.check()
+            except Interrupted as fault:
+                interrupted = fault
+                for worker in alive:
+                    worker.terminate()
+    if interrupted is not None:
+        raise interrupted
+    if faults:
+        name, text = faults[0]
+        raise getattr(errors, name, SearchFailed)(text)
+    if not ends:
+        raise SearchFailed("every worker was killed; finished trials are stored, the same command goes on")
+    whys = {end.why for end in ends.values()}
+    why = next(why for why in ("done", "timeout", "claimed elsewhere") if why in whys)
+    return SearchEnd(sum(end.n_finished for end in ends.values()), why)
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """No worker outlives this process's interest in it."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.terminate()
+    until = time.monotonic() + _LAST_WORDS_S
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _work(task: WorkerTask, number: int, device: str, events: Any) -> None:
+    """A worker process."""
+
+    def tell(kind: Kind, *values: Any) -> None:
+        events.put(Heard(number, kind, values))
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    code, parent = 0, os.getppid()
+    with stop_signal("") as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process passes it on
+        try:
+            opened = open_study(task.name, task.url, task.asked)
+            place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
+            objective = Objective(opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell))
+
+            def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
+                tell("finished", trial, sum(t.state in FINISHED for t in trials), best_of(trials))
+
+            with stop.deferred():
+                end = run_worker(objective, n_trials=task.n_trials, timeout_s=task.timeout_s, finished=finished)
+            tell("ended", end)
+        except Interrupted as fault:
+            code = fault.exit_code
+        except PcamError as fault:
+            tell("fault", type(fault).__name__, str(fault))
+            code = fault.exit_code
+        except Exception as fault:  # noqa: BLE001 - a worker's boundary: named here, raised in the first process
+            tell("note", "".join(traceback.format_exception(fault)))
+            tell("fault", "SearchFailed", f"worker {number}: {type(fault).__name__}: {str(fault)[:300]}")
+            code = 1
+    events.close()
+    events.join_thread()
+    os._exit(code)  # threads of a storage must not keep it
+
+
+def _check(stop: StopSignal, parent: int) -> None:
+    if os.getppid() != parent:  # nobody hears this one any more, and no signal will come
+        raise Interrupted("the search's first process is gone", signal.SIGTERM)
+    stop.check()
+
+
+def _watch(tell: Callable[..., None]) -> Watch:
+    waiting, told = [0], [0.0]
+
+    def views(n: int) -> None:
+        waiting[0] += n
+        if time.monotonic() - told[0] >= _VIEWS_EVERY_S:
+            tell("views", waiting[0])
+            waiting[0], told[0] = 0, time.monotonic()
+
+    return Watch(
+        begins=lambda number, recipe, views: tell("begins", number, recipe.backbone, views),
+        views=views,
+        rung=lambda number, result: tell("rung", number, result.auc),
+        note=lambda text: tell("note", text),
+    )

@@ -1,0 +1,73 @@
+"""How many workers a machine takes."""
+
+from __future__ import annotations
+
+import joblib
+import pytest
+import torch
+
+from pcam_automl.errors import InputError
+from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
+
+GPU = {
+    "free_bytes": 80_000_000_000,
+    "pack_bytes": 6_000_000_000,
+    "peak_bytes": 2_000_000_000,
+    "step_s": 0.010,
+    "double_step_s": 0.0125,
+    "n_cores": 16,
+}
+
+
+def none_fits(device: torch.device) -> int:
+    raise AssertionError("nothing is to be measured")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("text", "n", "per_device", "devices"),
+    [
+        ("auto", None, None, ["cuda:0", "cuda:1"]),
+        ("auto", 3, None, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", 2, None, ["cuda:1", "cuda:1"]),
+        ("auto", None, "2", ["cuda:0", "cuda:0", "cuda:1", "cuda:1"]),
+        ("cpu", 3, None, ["cpu"] * 3),
+        ("cpu", None, "2", ["cpu"] * 2),
+    ],
+)
+def test_workers_take_turns_over_the_devices(
+    text: str, n: int | None, per_device: str | None, devices: list[str]
+) -> None:
+    assert worker_devices(text, n, per_device, fitting=none_fits) == devices
+
+
+def test_auto_asks_each_device() -> None:
+    assert worker_devices("cpu", None, "auto", fitting=lambda device: 3) == ["cpu"] * 3
+
+
+@pytest.mark.parametrize(("n", "per_device"), [(2, "2"), (None, "0"), (None, "many"), (None, "9")])
+def test_what_is_no_number_of_workers_is_refused(n: int | None, per_device: str) -> None:
+    with pytest.raises(InputError, match="workers-per-device"):
+        worker_devices("cpu", n, per_device, fitting=none_fits)
+
+
+def test_a_cpu_is_shared_where_one_worker_cannot_use_all_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
+    assert n_for_cpu(lambda threads: 100.0 * threads) == 1  # it scales: one worker, and its trials end sooner
+    assert n_for_cpu(lambda threads: 100.0 * threads**0.5) == 8
+    assert n_for_cpu(lambda threads: 100.0 * min(threads, 4)) == 2
+
+
+def test_a_gpu_takes_as_many_as_fit_and_find_it_idle() -> None:
+    assert n_for_gpu(**GPU) == 4  # 2.5 ms of the 10 are its own
+    assert n_for_gpu(**{**GPU, "double_step_s": 0.020}) == 1  # busy all the time
+    assert n_for_gpu(**{**GPU, "free_bytes": 20_000_000_000}) == 2  # 8 GB each
+    assert n_for_gpu(**{**GPU, "free_bytes": 8_000_000_000}) == 4  # the pack is streamed there
+    assert n_for_gpu(**{**GPU, "free_bytes": 1_000_000_000}) == 1
+    assert n_for_gpu(**{**GPU, "n_cores": 2}) == 2
