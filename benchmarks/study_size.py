@@ -42,7 +42,8 @@ Times = dict[str, dict[int, dict[str, list[float]]]]
 
 def take_turns(trial: Callable[[], None]) -> None:
     """One trial for every line on stdin, its seconds as a line on stdout; the first one also loads the study."""
-    for _ in sys.stdin:
+    for _ in range(N_ROUNDS + 1):
+        sys.stdin.readline()
         began = time.perf_counter()
         trial()
         print(time.perf_counter() - began, flush=True)
@@ -140,9 +141,11 @@ class _Turns:
 
     def __init__(self) -> None:
         self.began: float | None = None
+        self.n_left = N_ROUNDS + 1
 
     def wait(self) -> None:
-        if self.began is None and sys.stdin.readline():
+        if self.began is None and self.n_left > 0 and sys.stdin.readline():
+            self.n_left -= 1
             self.began = time.perf_counter()
 
     def over(self) -> None:
@@ -177,19 +180,18 @@ def postgres_database() -> Iterator[str | None]:
             connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
-def measure(url: str, trials: list[Any]) -> dict[str, list[float]]:
+def measure(url: str, trials: list[Any], children: dict[str, subprocess.Popen[str]]) -> dict[str, list[float]]:
     """Seconds of a trial for both sides, round by round, on studies of ``trials``; the first, which loads, is left out."""
     from benchmarks.filled import create_study
     from pcam_automl.search.storage import open_storage
 
     storage = open_storage(url)
-    children = {}
-    for number, side in enumerate(SIDES):
-        name = f"s{len(trials)}-{number}"
-        create_study(storage, name, trials)
-        words = [sys.executable, "-m", "benchmarks.study_size", side, url, name]
-        children[side] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for number in range(len(SIDES)):
+        create_study(storage, f"s{len(trials)}-{number}", trials)
     storage.engine.dispose()
+    for number, child in enumerate(children.values()):
+        assert child.stdin is not None
+        child.stdin.write(json.dumps([url, f"s{len(trials)}-{number}"]) + "\n")
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(N_ROUNDS + 1):
         for side, child in children.items():
@@ -198,8 +200,6 @@ def measure(url: str, trials: list[Any]) -> dict[str, list[float]]:
             child.stdin.write("go\n")
             child.stdin.flush()
             times[side].append(float(child.stdout.readline()))
-    for child in children.values():
-        child.communicate()
     return {side: values[1:] for side, values in times.items()}
 
 
@@ -223,15 +223,29 @@ def draw(times: Times, file: Path) -> None:
 
 def main() -> None:
     """Measure, print, write ``benchmarks/results/study_size.json`` and ``.png``."""
+    import optuna
+
     from benchmarks.filled import make_trials
 
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     times: Times = {}
+    children = {
+        side: subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.study_size", side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for side in SIDES
+    }
     with tempfile.TemporaryDirectory() as folder, postgres_database() as postgres:
         urls = {"SQLite": f"sqlite:///{folder}/bench.db"} | ({"PostgreSQL": postgres} if postgres else {})
         for size in SIZES:
             trials = make_trials(size)
             for storage, url in urls.items():
-                times.setdefault(storage, {})[size] = measure(url, trials)
+                times.setdefault(storage, {})[size] = measure(url, trials, children)
+        for child in children.values():
+            child.communicate()
     print(f"study-size: milliseconds a trial beside its training, {os.cpu_count()} cores, {N_ROUNDS} rounds")
     print(f"  {'storage':<12}{'trials':>8}{SIDES[0]:>24}{SIDES[1]:>24}   ratio")
     rows = []
@@ -252,4 +266,5 @@ if __name__ == "__main__":
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    {SIDES[0]: bare, SIDES[1]: ours}[sys.argv[1]](*sys.argv[2:])
+    while job := sys.stdin.readline():
+        {SIDES[0]: bare, SIDES[1]: ours}[sys.argv[1]](*json.loads(job))

@@ -112,7 +112,8 @@ class Slots:
     def __init__(self, engine: sa.Engine, study_name: str) -> None:
         self.engine = engine
         self.study_name = study_name
-        self._seen_done: set[int] = set()
+        self._seen_done: set[int] = set()  # trials: a slot that is done stays so
+        self._trial_of: dict[int, int] = {}  # slots that this object started
         try:
             retry_transient(lambda: _METADATA.create_all(engine))
         except sa.exc.DBAPIError:
@@ -141,17 +142,22 @@ class Slots:
                     return None
                 if not self._insert(number, state="claimed", owner=owner, attempts=1):
                     continue
+                return Slot(number, "claimed", None, None, owner, 1, int(time.time()))
             found = self._read(number)
             if found is not None and found.owner == owner:
                 return found
 
     def started(self, slot: Slot, trial_number: int, lineage: str) -> bool:
         """Note which trial and lineage fill the caller's slot; False if the slot is no longer the caller's."""
+        self._trial_of[slot.number] = trial_number
         return self._update(slot.number, {"trial_number": trial_number, "lineage": lineage}, *_held_by(slot))
 
     def finish(self, slot: Slot) -> bool:
         """The slot's lineage is complete or pruned. False if the slot is no longer the caller's."""
-        return self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot))
+        done = self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot))
+        if done and slot.number in self._trial_of:
+            self._seen_done.add(self._trial_of[slot.number])
+        return done
 
     def reopen(self, slot: Slot, *, keep_lineage: bool) -> bool:
         """Give the slot back: with its lineage, to be continued, or without, for a new recipe.

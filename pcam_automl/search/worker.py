@@ -60,6 +60,7 @@ def run_worker(
     sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
     study.sampler = sampler
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
+    study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
     with long_lived_left_alone():
         return _run_trials(objective, study, slots, sampler, n_trials, timeout_s, finished)
 
