@@ -165,7 +165,7 @@ def _cnn_options(recipe: Recipe) -> Mapping[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _network_faults(recipe: Recipe) -> list[str]:
+def network_faults(recipe: Recipe) -> list[str]:
     """Fields that do not go together with the recipe's backbone."""
     name, faults = recipe.backbone, []
     taken = cnn.OPTIONS if name in cnn.NETWORKS else unet.OPTIONS.get(name, frozenset())
@@ -197,7 +197,7 @@ def check_runs(recipe: Recipe) -> None:
         RecipeError: unknown backbone, fields that do not fit it, or an input that it cannot take.
     """
     check_backbone(recipe.backbone)
-    if faults := _network_faults(recipe):
+    if faults := network_faults(recipe):
         raise RecipeError("; ".join(faults))
     if recipe.task == "dense":
         _check_tile(recipe)

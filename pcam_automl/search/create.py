@@ -16,7 +16,7 @@ from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, RecipeError, first_few
 from pcam_automl.files import write_json
-from pcam_automl.models.factory import backbone_fault
+from pcam_automl.models.factory import backbone_fault, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
 from pcam_automl.search.dimension import UPSCALE
@@ -45,6 +45,7 @@ from pcam_automl.versions import versions
 
 LARGEST_HOLDOUT = 0.5
 DEFAULT_RECIPE = "default"
+_DRAWS = 4
 
 
 def create_or_open_study(
@@ -121,6 +122,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic),
         progress=say,
     )
+    check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
@@ -197,6 +199,23 @@ def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
         own = own - {UPSCALE} | {"input_size"}
     own |= {"backbone"} | ({"decoder", "tile_size"} if recipe.task == "dense" else set())
     return space.pinned({name: fields[name] for name in sorted(own) if name not in pins})
+
+
+def check_networks(space: SearchSpace, start: Recipe) -> None:
+    """Whether the fields that the space gives each of its backbones are options of that backbone, by a few draws of each.
+
+    Raises:
+        RecipeError: names every field and backbone that do not go together.
+    """
+    faults: dict[str, None] = {}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for backbone in space.choices("backbone") or (start.backbone,):
+        of_one = space.pinned({"backbone": backbone})
+        for _ in range(_DRAWS):
+            recipe = of_one.suggest(study.ask(), {**start.model_dump(), "epochs": None})
+            faults |= dict.fromkeys(network_faults(recipe))
+    if faults:
+        raise RecipeError("; ".join(faults) + "; a parameter of some backbones alone needs `when: {backbone: [...]}`")
 
 
 def check_masks(recipe: Recipe, store: PatchStore, split: Split) -> None:

@@ -33,11 +33,16 @@ from pcam_automl.models.factory import check_backbone, check_runs, smallest_inpu
 from pcam_automl.recipe import build_recipe, load_recipe
 from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
-from pcam_automl.search.create import around_recipe, create_or_open_study, default_space
+from pcam_automl.search.create import (
+    around_recipe,
+    check_networks,
+    create_or_open_study,
+    default_space,
+)
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
-from pcam_automl.search.space import load_space
+from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
@@ -452,6 +457,14 @@ def test_a_holdout_whose_masks_hold_no_tumour_is_refused_before_any_trial(tmp_pa
         DataError, match=r"masks of the validation fold's .* images hold no tumour; choose another --seed"
     ):
         opened_in(tmp_path, asked, "dense")
+
+
+def test_a_field_that_a_backbone_does_not_have_is_refused_before_any_trial() -> None:
+    mixed = "parameters:\n  backbone: {choice: [keras_cnn_1, test_resnet]}\n  cnn_convs: {int: [1, 3]%s}\n"
+    start = start_recipe("default", False)
+    with pytest.raises(RecipeError, match=r"cnn_convs is no option of backbone test_resnet.* needs `when: {backbone:"):
+        check_networks(parse_space(mixed % "", "mixed"), start)
+    check_networks(parse_space(mixed % ", when: {backbone: [keras_cnn_1]}", "mixed"), start)
 
 
 def test_every_shipped_space_has_a_start_here() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
@@ -95,3 +96,21 @@ def test_each_stage_has_a_whole_cycle_and_the_last_holds_beyond_the_end() -> Non
 def test_the_frozen_phase_is_a_share_of_the_horizon() -> None:
     recipe = Recipe(frozen=0.5, schedule="wsd", trainable=0.3)
     assert [rates_at(recipe, v, end=900, horizon=100).trainable for v in (0, 49, 50, 800)] == [0.0, 0.0, 0.3, 0.3]
+
+
+def test_weight_average_is_torchs_where_the_warm_start_is_over() -> None:
+    """With decay 0.1 the warm start's (1 + t) / (10 + t) is above it from the first step."""
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ours = WeightAverage(network, 0.1)
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)
+    theirs.update_parameters(network)  # torch's first update is a copy
+    for seed in range(5):
+        with torch.no_grad():
+            for tensor in network.state_dict(keep_vars=True).values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
+        ours.update()
+        theirs.update_parameters(network)
+    expected = theirs.module.state_dict()
+    for name, tensor in ours.state().items():
+        torch.testing.assert_close(tensor, expected[name])
