@@ -212,10 +212,15 @@ def draw(times: Times, file: Path) -> None:
         for side, colour, marker in zip(SIDES, (BLUE, VERMILION), ("o", "s"), strict=True):
             middle = [1000 * statistics.median(found[side]) for found in sizes.values()]
             ends = [[1000 * pick(found[side]) for found in sizes.values()] for pick in (min, max)]
-            axes.plot(list(sizes), middle, color=colour, marker=marker, label=f"{side}, median")
+            axes.plot(list(sizes), middle, color=colour, marker=marker, label=f"{side}: median, least to most")
             axes.fill_between(list(sizes), *ends, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(LIMIT_MS, color=GREY, linestyle=":", label=f"{LIMIT_MS:.0f} ms")
-        axes.set(xscale="log", yscale="log")
+        axes.set(xscale="log", yscale="log", ylim=(20, 2000))
+        axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000], minor=False)
+        axes.minorticks_off()
+        axes.set_xticks(list(sizes))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
         dress(axes, title=storage, x="trials in the study", y="ask + report + tell, ms a trial")
     legend(axes)
     figure.savefig(file, metadata={"Software": None})
