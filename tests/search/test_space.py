@@ -191,7 +191,7 @@ FAULTS = [
     ("parameters: {lr: {log: true}}", "exactly one of choice, int and float, got none"),
     ("parameters: {lr: {float: [0.2, 0.1]}}", r"lr.float is upside down: \[0.2, 0.1\] \(did you mean \[0.1, 0.2\]"),
     ("parameters: {lr: {float: [0.1]}}", "s.parameters.lr.float"),
-    ("parameters: {lr: {float: [.nan, 0.1]}}", "s.parameters.lr.float.0 must be a finite number"),
+    ("parameters: {lr: {float: [.nan, 0.1]}}", "s.parameters.lr.float.1 must be a finite number"),
     ("parameters: {weight_decay: {float: [0, 0.1], log: true}}", "must start above 0 with log: true, got 0"),
     ("parameters: {dropout: {float: [0.0, 1.5]}}", "dropout.float must be less than or equal to 1, got 1.5"),
     ("parameters: {crop_size: {int: [32, 100], step: 2}}", "crop_size.int must be less than or equal to 96, got 100"),
