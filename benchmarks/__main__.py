@@ -2,16 +2,27 @@
 
 import importlib
 import importlib.util
-import os
 import sys
 
-NAMES = ("ingest", "batches", "training", "inference", "overhead", "startup", "study-size", "keras-cnn", "recipes")
+from pcam_automl.waiting import wait_briefly
+
+NAMES = (
+    "ingest",
+    "batches",
+    "training",
+    "inference",
+    "overhead",
+    "waiting",
+    "startup",
+    "study-size",
+    "keras-cnn",
+    "recipes",
+)
 NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 """Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""
 
 if __name__ == "__main__":
-    # As `pcam-automl` sets it, before torch is imported; it helps a DataLoader's workers beside torch's threads as well.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()  # as `pcam-automl` does; it helps a DataLoader's workers beside torch's threads as well
     if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     for name in sys.argv[1:] or NAMES:

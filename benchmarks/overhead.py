@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pcam_automl.waiting import wait_briefly
 
 RESULTS = Path(__file__).parent / "results"
 IMPORTS, TRAIN, SCORE = "imports", "training steps", "evaluation"
@@ -116,13 +117,12 @@ def run_fresh(arguments: list[str]) -> dict[str, Any]:
         "import json, sys; from benchmarks.overhead import timed_search; "
         "found = timed_search(sys.argv[1:]); print('\\n' + json.dumps(found))"
     )
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as `pcam-automl` sets it
+    wait_briefly()  # as `pcam-automl` does
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        env=environment,
         cwd=Path(__file__).parents[1],
     )
     return dict(json.loads(run.stdout.splitlines()[-1]))

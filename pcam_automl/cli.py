@@ -14,6 +14,7 @@ import typer
 
 from pcam_automl import __version__
 from pcam_automl.errors import Interrupted, PcamError
+from pcam_automl.waiting import wait_briefly
 
 app = typer.Typer(
     name="pcam-automl",
@@ -582,8 +583,7 @@ def check_submission(
 
 def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
-    # Threads that wait must not spin: next to another busy process that halves torch's speed (by hand: 13 -> 31 images/s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     try:
         app()
     except Exception as fault:
