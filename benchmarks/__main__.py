@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 
-from pcam_automl.waiting import wait_briefly
+from pcam_automl.waiting import choose_waiting
 
 NAMES = (
     "ingest",
@@ -22,7 +22,7 @@ NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 """Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""
 
 if __name__ == "__main__":
-    wait_briefly()  # as `pcam-automl` does; it helps a DataLoader's workers beside torch's threads as well
+    choose_waiting()  # as `pcam-automl` does; it helps a DataLoader's workers beside torch's threads as well
     if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     for name in sys.argv[1:] or NAMES:

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pcam_automl.waiting import wait_briefly
+from pcam_automl.waiting import choose_waiting
 
 RESULTS = Path(__file__).parent / "results"
 IMPORTS, TRAIN, SCORE = "imports", "training steps", "evaluation"
@@ -117,7 +117,7 @@ def run_fresh(arguments: list[str]) -> dict[str, Any]:
         "import json, sys; from benchmarks.overhead import timed_search; "
         "found = timed_search(sys.argv[1:]); print('\\n' + json.dumps(found))"
     )
-    wait_briefly()  # as `pcam-automl` does
+    choose_waiting()  # as `pcam-automl` does
     run = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,

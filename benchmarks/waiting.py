@@ -16,15 +16,15 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import write_result
-from pcam_automl.waiting import SPIN_COUNT
+from pcam_automl.waiting import BUSY_SPIN_COUNT
 
 N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "5"))
 NETWORKS = os.environ.get("PCAM_BENCH_NETWORKS", "mobilenetv3_small_100 resnet10t").split()
 SETTINGS: dict[str, dict[str, str]] = {
     "libgomp's default": {},
     "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "ours": {"GOMP_SPINCOUNT": SPIN_COUNT},
-    "10 times ours": {"GOMP_SPINCOUNT": str(10 * int(SPIN_COUNT))},
+    "ours, busy": {"GOMP_SPINCOUNT": BUSY_SPIN_COUNT},
+    "10 times that": {"GOMP_SPINCOUNT": str(10 * int(BUSY_SPIN_COUNT))},
 }
 STEPS = """
 import statistics, sys, time, timm, torch

@@ -14,7 +14,7 @@ import typer
 
 from pcam_automl import __version__
 from pcam_automl.errors import Interrupted, PcamError
-from pcam_automl.waiting import wait_briefly
+from pcam_automl.waiting import choose_waiting
 
 app = typer.Typer(
     name="pcam-automl",
@@ -583,7 +583,7 @@ def check_submission(
 
 def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
-    wait_briefly()
+    choose_waiting()
     try:
         app()
     except Exception as fault:
