@@ -91,11 +91,13 @@ def loading(loader: DataLoader[tuple[Tensor, Tensor]], device: torch.device) -> 
     return epoch
 
 
-def plain_training(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], device: torch.device) -> Side:
+def plain_training(
+    network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]], device: torch.device, *, lead: int = 0
+) -> Side:
     """The plain loop: fp32, default layout, AdamW, binary cross-entropy; images/s.
 
-    Neither clipping nor a weight average, and no loss is read. The clock starts with the first batch, so that the
-    workers' start is not counted, and what they have loaded by then is theirs.
+    Neither clipping nor a weight average, and no loss is read. The clock starts after ``lead`` steps: the workers have
+    loaded some batches before the first step, and a few timed steps would be spared all loading.
     """
     network = network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
@@ -106,7 +108,10 @@ def plain_training(network: nn.Module, loader: DataLoader[tuple[Tensor, Tensor]]
         batches = iter(loader)
         waiting = [next(batches)]
         n, began = 0, time.perf_counter()
-        for images, label in itertools.chain(waiting, batches):
+        for number, (images, label) in enumerate(itertools.chain(waiting, batches)):
+            if number == lead:
+                wait_for(device)
+                n, began = 0, time.perf_counter()
             optimizer.zero_grad()
             logits = network(images.to(device, non_blocking=True)).flatten()
             loss_of(logits, label.to(device, non_blocking=True)).backward()

@@ -77,6 +77,7 @@ def settings_for(device: torch.device) -> dict[str, int]:
     return {
         "batch": setting("BATCH", 512 if gpu else 64),
         "steps": setting("STEPS", 200 if gpu else 8),
+        "lead": 2 * workers_for(device),  # batches that a DataLoader's workers have ready
         "rounds": setting("ROUNDS", 5),
         "workers": workers_for(device),
     }
@@ -91,8 +92,10 @@ def other_sides(recipe: Recipe, store: PatchStore, device: torch.device, setting
 
     dataset = ImageDataset(images, label, training_transform(crop, norm.mean, norm.std))
     pin = device.type == "cuda"
-    loader = build_loader(dataset, batch_size=size, n_workers=workers, n_batches=steps, pin=pin)
-    sides = {PLAIN: plain_training(build_network(recipe, Weights("none"), seed=0), loader, device)}
+    loader = build_loader(dataset, batch_size=size, n_workers=workers, n_batches=steps + settings["lead"], pin=pin)
+    sides = {
+        PLAIN: plain_training(build_network(recipe, Weights("none"), seed=0), loader, device, lead=settings["lead"])
+    }
     if fastai_version() is not None:
         loaders = fastai_loaders(
             images, label, crop, norm.mean, norm.std, n_batches=steps, batch_size=size, n_workers=workers, device=device

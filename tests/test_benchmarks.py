@@ -20,7 +20,7 @@ from pcam_automl.models.weights import Weights
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
-SETTINGS = {"batch": 8, "steps": 2, "rounds": 1, "workers": 0}
+SETTINGS = {"batch": 8, "steps": 2, "lead": 1, "rounds": 1, "workers": 0}
 
 
 @pytest.fixture(autouse=True)
