@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
 import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
@@ -76,39 +76,41 @@ def run_workers(
         SearchFailed, InputError: a worker's own fault, once all have ended; or all were killed.
     """
     context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    workers = [
-        context.Process(target=_work, args=(task, number, device, events), name=f"worker {number}")
-        for number, device in enumerate(devices)
-    ]
-    for worker in workers:
-        worker.start()
+    workers: list[BaseProcess] = []
+    pipes: dict[
+        Connection, int
+    ] = {}  # one each: a queue's lock would stay with a worker that is killed while it speaks
     try:
-        return _listen(workers, events, stop, heard)
+        for number, device in enumerate(devices):
+            here, there = context.Pipe(duplex=False)
+            worker = context.Process(target=_work, args=(task, number, device, there), name=f"worker {number}")
+            worker.start()
+            there.close()  # so that the worker's end is the last one
+            workers.append(worker)
+            pipes[here] = number
+        return _listen(workers, pipes, stop, heard)
     finally:
         _end(workers)
 
 
-def _listen(workers: Sequence[BaseProcess], events: Any, stop: StopSignal, heard: Callable[[Heard], None]) -> SearchEnd:
+def _listen(
+    workers: Sequence[BaseProcess], pipes: dict[Connection, int], stop: StopSignal, heard: Callable[[Heard], None]
+) -> SearchEnd:
     ends: dict[int, SearchEnd] = {}
     faults: list[tuple[str, str]] = []
-    lost: set[int] = set()
     interrupted: Interrupted | None = None
-    while True:
-        alive = [worker for worker in workers if worker.is_alive()]
-        try:
-            event: Heard = events.get(timeout=0.2)
-        except queue.Empty:
-            for number, worker in enumerate(workers):
-                if worker.exitcode is not None and worker.exitcode < 0 and number not in lost | ends.keys():
-                    lost.add(number)
-                    name = signal.Signals(-worker.exitcode).name
-                    heard(
-                        Heard(number, "note", (f"worker {number} ended by {name}; its trial goes on in another one",))
-                    )
-            if not alive:
-                break
-        else:
+    while pipes:
+        for pipe in wait(list(pipes), timeout=0.2):
+            assert isinstance(pipe, Connection)
+            try:
+                event: Heard = pipe.recv()
+            except (EOFError, OSError):  # it has ended, perhaps in the middle of a word
+                number = pipes.pop(pipe)
+                workers[number].join()
+                if (code := workers[number].exitcode or 0) < 0:
+                    text = f"worker {number} ended by {signal.Signals(-code).name}; its trial goes on in another one"
+                    heard(Heard(number, "note", (text,)))
+                continue
             if event.kind == "ended":
                 ends[event.worker] = event.values[0]
             elif event.kind == "fault":
@@ -120,8 +122,9 @@ def _listen(workers: Sequence[BaseProcess], events: Any, stop: StopSignal, heard
                 stop.check()
             except Interrupted as fault:
                 interrupted = fault
-                for worker in alive:
-                    worker.terminate()
+                for worker in workers:
+                    if worker.is_alive():
+                        worker.terminate()
     if interrupted is not None:
         raise interrupted
     if faults:
@@ -147,11 +150,11 @@ def _end(workers: Sequence[BaseProcess]) -> None:
             worker.join()
 
 
-def _work(task: WorkerTask, number: int, device: str, events: Any) -> None:
+def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
     """A worker process."""
 
     def tell(kind: Kind, *values: Any) -> None:
-        events.put(Heard(number, kind, values))
+        pipe.send(Heard(number, kind, values))
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     code, parent = 0, os.getppid()
@@ -177,8 +180,7 @@ def _work(task: WorkerTask, number: int, device: str, events: Any) -> None:
             tell("note", "".join(traceback.format_exception(fault)))
             tell("fault", "SearchFailed", f"worker {number}: {type(fault).__name__}: {str(fault)[:300]}")
             code = 1
-    events.close()
-    events.join_thread()
+    pipe.close()
     os._exit(code)  # threads of a storage must not keep it
 
 
