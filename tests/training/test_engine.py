@@ -467,3 +467,18 @@ def test_low_precision_predicts_only_where_the_auc_stays(data: TrainingData) -> 
     assert precision == "fp32"
     assert abs(moved) > 1e-4
     assert inference_precision(network, data.patches, rows, data.label, views, Compute("cpu")) == ("fp32", 0.0)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_scores_and_resumes_as_a_plain_one_does(data: TrainingData, tmp_path: Path) -> None:
+    rungs, recipe = (Rung(128, 60), Rung(320, 60)), replace_recipe(views=None)
+    plain = start(recipe, data)
+    list(fitted(plain, rungs))
+    compute = Compute("cpu", compiled=True)
+    cut = fitted(start(recipe, data, compute), rungs, checkpoints=tmp_path)
+    next(cut)
+    next(cut)  # the first rung's checkpoint is written when the second is asked for
+    again = start(recipe, data, compute)
+    results = list(fitted(again, rungs, checkpoints=tmp_path))
+    assert results[-1].auc == pytest.approx(plain.results[-1].auc, abs=0.02)
+    assert again.averaged_state().keys() == plain.averaged_state().keys()
