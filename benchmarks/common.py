@@ -25,7 +25,7 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, load_recipe
-from pcam_automl.training.compute import Compute, choose_device, device_name, use_cores
+from pcam_automl.training.compute import Compute, device_name, use_device
 from pcam_automl.training.engine import Training
 from pcam_automl.training.schedule import Rates
 from pcam_automl.training.speed import SpeedBook
@@ -45,9 +45,8 @@ def setting(name: str, default: int) -> int:
 
 
 def device_here() -> torch.device:
-    """``PCAM_BENCH_DEVICE`` (cpu), with as many threads as the package would use."""
-    use_cores()
-    return choose_device(os.environ.get("PCAM_BENCH_DEVICE", "cpu"))
+    """``PCAM_BENCH_DEVICE`` (cpu), with threads and memory as the package would use them."""
+    return use_device(os.environ.get("PCAM_BENCH_DEVICE", "cpu"))
 
 
 def workers_for(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
-    {"errors", "__init__", "waiting"},
+    {"errors", "__init__", "waiting", "heap"},
     {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},

@@ -16,6 +16,7 @@ from optuna.trial import Trial
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
 from pcam_automl.errors import Interrupted, TrainingDiverged
+from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
@@ -203,8 +204,9 @@ class Objective:
         return training, rows
 
     def _release(self) -> None:
-        """Give the device's memory back before the next trial."""
+        """Give memory back before the next trial, whose network has other shapes."""
         gc.collect()
+        return_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pcam_automl.errors import InputError, did_you_mean
+from pcam_automl.heap import keep_freed_memory
+from pcam_automl.models.convolution import set_routed
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _PROBE_ROUNDS = 2
@@ -32,6 +34,7 @@ class Compute:
         step_s: measured seconds of a training step, None if not measured.
         micro_batch: images that fit into the device's memory at a time; None where a whole batch does.
         compiled: training steps run through ``torch.compile``.
+        routed: convolutions take their gradients by the routes of models/convolution.py where those are quicker.
     """
 
     device: str
@@ -40,6 +43,7 @@ class Compute:
     step_s: float | None = None
     micro_batch: int | None = None
     compiled: bool = False
+    routed: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,6 +56,7 @@ class Compute:
         """The network on the device, in the layout; compiled in place, so that its weights keep their names."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        set_routed(network, self.routed and not self.compiled)  # the compiler knows torch's own gradients
         if self.compiled:
             network.compile(dynamic=False)
         return network
@@ -104,7 +109,7 @@ def use_cores(n_workers: int = 1) -> int:
 
 
 def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) -> torch.device:
-    """Choose the device and set what torch decides once a process: threads, and exact repetition or the fastest kernels.
+    """Choose the device and set what is decided once a process: threads, memory, exact repetition or the fastest kernels.
 
     Args:
         text: see :func:`choose_device`.
@@ -117,9 +122,12 @@ def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) ->
     """
     device = choose_device(text)
     use_cores(n_workers)
+    if device.type == "cpu":
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with a fixed workspace
         torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over all that is allocated
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("highest" if deterministic else "high")  # high: TF32 where float32 is left
@@ -138,9 +146,9 @@ def _variants(device: torch.device) -> list[Compute]:
     if device.type == "cuda":
         precision: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return [Compute(name, precision, True), Compute(name, precision, False)]
-    variants = [Compute(name, "fp32", True), Compute(name, "fp32", False)]
+    variants = [Compute(name, "fp32", True, routed=True), Compute(name, "fp32", True), Compute(name, "fp32", False)]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():  # else bf16 is emulated
-        variants = [Compute(name, "bf16", True), Compute(name, "bf16", False), *variants]
+        variants = [Compute(name, "bf16", True, routed=True), Compute(name, "bf16", True), *variants]
     return variants
 
 
@@ -166,7 +174,7 @@ def measure(build: Callable[[], nn.Module], px: int, batch_size: int, device: to
                 if round_ == 0 or best_s <= 1.5 * bar_s:  # clearly slower ones are not measured again
                     times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size))
     fastest = min(times, key=times.__getitem__)
-    return Compute(fastest.device, fastest.precision, fastest.channels_last, times[fastest])
+    return replace(fastest, step_s=times[fastest])
 
 
 def fixed_variant(device: torch.device) -> Compute:

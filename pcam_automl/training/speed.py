@@ -25,6 +25,8 @@ from pcam_automl.training.compute import (
 
 PROBE_BATCH_CPU = 32
 """Images a probe step takes on a CPU, where the rate hardly depends on it; a GPU is measured at the recipe's own batch."""
+PROBE = "variants 2"
+"""Part of every key: what an earlier release measured, among other variants, is measured again."""
 COMPILE_FROM_S = 600.0
 """Trainings that are shorter by the measured step do not try `torch.compile`: it takes about a minute by itself."""
 
@@ -49,7 +51,7 @@ def _built_otherwise(recipe: Recipe) -> list[str]:
 class SpeedBook:
     """Fastest variant and step time of a network on a device, measured once and kept.
 
-    The key is (backbone, network px, batch, device, torch version, threads).
+    The key is (backbone, network px, batch, device, threads, torch version, probe).
 
     Args:
         file: the JSON; made at the first measurement.
@@ -111,7 +113,8 @@ class SpeedBook:
         if key not in self._known:
             batch = self.probe_batch(recipe, device)
             compute = measure_fitting(_builder(recipe), recipe.network_px, batch, device)
-            fields = {"precision": compute.precision, "channels_last": compute.channels_last, "step_s": compute.step_s}
+            names = ("precision", "channels_last", "routed", "step_s")
+            fields = {name: getattr(compute, name) for name in names}
             self._note(key, fields | ({} if compute.micro_batch is None else {"micro_batch": compute.micro_batch}))
         return self._known[key]
 
@@ -133,7 +136,7 @@ class SpeedBook:
     def _key(self, recipe: Recipe, device: torch.device) -> str:
         network = [recipe.backbone, *_built_otherwise(recipe)]
         batch = str(self.probe_batch(recipe, device))
-        return "/".join([*network, str(recipe.network_px), batch, device_name(device), torch.__version__])
+        return "/".join([*network, str(recipe.network_px), batch, device_name(device), torch.__version__, PROBE])
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""

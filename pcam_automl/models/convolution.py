@@ -1,0 +1,264 @@
+"""Convolutions on a CPU whose gradients take another route than oneDNN's where that is the quicker one. Times nothing.
+
+oneDNN's backward passes fall far behind its forward ones for some shapes. Measured here (two cores with AVX-512 bf16, 64
+images, channels last), milliseconds of oneDNN and of the route taken instead:
+
+    depthwise 5x5, 672 channels at 7 px, stride 2, bf16    input gradient 97, spread 0.9     weights 17, in pieces 1.3
+    depthwise 7x7, 160 channels at 4 px, bf16              weights 5.7, in pieces 1.3
+    3x3, 512 to 512 channels at 2 px, bf16 (fp32)          weights 7.6 (8.4), product 3.6 (7.4)
+    3x3, 64 to 128 channels at 16 px, stride 2, bf16       weights 5.3, product 2.4
+    1x1, 1280 to 320 channels at 2 px, bf16 (fp32)         weights 2.4 (2.6), product 0.6 (1.5); forward 0.9, product 0.5
+
+The answers are the same sums in another order. Which route a layer takes follows from its shapes alone, so that equal
+trainings stay equal; whether a network is routed at all is measured (training/compute.py).
+
+Legend: B images, C and D channels in and out, H x W and P x Q sides in and out, k kernel side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Pair = tuple[int, int]
+
+FEW_POSITIONS = 1024
+"""B * P * Q up to which a 1x1 convolution is a plain matrix product (four times as many for the weights in bf16)."""
+FEW_WINDOWS = {torch.bfloat16: 600, torch.float32: 300}
+"""B * P * Q up to which the weight gradient of a larger kernel is a product with its copied windows."""
+
+
+def set_routed(network: nn.Module, routed: bool) -> None:
+    """Let every convolution of the network that can be routed be so, or none. Weights, names and hooks stay.
+
+    Left alone are dilated ones, paddings other than zeros, and classes of their own (weight standardisation).
+    """
+    for module in network.modules():
+        if routed and type(module) in _ROUTED and _can_be_routed(module):
+            module.__class__ = _ROUTED[type(module)]
+        elif not routed and type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
+
+
+def _can_be_routed(conv: nn.Module) -> bool:
+    assert isinstance(conv, nn.Conv2d)
+    return conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+class RoutedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` by :func:`routed_conv2d`."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert not isinstance(self.padding, str)
+        return routed_conv2d(input, weight, bias, _pair(self.stride), _pair(self.padding), self.groups)
+
+
+class RoutedConv2dSame(Conv2dSame):
+    """timm's ``Conv2dSame`` (TensorFlow's padding) by :func:`routed_conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same(x, list(self.weight.shape[-2:]), list(_pair(self.stride)), [1, 1])
+        return routed_conv2d(x, self.weight, self.bias, _pair(self.stride), (0, 0), self.groups)
+
+
+_ROUTED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: RoutedConv2d, Conv2dSame: RoutedConv2dSame}
+_PLAIN = {routed: plain for plain, routed in _ROUTED.items()}
+
+
+def _pair(value: Any) -> Pair:
+    first, second = value
+    return int(first), int(second)
+
+
+def routed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
+    """``F.conv2d`` without dilation, under autocast as that one is, its gradients by the quicker route.
+
+    Args:
+        x: (B, C, H, W) on the CPU.
+        weight: (D, C / groups, k, k).
+        bias: (D,) or None.
+        stride: down, across.
+        padding: zeros on both sides, down and across.
+        groups: C and D are split into.
+
+    Returns:
+        (B, D, P, Q).
+    """
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _RoutedConv.apply(x, weight, bias, stride, padding, groups)  # type: ignore[no-any-return]
+
+
+class _RoutedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = stride, padding, groups
+        if _is_product(x, weight, stride, padding, groups):
+            return _product(x, weight, bias)
+        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, groups = ctx.settings
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        for_x = _input_gradient(gradient, x, weight, stride, padding, groups) if wants_x else None
+        for_weight = _weight_gradient(gradient, x, weight, stride, padding, groups) if wants_weight else None
+        mask = (wants_x and for_x is None, wants_weight and for_weight is None, False)
+        if any(mask):
+            theirs = _by_onednn(gradient, x, weight, stride, padding, groups, mask)
+            for_x = theirs[0] if mask[0] else for_x
+            for_weight = theirs[1] if mask[1] else for_weight
+        return for_x, for_weight, gradient.sum((0, 2, 3)) if wants_bias else None, None, None, None
+
+
+def _by_onednn(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    groups: int,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, mask
+    )
+
+
+def _input_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int
+) -> Tensor | None:
+    """By another route than oneDNN's; None where that one is taken."""
+    if _is_product(x, weight, stride, padding, groups):
+        return _product(gradient, weight.transpose(0, 1), None)
+    if _is_depthwise(x, weight, groups) and stride != (1, 1) and x.dtype == torch.bfloat16:
+        return spread_input_gradient(gradient, x, weight, stride, padding)
+    return None
+
+
+def _weight_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int
+) -> Tensor | None:
+    """By another route than oneDNN's; None where that one is taken."""
+    low, n_positions = x.dtype == torch.bfloat16, gradient[:, 0].numel()
+    if _is_depthwise(x, weight, groups):
+        in_pieces = max(weight.shape[2:]) > 3 and (low or stride == (1, 1))
+        return depthwise_weight_gradient(gradient, x, weight, stride, padding) if in_pieces else None
+    if groups > 1:
+        return None
+    if tuple(weight.shape[2:]) == (1, 1):
+        few = n_positions <= (4 * FEW_POSITIONS if low else FEW_POSITIONS)
+    else:
+        strided = low and stride != (1, 1) and x.shape[1] >= 32  # the stem's 3 channels are oneDNN's
+        few = n_positions <= FEW_WINDOWS.get(x.dtype, 0) or strided
+    return windows_weight_gradient(gradient, x, weight, stride, padding) if few else None
+
+
+def _is_product(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> bool:
+    one = groups == 1 and tuple(weight.shape[2:]) == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    return one and x[:, 0].numel() <= FEW_POSITIONS
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    return groups > 1 and groups == x.shape[1] == weight.shape[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B * H * W, C); no copy where channels are last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, C, H, W) and (D, C, 1, 1) to (B, D, H, W), channels last: no view, since layers after it overwrite it."""
+    n, _, height, width = x.shape
+    answer = torch.empty((n, len(weight), height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    rows, across = answer.permute(0, 2, 3, 1).view(-1, len(weight)), weight.flatten(1).t()
+    if bias is None:
+        torch.mm(_rows(x), across, out=rows)
+    else:
+        torch.addmm(bias, _rows(x), across, out=rows)
+    return answer
+
+
+def spread_input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """(B, C, H, W) for a depthwise convolution: the output's gradient with zeros between, convolved with the turned kernel.
+
+    Args:
+        gradient: (B, C, P, Q) of the output.
+        x: (B, C, H, W); its shape alone is used.
+        weight: (C, 1, k, k).
+        stride: of the convolution.
+        padding: of the convolution, less than k.
+    """
+    (height, width), (high, wide) = x.shape[2:], weight.shape[2:]
+    n, channels, down, across = gradient.shape
+    top, left = high - 1 - padding[0], wide - 1 - padding[1]
+    room = gradient.new_zeros((n, height + high - 1, width + wide - 1, channels))
+    ends = top + (down - 1) * stride[0] + 1, left + (across - 1) * stride[1] + 1
+    room[:, top : ends[0] : stride[0], left : ends[1] : stride[1]] = gradient.permute(0, 2, 3, 1)
+    return F.conv2d(room.permute(0, 3, 1, 2), weight.flip(2, 3), groups=channels)
+
+
+def windows_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """(D, C, k, k) as one product of the output's gradient with the windows that the kernel saw, copied beside each other.
+
+    Args:
+        gradient: (B, D, P, Q) of the output.
+        x: (B, C, H, W).
+        weight: (D, C, k, k); its shape alone is used.
+        stride: of the convolution.
+        padding: of the convolution.
+    """
+    (high, wide), (n, out, down, across) = weight.shape[2:], gradient.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))  # (B, H', W', C)
+    by_image, by_row, by_column, by_channel = padded.stride()
+    windows = padded.as_strided(
+        (n, down, across, high, wide, x.shape[1]),
+        (by_image, by_row * stride[0], by_column * stride[1], by_row, by_column, by_channel),
+    )
+    windows = windows.reshape(n * down * across, -1)  # (B * P * Q, k * k * C)
+    return torch.mm(_rows(gradient).t(), windows).view(out, high, wide, -1).permute(0, 3, 1, 2)
+
+
+def depthwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """(C, 1, k, k) from pieces of 3x3, the one depthwise kernel whose weight gradient oneDNN has a fast program for.
+
+    Weights that only ever meet the padding (5x5 on a map of 2x2) are left out: their gradient is zero.
+
+    Args:
+        gradient: (B, C, P, Q) of the output.
+        x: (B, C, H, W).
+        weight: (C, 1, k, k); its shape alone is used.
+        stride: of the convolution.
+        padding: of the convolution.
+    """
+    channels = len(weight)
+    found = weight.new_zeros(weight.shape)
+    spans, reach = [], []
+    for axis in (0, 1):
+        side, out, pad, step = x.shape[2 + axis], gradient.shape[2 + axis], padding[axis], stride[axis]
+        first, last = max(0, pad - (out - 1) * step), min(weight.shape[2 + axis], side + pad)
+        spans.append([(at, min(3, last - at)) for at in range(first, last, 3)])
+        reach.append((out - 1) * step + 3)
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1] + 3, padding[0], padding[0] + 3))
+    piece = weight.new_empty((channels, 1, 3, 3))
+    for top, high in spans[0]:
+        for left, wide in spans[1]:
+            seen = padded[:, top : top + reach[0], left : left + reach[1]].contiguous().permute(0, 3, 1, 2)
+            _, part, _ = _by_onednn(gradient, seen, piece, stride, (0, 0), channels, (False, True, False))
+            found[:, :, top : top + high, left : left + wide] = part[:, :, :high, :wide]
+    return found
