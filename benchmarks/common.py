@@ -4,13 +4,16 @@ result file. Times nothing by itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def in_turn(sides: dict[str, Side], n_rounds: int) -> dict[str, list[float]]:
+def in_turn(sides: Mapping[str, Side], n_rounds: int) -> dict[str, list[float]]:
     """What every side gave in every round, after a round that does not count. Who goes first changes from round to round."""
     names = list(sides)
     for side in sides.values():
@@ -76,6 +79,48 @@ def in_turn(sides: dict[str, Side], n_rounds: int) -> dict[str, list[float]]:
             name = names[(round_ + place) % len(names)]
             found[name].append(sides[name]())
     return found
+
+
+class Apart:
+    """A side in a process of its own, so that what one side sets for its process (memory, threads) serves no other.
+
+    Args:
+        build: makes the side there; a function of a module.
+        words: its arguments, which are pickled.
+    """
+
+    def __init__(self, build: Callable[..., Side], *words: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, multiprocessing.get_start_method(), build, words))
+        self._process.start()
+        theirs.close()
+
+    def __call__(self) -> float:
+        """A round there.
+
+        Raises:
+            RuntimeError: it failed; the traceback stands above.
+        """
+        self._pipe.send("round")
+        try:
+            return float(self._pipe.recv())
+        except EOFError:
+            raise RuntimeError(f"the process of a side ended with {self._process.exitcode}") from None
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, start_method: str, build: Callable[..., Side], words: tuple[Any, ...]) -> None:
+    """In the process: a round whenever one is asked for, until the other end is closed."""
+    multiprocessing.set_start_method(start_method, force=True)  # a spawned process would spawn its loaders' workers
+    side = build(*words)
+    with contextlib.suppress(EOFError):
+        while pipe.recv() == "round":
+            pipe.send(side())
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:

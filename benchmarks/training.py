@@ -11,7 +11,8 @@ a DataLoader (2 workers on a CPU, 8 beside a GPU), fp32, default layout, AdamW, 
 ``Learner`` with the same network, fp32, its own loaders and batch transforms, where it is installed. The others' clocks start
 with the first batch of a round, so their workers' start is free.
 
-All sides run in turn in one process; every round is PCAM_BENCH_STEPS steps (8; 200 on a GPU) of PCAM_BENCH_BATCH images (64;
+All sides run in turn, each in a process of its own (what the package sets for its process does not serve the others);
+every round is PCAM_BENCH_STEPS steps (8; 200 on a GPU) of PCAM_BENCH_BATCH images (64;
 512 on a GPU), after a round that does not count; PCAM_BENCH_ROUNDS (5) rounds. resnet18 at 96 px is also trained in each single
 variant. A cell is kept in results/training_<device>/<network>-<crop>.json and measured again when its settings or versions
 change, so that an interrupted run goes on. Targets on a CPU: 2.3 times the plain loop in the geometric mean, no cell below 1.2.
@@ -32,6 +33,7 @@ import torch
 from benchmarks.common import (
     OURS,
     RESULTS,
+    Apart,
     Side,
     device_here,
     in_turn,
@@ -60,11 +62,11 @@ from benchmarks.plain import (
     training_transform,
 )
 from benchmarks.roofline import ceilings, copy_bytes_per_s, matrix_flops, step_of_image
-from pcam_automl.data.store import PatchStore
-from pcam_automl.models.factory import build_network, normalisation_of
+from pcam_automl.data.store import PatchStore, open_store
+from pcam_automl.models.factory import Normalisation, build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute
+from pcam_automl.training.compute import Compute, use_device
 
 NETWORKS = "resnet18 resnet10t mobilenetv3_small_100 densenet121 convnext_atto tf_efficientnet_lite0"
 PLAIN = "plain loop"
@@ -83,45 +85,71 @@ def settings_for(device: torch.device) -> dict[str, int]:
     }
 
 
-def other_sides(recipe: Recipe, store: PatchStore, device: torch.device, settings: dict[str, int]) -> dict[str, Side]:
-    """The plain loop, and fastai where it is installed, each with a network of its own from the same seed."""
-    rows, crop = store.development_rows(), recipe.crop_size
-    images, label = np.array(store.patches[rows]), store.label[rows]
-    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
-    steps, size, workers = settings["steps"], settings["batch"], settings["workers"]
-
-    dataset = ImageDataset(images, label, training_transform(crop, norm.mean, norm.std))
-    pin = device.type == "cuda"
-    loader = build_loader(dataset, batch_size=size, n_workers=workers, n_batches=steps + settings["lead"], pin=pin)
-    sides = {
-        PLAIN: plain_training(build_network(recipe, Weights("none"), seed=0), loader, device, lead=settings["lead"])
-    }
-    if fastai_version() is not None:
-        loaders = fastai_loaders(
-            images, label, crop, norm.mean, norm.std, n_batches=steps, batch_size=size, n_workers=workers, device=device
-        )
-        sides[FASTAI] = fastai_training(build_network(recipe, Weights("none"), seed=0), loaders, device)
-    return sides
+def our_side(recipe: Recipe, root: Path, compute: Compute, n_steps: int) -> Side:
+    """Ours in the variant, in a process set up as the package sets up its own."""
+    use_device(compute.device)
+    store = open_store(root)
+    return our_training(start(recipe, store, compute), store.development_rows(), n_steps)
 
 
-def single_variants(recipe: Recipe, store: PatchStore, device: torch.device, n_steps: int) -> dict[str, Side]:
-    """Ours in each precision and layout by itself."""
+def plain_side(recipe: Recipe, root: Path, device: torch.device, settings: dict[str, int]) -> Side:
+    """The plain loop, in a process that is left as Python and torch make it."""
+    images, label, norm = _in_memory(recipe, root)
+    dataset = ImageDataset(images, label, training_transform(recipe.crop_size, norm.mean, norm.std))
+    loader = build_loader(
+        dataset,
+        batch_size=settings["batch"],
+        n_workers=settings["workers"],
+        n_batches=settings["steps"] + settings["lead"],
+        pin=device.type == "cuda",
+    )
+    return plain_training(build_network(recipe, Weights("none"), seed=0), loader, device, lead=settings["lead"])
+
+
+def fastai_side(recipe: Recipe, root: Path, device: torch.device, settings: dict[str, int]) -> Side:
+    """Fastai's Learner, in a process of its own."""
+    images, label, norm = _in_memory(recipe, root)
+    loaders = fastai_loaders(
+        images,
+        label,
+        recipe.crop_size,
+        norm.mean,
+        norm.std,
+        n_batches=settings["steps"],
+        batch_size=settings["batch"],
+        n_workers=settings["workers"],
+        device=device,
+    )
+    return fastai_training(build_network(recipe, Weights("none"), seed=0), loaders, device)
+
+
+def _in_memory(recipe: Recipe, root: Path) -> tuple[np.ndarray, np.ndarray, Normalisation]:
+    store = open_store(root)
     rows = store.development_rows()
-    variants = [Compute(str(device), p, last) for p in ("fp32", "bf16") for last in (False, True)]
-    return {f"ours, {variant_of(c)}": our_training(start(recipe, store, c), rows, n_steps) for c in variants}
+    norm = normalisation_of(recipe, store.channel_mean, store.channel_std)
+    return np.array(store.patches[rows]), store.label[rows], norm
 
 
 def measure_cell(
     backbone: str, crop: int, store: PatchStore, device: torch.device, settings: dict[str, int], *, variants: bool
 ) -> dict[str, Any]:
-    """Images/s of every side, round by round, and ours over the others."""
+    """Images/s of every side, round by round, and ours over the others; every side has a process of its own."""
     recipe = recipe_for(backbone, crop, settings["batch"])
     compute = measured_compute(recipe, device)
-    ours = our_training(start(recipe, store, compute), store.development_rows(), settings["steps"])
-    sides = {OURS: ours, **other_sides(recipe, store, device, settings)}
+    sides = {
+        OURS: Apart(our_side, recipe, store.root, compute, settings["steps"]),
+        PLAIN: Apart(plain_side, recipe, store.root, device, settings),
+    }
+    if fastai_version() is not None:
+        sides[FASTAI] = Apart(fastai_side, recipe, store.root, device, settings)
     if variants:
-        sides |= single_variants(recipe, store, device, settings["steps"])
-    rates = in_turn(sides, settings["rounds"])
+        for single in [Compute(str(device), p, last) for p in ("fp32", "bf16") for last in (False, True)]:
+            sides[f"ours, {variant_of(single)}"] = Apart(our_side, recipe, store.root, single, settings["steps"])
+    try:
+        rates = in_turn(sides, settings["rounds"])
+    finally:
+        for side in sides.values():
+            side.close()
     cell: dict[str, Any] = {
         "images_per_s": rates,
         "ratios": {name: ratios(rates[OURS], rates[name]) for name in (PLAIN, FASTAI) if name in rates},

@@ -19,8 +19,10 @@ from pcam_automl.heap import keep_freed_memory
 from pcam_automl.models.convolution import set_routed
 
 Precision = Literal["bf16", "fp16", "fp32"]
-_PROBE_ROUNDS = 2
+_PROBE_ROUNDS = 3
 """Variants take turns, so that a machine that is briefly busy does not decide."""
+_PROBE_S = 0.15
+"""Of steps that a variant takes at its turn, or one step where that is longer: small networks differ by less than one step's noise."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def measure(build: Callable[[], nn.Module], px: int, batch_size: int, device: to
         for round_ in range(_PROBE_ROUNDS):
             bar_s = min(times.values())
             for variant, best_s in times.items():
-                if round_ == 0 or best_s <= 1.5 * bar_s:  # clearly slower ones are not measured again
+                if round_ == 0 or best_s <= 1.3 * bar_s:  # clearly slower ones are not measured again
                     times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size))
     fastest = min(times, key=times.__getitem__)
     return replace(fastest, step_s=times[fastest])
@@ -242,12 +244,12 @@ def _rng_kept() -> Iterator[None]:
 
 
 def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int) -> float:
-    """Seconds of a training step; the first one, which allocates, is not counted."""
+    """Seconds of the quickest of some training steps; the first one, which allocates, is not counted."""
     network = variant.place(network).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     images = variant.layout(torch.randn(batch_size, 3, px, px, device=variant.device))
-    seconds = 0.0
-    for _ in range(2):
+
+    def step() -> float:
         began = time.perf_counter()
         with variant.autocast():
             loss = network(images).float().square().mean()
@@ -256,5 +258,10 @@ def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int
         optimizer.zero_grad(set_to_none=True)
         if variant.device != "cpu":
             torch.cuda.synchronize(variant.device)
-        seconds = time.perf_counter() - began
-    return seconds
+        return time.perf_counter() - began
+
+    step()
+    seconds = [step()]
+    while sum(seconds) < _PROBE_S:
+        seconds.append(step())
+    return min(seconds)

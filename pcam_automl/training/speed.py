@@ -23,8 +23,8 @@ from pcam_automl.training.compute import (
     measure_fitting,
 )
 
-PROBE_BATCH_CPU = 32
-"""Images a probe step takes on a CPU, where the rate hardly depends on it; a GPU is measured at the recipe's own batch."""
+PROBE_BATCH_CPU = 64
+"""Images a probe step takes at most on a CPU, where the rate depends little on it beyond; a GPU is measured at the recipe's own batch."""
 PROBE = "variants 2"
 """Part of every key: what an earlier release measured, among other variants, is measured again."""
 COMPILE_FROM_S = 600.0
