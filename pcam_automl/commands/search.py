@@ -79,10 +79,13 @@ def print_plan(opened: OpenStudy, n_trials: int) -> None:
         f"  a trial: {rungs}"
         + (f", at most about {terminal.duration(settings.cap_s)} on {plan['device']}" if settings.cap_s else "")
     )
+    about = plan.get("estimated", ())
     speeds = ", ".join(
-        f"{name} {rate:,.0f}" for name, rate in sorted(plan["images_per_s"].items(), key=lambda pair: -pair[1])
+        f"{name} {'~' if name in about else ''}{rate:,.0f}"
+        for name, rate in sorted(plan["images_per_s"].items(), key=lambda pair: -pair[1])
     )
-    terminal.say(f"  training images/s at {plan['planned_px']} px: {speeds}")
+    estimated = " (~ estimated from its layers; a trial measures)" if about else ""
+    terminal.say(f"  training images/s at {plan['planned_px']} px{estimated}: {speeds}")
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
 

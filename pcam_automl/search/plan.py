@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pcam_automl.errors import RecipeError
+from pcam_automl.models.cost import training_cost
 from pcam_automl.models.factory import check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.search.space import SearchSpace
@@ -25,6 +26,8 @@ TYPICAL_TRIAL_S = 30.0
 CAP_S = 60.0
 SLOWEST_SHARE = 0.2
 """A backbone that could see less than this share of the planned views within CAP_S is left out of the search."""
+ESTIMATE_ERROR = 2.0
+"""A backbone whose speed is only estimated is left out only if it would be too slow at so many times that speed, too."""
 OVERHEAD = 1.2
 """A real step also gathers, augments, averages and records: about a fifth more than the measured bare step."""
 EVAL_SPEEDUP = 2.5
@@ -45,6 +48,7 @@ class Plan:
         n_score: validation patches that a rung is scored on.
         cap_s: seconds that a trial may take by the measured speed of its network; None is no limit.
         images_per_s: backbone to training images a second at ``planned_px``.
+        estimated: those of them whose speed was not measured but follows from a measured one and the networks' shapes.
         dropped: backbones left out, with the reason.
         planned_px: network side that the speeds were measured at.
     """
@@ -55,6 +59,7 @@ class Plan:
     images_per_s: dict[str, float]
     dropped: dict[str, str]
     planned_px: int
+    estimated: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,10 +102,13 @@ def make_plan(
     views: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
-    """Measure the space's backbones and set the rungs.
+    """Set the rungs by the speeds of the space's backbones.
+
+    Timed is only the backbone that the search starts with; the others are as much slower as their shapes say, unless this
+    machine has timed them before. A trial measures its own network before it trains, and its views follow from that.
 
     Args:
-        space: its backbones are timed.
+        space: its backbones are planned for.
         default: what the fields outside the space are.
         n_train: labelled patches outside the validation fold.
         n_valid: labelled patches in the validation fold.
@@ -108,26 +116,13 @@ def make_plan(
         speed: remembered measurements.
         views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
             space, lifts the limit on a trial's seconds.
-        progress: told of each backbone that had to be timed; nothing of those whose speed was known.
+        progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
     asked = views if views is not None else _asked_views(fields, space, n_train)
-    rates: dict[str, float] = {}
-    dropped: dict[str, str] = {}
     planned_px = planned_side(fields, space)
-    for name in space.choices("backbone") or [fields["backbone"]]:
-        recipe = planned_recipe(fields, name, planned_px)
-        px, known = recipe.network_px, speed.knows(recipe, device)
-        try:
-            check_runs(recipe)
-        except RecipeError as fault:
-            dropped[name] = str(fault)
-            continue
-        rates[name] = speed.images_per_s(recipe, device)
-        if not known:
-            progress(f"timed {name}: {rates[name]:,.0f} training images/s at {px} px")
-    if not rates:
-        raise RecipeError(f"no backbone of the space can be built: {'; '.join(dropped.values())}")
+    recipes, dropped = _recipes_that_run(fields, space, planned_px)
+    rates, estimated = _speeds(recipes, default.backbone, device, speed, progress)
     typical = statistics.median(rates.values())
     whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
@@ -138,15 +133,58 @@ def make_plan(
     if cap_s is not None:
         for name, rate in rates.items():
             seconds = trial_seconds(default, rungs, n_score, rate)
-            if seconds * SLOWEST_SHARE > cap_s:
+            doubt = ESTIMATE_ERROR if name in estimated else 1.0
+            if seconds * SLOWEST_SHARE > cap_s * doubt:
+                about = "about " if name in estimated else ""
                 dropped[name] = (
-                    f"a trial would take {seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"
+                    f"a trial would take {about}{seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"
                 )
         if set(dropped) >= set(rates):
             raise RecipeError(
                 f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
             )
-    return Plan(rungs, n_score, cap_s, rates, dropped, planned_px)
+    return Plan(rungs, n_score, cap_s, rates, dropped, planned_px, estimated)
+
+
+def _recipes_that_run(
+    fields: dict[str, Any], space: SearchSpace, planned_px: int
+) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """Backbone to the recipe that its speed is of, and to why it cannot run.
+
+    Raises:
+        RecipeError: none can.
+    """
+    recipes: dict[str, Recipe] = {}
+    dropped: dict[str, str] = {}
+    for name in space.choices("backbone") or [fields["backbone"]]:
+        recipe = planned_recipe(fields, name, planned_px)
+        try:
+            check_runs(recipe)
+        except RecipeError as fault:
+            dropped[name] = str(fault)
+        else:
+            recipes[name] = recipe
+    if not recipes:
+        raise RecipeError(f"no backbone of the space can be built: {'; '.join(dropped.values())}")
+    return recipes, dropped
+
+
+def _speeds(
+    recipes: dict[str, Recipe], first: str, device: torch.device, speed: SpeedBook, progress: Callable[[str], None]
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Training images a second of each backbone, and which of them are estimates."""
+    known = {name for name, recipe in recipes.items() if speed.knows(recipe, device)}
+    reference = first if first in recipes else next((name for name in recipes if name in known), next(iter(recipes)))
+    rate = speed.images_per_s(recipes[reference], device)
+    if reference not in known:
+        progress(f"timed {reference}: {rate:,.0f} training images/s at {recipes[reference].network_px} px")
+    estimated = tuple(name for name in recipes if name not in known and name != reference)
+    cost = {name: training_cost(recipes[name]) for name in (reference, *estimated)} if estimated else {}
+    rates = {
+        name: rate * cost[reference] / cost[name] if name in estimated else speed.images_per_s(recipe, device)
+        for name, recipe in recipes.items()
+    }
+    return rates, estimated
 
 
 def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:

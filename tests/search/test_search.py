@@ -30,7 +30,7 @@ from pcam_automl.errors import (
 from pcam_automl.files import sha256_of_file
 from pcam_automl.finalize import finalize
 from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
-from pcam_automl.recipe import build_recipe, load_recipe
+from pcam_automl.recipe import Recipe, build_recipe, load_recipe
 from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
 from pcam_automl.search.create import (
@@ -310,7 +310,7 @@ def test_only_backbones_that_had_to_be_timed_are_named(tmp_path: Path, asked: As
     for name in ("one", "two"):
         create_or_open_study(name, url_in(tmp_path), replace(asked, views=64), say=said.append)
     timed = [line.split(":")[0] for line in said if line.startswith("timed ")]
-    assert timed == ["timed test_resnet", "timed test_vit"]
+    assert timed == ["timed test_resnet"]  # once, and only the one that the search starts with
 
 
 def test_a_pack_that_changed_since_the_study_began_is_refused_with_both_hashes(
@@ -342,9 +342,11 @@ def test_slow_backbones_get_fewer_views_and_hopeless_ones_are_left_out(
 
     rates = {"test_resnet": 1000.0, "test_vit": 20.0}
     monkeypatch.setattr(SpeedBook, "images_per_s", lambda self, recipe, device: rates[recipe.backbone])
+    monkeypatch.setattr(SpeedBook, "knows", lambda self, recipe, device: True)
     opened = opened_in(tmp_path / "a", replace(asked, views=None))
     assert opened.settings.rungs[-1][0] == 20 * opened.settings.plan["n_train"], "20 epochs are the most on a tiny set"
     assert opened.settings.cap_s == 60.0
+    assert opened.settings.plan["estimated"] == []
     objective = Objective(opened, CPU)
     assert objective._share(build_recipe({"backbone": "test_resnet"})) == 1.0
     assert objective._share(build_recipe({"backbone": "test_vit"})) < 1.0
@@ -352,6 +354,33 @@ def test_slow_backbones_get_fewer_views_and_hopeless_ones_are_left_out(
     opened = opened_in(tmp_path / "b", replace(asked, views=None))
     assert opened.space.choices("backbone") == ("test_resnet",)
     assert "test_vit" in opened.settings.plan["dropped"]
+
+
+@pytest.mark.parametrize(("times", "dropped"), [(1.5, False), (2.5, True)])
+def test_only_the_first_backbone_is_timed_and_a_doubtful_estimate_drops_none(
+    times: float, dropped: bool, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pcam_automl.search import plan
+    from pcam_automl.training.speed import SpeedBook
+
+    timed: list[str] = []
+
+    def images_per_s(self: SpeedBook, recipe: Recipe, device: torch.device) -> float:
+        timed.append(recipe.backbone)
+        return 1000.0
+
+    monkeypatch.setattr(SpeedBook, "images_per_s", images_per_s)
+    monkeypatch.setattr(plan, "training_cost", lambda recipe: cost[recipe.backbone])
+    cost = {"test_resnet": 1.0, "test_vit": 4.0}
+    opened = opened_in(tmp_path / "a", replace(asked, views=None))
+    assert set(timed) == {"test_resnet"}
+    settings = opened.settings
+    assert settings.plan["images_per_s"] == {"test_resnet": 1000.0, "test_vit": 250.0}
+    assert settings.plan["estimated"] == ["test_vit"]
+    seconds = plan.trial_seconds(opened.start, opened.rungs, settings.n_score, 1000.0)
+    cost["test_vit"] = times * plan.CAP_S / (seconds * plan.SLOWEST_SHARE)  # so many times the limit
+    other = opened_in(tmp_path / "b", replace(asked, views=None))
+    assert ("test_vit" in other.settings.plan["dropped"]) == dropped
 
 
 def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: Asked) -> None:
