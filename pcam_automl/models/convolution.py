@@ -17,7 +17,9 @@ Legend: B images, C and D channels in and out, H x W and P x Q sides in and out,
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +32,8 @@ Pair = tuple[int, int]
 
 FEW_POSITIONS = 1024
 """B * P * Q up to which a 1x1 convolution is a plain matrix product (four times as many for the weights in bf16)."""
-FEW_WINDOWS = {torch.bfloat16: 600, torch.float32: 300}
-"""B * P * Q up to which the weight gradient of a larger kernel is a product with its copied windows."""
+FEW_WINDOWS, FEW_WINDOWS_LOW = 300, 600
+"""B * P * Q up to which the weight gradient of a larger kernel is a product with its copied windows, in fp32 and in bf16."""
 
 
 def set_routed(network: nn.Module, routed: bool) -> None:
@@ -76,8 +78,50 @@ def _pair(value: Any) -> Pair:
     return int(first), int(second)
 
 
+@dataclass(frozen=True)
+class Route:
+    """How a layer's passes run; what is left at its default is oneDNN's."""
+
+    product: bool = False
+    """Forward pass and input gradient are plain matrix products."""
+    spread: bool = False
+    """The input gradient convolves the output's gradient with zeros between."""
+    weight: Literal["onednn", "windows", "pieces"] = "onednn"
+
+
+@cache
+def route_of(shape: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair, groups: int, low: bool) -> Route:
+    """The route of a layer.
+
+    Args:
+        shape: (B, C, H, W) of its input.
+        kernel: (D, C / groups, k, k) of its weights.
+        stride: down, across.
+        padding: down, across.
+        groups: C and D are split into.
+        low: it computes in bf16.
+    """
+    n, channels, *sides = shape
+    out, _, *reach = kernel
+    n_positions = n
+    for side, span, step, pad in zip(sides, reach, stride, padding, strict=True):
+        n_positions *= (side + 2 * pad - span) // step + 1
+    if groups > 1:
+        if not groups == channels == out:
+            return Route()
+        in_pieces = max(reach) > 3 and (low or stride == (1, 1))
+        return Route(spread=low and stride != (1, 1), weight="pieces" if in_pieces else "onednn")
+    if reach == [1, 1]:
+        few = n_positions <= (4 * FEW_POSITIONS if low else FEW_POSITIONS)
+        product = stride == (1, 1) and padding == (0, 0) and n_positions <= FEW_POSITIONS
+        return Route(product=product, weight="windows" if few else "onednn")
+    strided = low and stride != (1, 1) and channels >= 32  # the stem's 3 channels are oneDNN's
+    few = n_positions <= (FEW_WINDOWS_LOW if low else FEW_WINDOWS)
+    return Route(weight="windows" if few or strided else "onednn")
+
+
 def routed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int) -> Tensor:
-    """``F.conv2d`` without dilation, under autocast as that one is, its gradients by the quicker route.
+    """``F.conv2d`` without dilation, under autocast as that one is, its passes by the quicker route.
 
     Args:
         x: (B, C, H, W) on the CPU.
@@ -90,39 +134,50 @@ def routed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, 
     Returns:
         (B, D, P, Q).
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _RoutedConv.apply(x, weight, bias, stride, padding, groups)  # type: ignore[no-any-return]
+    low_by_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if low_by_autocast else x.dtype
+    route = route_of(x.shape, weight.shape, stride, padding, groups, dtype == torch.bfloat16)
+    if route == _ONEDNN:
+        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+    if low_by_autocast:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _RoutedConv.apply(x, weight, bias, stride, padding, groups, route)  # type: ignore[no-any-return]
 
 
 class _RoutedConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int, route: Route
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.settings = stride, padding, groups
-        if _is_product(x, weight, stride, padding, groups):
-            return _product(x, weight, bias)
-        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+        ctx.settings = stride, padding, groups, route
+        return _product(x, weight, bias) if route.product else F.conv2d(x, weight, bias, stride, padding, 1, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.settings
+        stride, padding, groups, route = ctx.settings
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        for_x = _input_gradient(gradient, x, weight, stride, padding, groups) if wants_x else None
-        for_weight = _weight_gradient(gradient, x, weight, stride, padding, groups) if wants_weight else None
+        for_x = for_weight = None
+        if wants_x and route.product:
+            for_x = _product(gradient, weight.transpose(0, 1), None)
+        elif wants_x and route.spread:
+            for_x = spread_input_gradient(gradient, x, weight, stride, padding)
+        if wants_weight and route.weight != "onednn":
+            route_taken = windows_weight_gradient if route.weight == "windows" else depthwise_weight_gradient
+            for_weight = route_taken(gradient, x, weight, stride, padding)
         mask = (wants_x and for_x is None, wants_weight and for_weight is None, False)
         if any(mask):
             theirs = _by_onednn(gradient, x, weight, stride, padding, groups, mask)
             for_x = theirs[0] if mask[0] else for_x
             for_weight = theirs[1] if mask[1] else for_weight
-        return for_x, for_weight, gradient.sum((0, 2, 3)) if wants_bias else None, None, None, None
+        for_bias = gradient.sum((0, 2, 3)) if wants_bias else None
+        return for_x, for_weight, for_bias, None, None, None, None
+
+
+_ONEDNN = Route()
 
 
 def _by_onednn(
@@ -137,44 +192,6 @@ def _by_onednn(
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, mask
     )
-
-
-def _input_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int
-) -> Tensor | None:
-    """By another route than oneDNN's; None where that one is taken."""
-    if _is_product(x, weight, stride, padding, groups):
-        return _product(gradient, weight.transpose(0, 1), None)
-    if _is_depthwise(x, weight, groups) and stride != (1, 1) and x.dtype == torch.bfloat16:
-        return spread_input_gradient(gradient, x, weight, stride, padding)
-    return None
-
-
-def _weight_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int
-) -> Tensor | None:
-    """By another route than oneDNN's; None where that one is taken."""
-    low, n_positions = x.dtype == torch.bfloat16, gradient[:, 0].numel()
-    if _is_depthwise(x, weight, groups):
-        in_pieces = max(weight.shape[2:]) > 3 and (low or stride == (1, 1))
-        return depthwise_weight_gradient(gradient, x, weight, stride, padding) if in_pieces else None
-    if groups > 1:
-        return None
-    if tuple(weight.shape[2:]) == (1, 1):
-        few = n_positions <= (4 * FEW_POSITIONS if low else FEW_POSITIONS)
-    else:
-        strided = low and stride != (1, 1) and x.shape[1] >= 32  # the stem's 3 channels are oneDNN's
-        few = n_positions <= FEW_WINDOWS.get(x.dtype, 0) or strided
-    return windows_weight_gradient(gradient, x, weight, stride, padding) if few else None
-
-
-def _is_product(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> bool:
-    one = groups == 1 and tuple(weight.shape[2:]) == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    return one and x[:, 0].numel() <= FEW_POSITIONS
-
-
-def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    return groups > 1 and groups == x.shape[1] == weight.shape[0]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from pcam_automl.models import convolution
 from pcam_automl.models.convolution import (
+    Route,
     RoutedConv2d,
     depthwise_weight_gradient,
+    route_of,
     routed_conv2d,
     set_routed,
     spread_input_gradient,
@@ -143,6 +145,24 @@ def test_what_cannot_be_routed_is_left_and_routing_is_undone() -> None:
     set_routed(network, True)
     set_routed(network, False)
     assert [type(module) for module in network] == before
+
+
+def test_the_route_follows_from_the_shapes() -> None:
+    def route(shape: tuple[int, ...], kernel: tuple[int, ...], stride: Pair, groups: int, low: bool) -> Route:
+        pad = kernel[-1] // 2
+        return route_of(torch.Size(shape), torch.Size(kernel), stride, (pad, pad), groups, low)
+
+    assert route((64, 16, 4, 4), (8, 16, 1, 1), (1, 1), 1, False) == Route(product=True, weight="windows")
+    assert route((64, 16, 8, 8), (8, 16, 1, 1), (1, 1), 1, True) == Route(weight="windows")
+    assert route((64, 16, 8, 8), (8, 16, 1, 1), (1, 1), 1, False) == Route()
+    assert route((64, 512, 2, 2), (512, 512, 3, 3), (1, 1), 1, False) == Route(weight="windows")
+    assert route((64, 64, 16, 16), (64, 64, 3, 3), (1, 1), 1, True) == Route()
+    assert route((64, 3, 64, 64), (64, 3, 7, 7), (2, 2), 1, True) == Route()
+    assert route((64, 64, 16, 16), (128, 64, 3, 3), (2, 2), 1, True) == Route(weight="windows")
+    assert route((64, 96, 16, 16), (96, 1, 3, 3), (2, 2), 96, True) == Route(spread=True)
+    assert route((64, 96, 16, 16), (96, 1, 5, 5), (2, 2), 96, True) == Route(spread=True, weight="pieces")
+    assert route((64, 96, 16, 16), (96, 1, 5, 5), (2, 2), 96, False) == Route()
+    assert route((64, 96, 16, 16), (96, 24, 3, 3), (1, 1), 4, True) == Route()
 
 
 def test_frozen_layers_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
