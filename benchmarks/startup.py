@@ -6,7 +6,7 @@
 Every run is a fresh process on a warm page cache, the commands in turn. Beside ours stands what cannot be saved: the bare
 imports that a command needs, and for `status` Optuna reading the same file by its own storage. `search` packs 400
 synthetic patches and trains the default recipe; its first step ends the run. The first study beside a storage also times
-the backbones, which later ones find in `speed.json`: it is shown apart, and so is `import torch, timm`.
+the backbone that it starts with, which later ones find in `speed.json`: it is shown apart, and so is `import torch, timm`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
         middle = statistics.median(values)
         wanted = f"  wanted {WANTED_S[name]:.1f} s" if name in WANTED_S else ""
         print(f"  {name:<30} median {middle:6.2f} s ({min(values):.2f} to {max(values):.2f}){wanted}")
-    print(f"  the machine's first search, which also times the backbones: {first_search_s:.1f} s, once")
+    print(f"  the machine's first search, which also times a network: {first_search_s:.1f} s, once")
     results = Path(__file__).parent / "results" / "startup.json"
     results.parent.mkdir(exist_ok=True)
     results.write_text(
