@@ -15,7 +15,14 @@ from optuna.trial import TrialState
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search import storage as module
-from pcam_automl.search.storage import engine_of, is_transient, open_storage, quiet_experimental, retry_transient
+from pcam_automl.search.storage import (
+    engine_of,
+    is_transient,
+    open_storage,
+    quiet_experimental,
+    retry_transient,
+    set_user_attrs,
+)
 from pcam_automl.search.storage_url import normalised_url, safe_url
 
 SECRET = "s3cr:t/p@ss w%rd"
@@ -272,6 +279,68 @@ def test_session_level_fault_is_outlived_by_a_trial(tmp_path: Path, monkeypatch:
     study.optimize(objective, n_trials=1)
     assert study.trials[0].state == TrialState.COMPLETE
     assert min(len(calls), len(calls_param), len(calls_attr)) == 2
+    engine_of(study).dispose()
+
+
+@pytest.mark.parametrize("seen_by", ["attribute", "attributes", "report", "end", "another read", "prune"])
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_parameters_are_in_the_database_with_whatever_is_written_next(tmp_path: Path, seen_by: str) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(study_name="s", storage=open_storage(url))
+    other = optuna.load_study(study_name="s", storage=open_storage(url))
+    for _ in range(2):  # from the second trial on the process has met the names
+        trial = study.ask()
+        wanted = {"x": trial.suggest_float("x", 0, 1), "y": trial.suggest_categorical("y", ["a", "b"])}
+        if seen_by == "attribute":
+            trial.set_user_attr("reason", "x")
+        elif seen_by == "attributes":
+            set_user_attrs(trial, reason="x", seconds=1)
+        elif seen_by == "report":
+            trial.report(0.5, step=1)
+        elif seen_by == "end":
+            study.tell(trial, 0.5)
+        elif seen_by == "prune":
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.get_trials(deepcopy=False)
+        found = other.get_trials(deepcopy=False)[trial.number]
+        assert found.params == wanted
+        assert found.distributions["y"] == optuna.distributions.CategoricalDistribution(("a", "b"))
+    engine_of(study).dispose()
+    engine_of(other).dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_parameters_are_written_once_and_survive_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    storage = study._storage._backend  # type: ignore[attr-defined]
+    real, calls = storage.check_trial_is_updatable, []
+
+    def flaky(*words: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise locked()
+        real(*words)
+
+    monkeypatch.setattr(storage, "check_trial_is_updatable", flaky)
+    set_user_attrs(trial, reason="x")
+    assert len(calls) == 2
+    study.tell(trial, 0.5)
+    assert study.trials[1].params == trial.params
+    engine_of(study).dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_a_name_with_another_distribution_is_refused_as_optuna_does(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(study_name="s", storage=open_storage(url))
+    study.ask().suggest_categorical("y", ["a", "b"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="CategoricalDistribution does not support dynamic value space"):
+            study.ask().suggest_categorical("y", ["a", "c"])
     engine_of(study).dispose()
 
 
