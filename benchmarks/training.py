@@ -14,7 +14,7 @@ with the first batch of a round, so their workers' start is free.
 All sides run in turn, each in a process of its own (what the package sets for its process does not serve the others);
 every round is PCAM_BENCH_STEPS steps (8; 200 on a GPU) of PCAM_BENCH_BATCH images (64;
 512 on a GPU), after a round that does not count; PCAM_BENCH_ROUNDS (5) rounds. resnet18 at 96 px is also trained in each single
-variant. A cell is kept in results/training_<device>/<network>-<crop>.json and measured again when its settings or versions
+variant and as ``--deterministic`` trains. A cell is kept in results/training_<device>/<network>-<crop>.json and measured again when its settings or versions
 change, so that an interrupted run goes on. Targets on a CPU: 2.3 times the plain loop in the geometric mean, no cell below 1.2.
 """
 
@@ -66,10 +66,11 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.models.factory import Normalisation, build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute, use_device
+from pcam_automl.training.compute import Compute, fixed_variant, use_device
 
 NETWORKS = "resnet18 resnet10t mobilenetv3_small_100 densenet121 convnext_atto tf_efficientnet_lite0"
 PLAIN = "plain loop"
+DETERMINISTIC = "ours, --deterministic"
 VARIANTS_OF = ("resnet18", 96)
 
 
@@ -85,9 +86,9 @@ def settings_for(device: torch.device) -> dict[str, int]:
     }
 
 
-def our_side(recipe: Recipe, root: Path, compute: Compute, n_steps: int) -> Side:
+def our_side(recipe: Recipe, root: Path, compute: Compute, n_steps: int, deterministic: bool = False) -> Side:
     """Ours in the variant, in a process set up as the package sets up its own."""
-    use_device(compute.device)
+    use_device(compute.device, deterministic=deterministic)
     store = open_store(root)
     return our_training(start(recipe, store, compute), store.development_rows(), n_steps)
 
@@ -143,6 +144,8 @@ def measure_cell(
     if fastai_version() is not None:
         sides[FASTAI] = Apart(fastai_side, recipe, store.root, device, settings)
     if variants:
+        fixed = fixed_variant(device)
+        sides[DETERMINISTIC] = Apart(our_side, recipe, store.root, fixed, settings["steps"], True)
         for single in [Compute(str(device), p, last) for p in ("fp32", "bf16") for last in (False, True)]:
             sides[f"ours, {variant_of(single)}"] = Apart(our_side, recipe, store.root, single, settings["steps"])
     try:

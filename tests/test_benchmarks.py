@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,12 +67,47 @@ def test_the_loaders_stain_jitter_without_jitter_changes_nothing() -> None:
     assert (batches.StainJitter(0.5)(image) - image).abs().max() > 1e-3
 
 
+class Here:
+    """A side in this process, in the place of ``common.Apart``: seven more of them would import torch for a minute."""
+
+    def __init__(self, build: Callable[..., common.Side], *words: object) -> None:
+        self.side = build(*words)
+
+    def __call__(self) -> float:
+        return self.side()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def countdown(start: int) -> common.Side:
+    values = iter(range(start, 0, -1))
+    return lambda: float(next(values))
+
+
+def test_a_side_apart_answers_until_it_ends_and_then_says_so() -> None:
+    side = common.Apart(countdown, 2)
+    assert [side(), side()] == [2.0, 1.0]
+    with pytest.raises(RuntimeError, match="the process of a side ended"):
+        side()
+    side.close()
+
+
+@pytest.fixture
+def _determinism_undone() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_determinism_undone")
 def test_a_training_cell_is_kept_and_read_again(
     store: PatchStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(training, "Apart", Here)
     monkeypatch.setattr(training, "VARIANTS_OF", (TINY, 32))
     cell = training.cell_of(TINY, 32, store, CPU, SETTINGS, tmp_path)
-    assert {common.OURS, training.PLAIN, "ours, bf16 channels_last"} <= set(cell["images_per_s"])
+    wanted = {common.OURS, training.PLAIN, training.DETERMINISTIC, "ours, bf16 channels_last"}
+    assert wanted <= set(cell["images_per_s"])
     again = training.cell_of(TINY, 32, store, CPU, SETTINGS, tmp_path)
     assert again["images_per_s"] == cell["images_per_s"]
     assert json.loads((tmp_path / f"{TINY}-32.json").read_text())["key"]["batch"] == 8
