@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pcam_automl.data.pack import pack
 from pcam_automl.data.sources import fingerprint, open_source
-from pcam_automl.data.store import PatchStore, is_pack, open_store
+from pcam_automl.data.store import PatchStore, is_of_this_version, is_pack, open_store
 from pcam_automl.errors import DataError
 from pcam_automl.files import locked
 
@@ -26,7 +26,8 @@ def find_pack(
 ) -> PatchStore:
     """The store of ``path``: itself if it is a pack, else the one packed from it earlier, else a new one.
 
-    A raw folder is recognised by its fingerprint (relative names, sizes, times), so a changed folder is packed anew.
+    A raw folder is recognised by its fingerprint (relative names, sizes, times), so a changed folder is packed anew; so is
+    one whose pack was made by a release with another kind of pack.
 
     Args:
         path: a pack or a raw folder.
@@ -49,13 +50,13 @@ def find_pack(
     for note in source.notes:
         say(note)
     target = packs / fingerprint(source)[:16]
-    if is_pack(target):
+    if is_pack(target) and is_of_this_version(target):
         return open_store(target)
     with locked(
         packs / f".{target.name}.lock",
         busy=f"another process is packing {path} into {target}; wait for it, then repeat the command",
     ):
-        if is_pack(target):
+        if is_pack(target) and is_of_this_version(target):
             return open_store(target)
         say(f"packing {len(source.ids):,} patches once into {target}")
         return pack(source, target, progress=call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
 
 from pcam_automl.data.store import TEST, Flag, PatchStore
 from pcam_automl.errors import first_few
@@ -39,7 +39,7 @@ class Measures:
     sharpness: NDArray[np.float32]
     """(B,) variance of the 4-neighbour Laplacian of the green channel, in grey levels squared."""
     digest: NDArray[np.uint8]
-    """(B, 16) first half of the SHA-256 of the pixels."""
+    """(B, 16) XXH3-128 of the pixels."""
     flags: NDArray[np.uint16]
     """(B,) DARK, BRIGHT and BLURRED."""
 
@@ -94,7 +94,7 @@ _scratch = _Scratch()
 
 
 def measure(patches: NDArray[np.uint8]) -> Measures:
-    """Measure (B, H, W, 3) uint8 patches, H and W at least 3; about 39 us a patch of 96x96, 16 of them the digest."""
+    """Measure (B, H, W, 3) uint8 patches, H and W at least 3; about 26 us a patch of 96x96."""
     n = len(patches)
     stats = np.empty((n, 6), np.float32)
     sharpness = np.empty(n, np.float32)
@@ -116,8 +116,11 @@ def measure(patches: NDArray[np.uint8]) -> Measures:
 
 
 def pixel_digests(patches: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(B, 16) first halves of the SHA-256 of each of (B, H, W, 3) C-contiguous patches; 15 us a patch of 96x96."""
-    digests = b"".join([hashlib.sha256(patch.data).digest()[:16] for patch in patches.reshape(len(patches), -1)])
+    """(B, 16) XXH3-128 of each of (B, H, W, 3) C-contiguous patches; 2 us a patch of 96x96, SHA-256 15.
+
+    They find duplicates and damage; nothing rests on their being hard to forge.
+    """
+    digests = b"".join([xxh3_128_digest(patch.data) for patch in patches.reshape(len(patches), -1)])
     return np.frombuffer(digests, np.uint8).reshape(-1, 16)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pcam_automl.errors import DataError, first_few
 
 FORMAT = "pcam_automl.pack"
-VERSION = 1
+VERSION = 2
 TRAIN, VALID, TEST = 0, 1, 2
 """Codes of ``part``; VALID only where a source has an official validation split."""
 
@@ -79,7 +79,7 @@ class PatchStore:
     stats: NDArray[np.float32]
     """(N, 6) means, then deviations of red, green, blue, in [0, 1]."""
     digest: NDArray[np.uint8]
-    """(N, 16) first half of the SHA-256 of the pixels; zeros where a file was faulty."""
+    """(N, 16) XXH3-128 of the pixels; zeros where a file was faulty."""
     masks: NDArray[np.uint8] | None
     """(N, H, W) uint8, 1 = tumour, or None; zeros where a test patch has no mask (``source["notes"]`` counts them)."""
     group_names: tuple[str, ...]
@@ -117,6 +117,15 @@ class PatchStore:
 def is_pack(path: Path) -> bool:
     """Whether ``path`` is a folder that claims to be a pack; :func:`open_store` says whether it is a sound one."""
     return (Path(path) / "store.json").is_file()
+
+
+def is_of_this_version(path: Path) -> bool:
+    """Whether a pack is of the version that this package reads; True also for what is no sound pack at all."""
+    try:
+        header = json.loads((Path(path) / "store.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True  # open_store words the fault
+    return not isinstance(header, dict) or header.get("version") in (VERSION, None)
 
 
 def open_store(path: Path) -> PatchStore:

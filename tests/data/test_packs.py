@@ -1,0 +1,37 @@
+"""The pack of a folder is found again, and made anew where an older release made it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pcam_automl.data.packs import find_pack
+from pcam_automl.data.store import VERSION, open_store
+from pcam_automl.errors import DataError
+
+
+def test_a_folder_is_packed_once_and_again_after_a_release_with_another_kind_of_pack(
+    kaggle: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    packs = tmp_path / "packs"
+    store = find_pack(kaggle, packs, say=said.append)
+    assert find_pack(kaggle, packs, say=said.append).root == store.root
+    assert [line.startswith("packing 12 patches once") for line in said] == [True]
+    header = store.root / "store.json"
+    older = json.loads(header.read_text()) | {"version": VERSION - 1}
+    header.write_text(json.dumps(older))
+    with pytest.raises(DataError, match=f"pack version {VERSION - 1}"):
+        find_pack(store.root, packs)  # named by its user: not ours to replace
+    assert find_pack(kaggle, packs, say=said.append).content_hash == store.content_hash
+    assert len(said) == 2
+    assert open_store(store.root).content_hash == store.content_hash
+
+
+def test_a_damaged_header_is_named_and_not_packed_over(kaggle: Path, tmp_path: Path) -> None:
+    store = find_pack(kaggle, tmp_path / "packs")
+    (store.root / "store.json").write_text("{")
+    with pytest.raises(DataError, match=r"store.json cannot be read"):
+        find_pack(kaggle, tmp_path / "packs")
