@@ -85,6 +85,7 @@ def countdown(start: int) -> common.Side:
     return lambda: float(next(values))
 
 
+@pytest.mark.slow
 def test_a_side_apart_answers_until_it_ends_and_then_says_so() -> None:
     side = common.Apart(countdown, 2)
     assert [side(), side()] == [2.0, 1.0]

@@ -505,7 +505,7 @@ def bundle(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_leaves_the_study_consistent_and_says_how_to_go_on(
     easy_raw: Path, in_tmp: Path, signum: signal.Signals
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_new_report_replaces_the_pictures_of_an_older_one_but_not_what_was_add
         write_report(ReportContent("t", epochs=epochs_of()), tmp_path)
 
 
+@pytest.mark.slow
 def test_maps_of_a_trials_scores_are_said_to_be_of_a_network_trained_since(easy_pack: Path) -> None:
     content, predictor = full_content(easy_pack), build_predictor(bundle_of(), Compute("cpu"))
     for before in (False, True):
