@@ -13,6 +13,7 @@ NAMES = (
     "inference",
     "overhead",
     "waiting",
+    "convolutions",
     "startup",
     "study-size",
     "keras-cnn",

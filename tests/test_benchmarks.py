@@ -13,7 +13,7 @@ import pytest
 import torch
 from easy_set import TINY
 
-from benchmarks import batches, common, inference, overhead, plain, roofline, training
+from benchmarks import batches, common, convolutions, inference, overhead, plain, roofline, training
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import PcamError
 from pcam_automl.models.factory import build_network
@@ -59,6 +59,12 @@ def test_batches_of_both_sides(store: PatchStore, capsys: pytest.CaptureFixture[
     assert 0 < found["batch_share"][0] < 1
     batches.report({**found, "network": TINY, "batch": 8})
     assert "share of the batch" in capsys.readouterr().out
+
+
+def test_both_gradients_of_a_layer_are_timed_on_both_sides() -> None:
+    found = convolutions.passes((8, 8, 5, 4, 1, 2, 8), torch.bfloat16, 2, 1)
+    assert set(found) == {"input", "weights"}
+    assert all(set(times) == {"oneDNN", "route"} and min(times.values()) > 0 for times in found.values())
 
 
 def test_the_loaders_stain_jitter_without_jitter_changes_nothing() -> None:
