@@ -116,7 +116,11 @@ def ours(url: str, name: str) -> None:
         for backbone in opened.space.choices("backbone"):
             smallest_input(backbone)  # built once a process and remembered: no cost that grows
         objective = at.Objective(opened, torch.device("cpu"))
-        speed = SimpleNamespace(compute_for=lambda *_: Compute("cpu", step_s=0.1), images_per_s=lambda *_: 300.0)
+        speed = SimpleNamespace(
+            compute_for=lambda *_: Compute("cpu", step_s=0.1),
+            images_per_s=lambda *_: 300.0,
+            note_micro_batch=lambda *_: None,
+        )
         with (
             terminal.Bars() as bars,
             mock.patch.object(at, "start_training", start),
