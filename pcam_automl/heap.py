@@ -23,8 +23,8 @@ def keep_freed_memory() -> bool:
     """Let freed memory stay with this process, to be taken again at the next step; returns whether that could be set.
 
     A training step on a CPU frees and takes the same hundreds of megabytes again and again. glibc gives large pieces back
-    to the system each time, and the next step pays for every page: resnet18 at 96 px in float32 took 75,000 page faults a
-    step, a fifth of its time; with this, none. The process's peak stays what it was.
+    to the system each time, and the next step pays for every page: resnet18 at 96 px in float32 took 68,000 page faults a
+    step, a sixth of its time; with this, 4,400 (`python -m benchmarks convolutions`). The process's peak stays what it was.
     """
     library = _c_library()
     if library is None:
