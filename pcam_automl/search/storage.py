@@ -314,17 +314,27 @@ class RetryingStorage(RDBStorage):
         params = self._unwritten.get(trial_id)
         rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
         state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
-        upsert = _upsert(models.TrialUserAttributeModel.__table__, self.engine.dialect.name)
+        dialect = self.engine.dialect.name
+        upsert = _upsert(models.TrialUserAttributeModel.__table__, dialect, "key", ("value_json",))
+        upsert_param = _upsert(
+            models.TrialParamModel.__table__, dialect, "param_name", ("param_value", "distribution_json")
+        )
 
         def write() -> None:
             with self.engine.begin() as connection:
                 self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
                 if params:
-                    connection.execute(sa.insert(models.TrialParamModel.__table__), params)
+                    connection.execute(upsert_param, params)
                 if rows:
                     connection.execute(upsert, rows)
 
-        retry_transient(write)
+        try:
+            retry_transient(write)
+        except (
+            UpdateFinishedTrialError
+        ):  # another worker ended it: said once, not at every read of the study from now on
+            self._unwritten.pop(trial_id, None)
+            raise
         self._unwritten.pop(trial_id, None)
 
     def record_heartbeat(self, trial_id: int) -> None:
@@ -335,14 +345,14 @@ class RetryingStorage(RDBStorage):
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
 
 
-def _upsert(table: sa.Table, dialect: str) -> sa.Insert:
-    """Insert of (trial_id, key, value_json) rows that replaces the value of a key that is there."""
+def _upsert(table: sa.Table, dialect: str, key: str, values: Sequence[str]) -> sa.Insert:
+    """Insert of rows by (trial_id, ``key``) that replaces the ``values`` of a row that is there."""
     if dialect == "mysql":
         put = mysql.insert(table)
-        return put.on_duplicate_key_update(value_json=put.inserted.value_json)
+        return put.on_duplicate_key_update({name: put.inserted[name] for name in values})
     insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
     return insert.on_conflict_do_update(
-        index_elements=[table.c.trial_id, table.c.key], set_={"value_json": insert.excluded.value_json}
+        index_elements=[table.c.trial_id, table.c[key]], set_={name: insert.excluded[name] for name in values}
     )
 
 

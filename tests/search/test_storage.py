@@ -334,6 +334,38 @@ def test_parameters_are_written_once_and_survive_a_fault(tmp_path: Path, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_a_trial_that_another_worker_ended_is_refused_once_and_the_study_stays_readable(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(study_name="s", storage=open_storage(url))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)  # not written yet
+    other = optuna.load_study(study_name="s", storage=open_storage(url))
+    other.tell(trial.number, state=TrialState.FAIL)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        trial.report(0.5, step=1)
+    assert [one.state for one in study.get_trials(deepcopy=False)] == [TrialState.COMPLETE, TrialState.FAIL]
+    engine_of(study).dispose()
+    engine_of(other).dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_parameters_whose_first_write_lost_its_answer_are_written_again(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    storage = study._storage._backend  # type: ignore[attr-defined]
+    held = dict(storage._unwritten)
+    set_user_attrs(trial, reason="x")
+    storage._unwritten.update(held)  # committed, and the worker does not know
+    set_user_attrs(trial, reason="y")
+    study.tell(trial, 0.5)
+    assert study.trials[1].params == trial.params
+    engine_of(study).dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
 def test_a_name_with_another_distribution_is_refused_as_optuna_does(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     study = optuna.create_study(study_name="s", storage=open_storage(url))
