@@ -311,7 +311,9 @@ class RetryingStorage(RDBStorage):
 
     def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
         """All of them in one transaction, with the trial's parameters; what is there under the same keys is replaced."""
-        params = self._unwritten.get(trial_id)
+        params = self._unwritten.pop(
+            trial_id, None
+        )  # first: the check below reads the trial, which writes what is left
         rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
         state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
         dialect = self.engine.dialect.name
@@ -330,12 +332,10 @@ class RetryingStorage(RDBStorage):
 
         try:
             retry_transient(write)
-        except (
-            UpdateFinishedTrialError
-        ):  # another worker ended it: said once, not at every read of the study from now on
-            self._unwritten.pop(trial_id, None)
-            raise
-        self._unwritten.pop(trial_id, None)
+        except (sa.exc.SQLAlchemyError, StorageInternalError):
+            if params:
+                self._unwritten[trial_id] = params  # the database may be back at the next write
+            raise  # a trial that another worker ended is refused once, and the study stays readable
 
     def record_heartbeat(self, trial_id: int) -> None:
         """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
