@@ -1,0 +1,75 @@
+"""Lineages: one recipe being tried, through however many Optuna rows. Pure functions of trials; reads no study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+LINEAGE = "lineage"
+"""The trial's user attribute that names its lineage: a first run, its retries and its thaws share it."""
+THAWED_FROM = "thawed_from"
+"""User attribute of a row that goes on from a paused one: that one's trial number."""
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The rows of one recipe, as every decision sees them: once.
+
+    Attributes:
+        name: its key; that of a row that names none is its own.
+        rows: in the order of their numbers, at least one.
+    """
+
+    name: str
+    rows: tuple[FrozenTrial, ...]
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Step to value, ascending; of a step that several rows report, the last one's."""
+        merged: dict[int, float] = {}
+        for row in self.rows:
+            merged |= row.intermediate_values
+        return dict(sorted(merged.items()))
+
+    @property
+    def last(self) -> FrozenTrial:
+        """The newest row, whatever its state."""
+        return self.rows[-1]
+
+    @property
+    def finished(self) -> FrozenTrial | None:
+        """The newest complete or pruned row; None before there is one."""
+        return next((row for row in reversed(self.rows) if row.state in FINISHED), None)
+
+    @property
+    def is_running(self) -> bool:
+        return self.last.state == TrialState.RUNNING
+
+    def attr(self, name: str) -> Any:
+        """A user attribute of the newest row that has it; None where none does."""
+        return next((row.user_attrs[name] for row in reversed(self.rows) if name in row.user_attrs), None)
+
+
+def lineage_of(trial: FrozenTrial) -> str:
+    """The lineage's name; a row that names none is a lineage of its own."""
+    name = trial.user_attrs.get(LINEAGE)
+    return f"trial {trial.number}" if name is None else str(name)
+
+
+def lineages_of(trials: Iterable[FrozenTrial]) -> list[Lineage]:
+    """The lineages, in the order of their first rows."""
+    rows: dict[str, list[FrozenTrial]] = {}
+    for trial in sorted(trials, key=lambda one: one.number):
+        rows.setdefault(lineage_of(trial), []).append(trial)
+    return [Lineage(name, tuple(own)) for name, own in rows.items()]
+
+
+def current_rows(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The rows that count, by number: without those that a later row of their lineage goes on from."""
+    kept = {lineage.name: (lineage.last if lineage.is_running else lineage.finished) for lineage in lineages_of(trials)}
+    numbers = {row.number for row in kept.values() if row is not None}
+    return [trial for trial in trials if trial.number in numbers]
