@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pcam_automl import __version__
+from pcam_automl import (
+    __version__,
+    clock,  # noqa: F401 - first: a budget counts from here
+)
 from pcam_automl.errors import Interrupted, PcamError
 from pcam_automl.waiting import choose_waiting
 
@@ -147,7 +150,7 @@ def prepare(
 @app.command()
 def search(
     trials: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--trials",
             "-n",
@@ -155,7 +158,15 @@ def search(
             help="Total of finished trials (complete and pruned); the same command again does only what is missing.",
             metavar="N",
         ),
-    ],
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Wall clock for the search and finalize together: 30m, 2h. Give it, or --trials, or both.",
+            metavar="TIME",
+        ),
+    ] = None,
     data: Data = None,
     study: StudyName = "pcam",
     storage: Storage = None,
@@ -215,14 +226,30 @@ def search(
         ),
     ] = None,
     deterministic: Deterministic = False,
+    checkpoint_quota: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint-quota",
+            help="What paused trials' checkpoints may take; the least promising go first.",
+            metavar="SIZE",
+        ),
+    ] = "5GB",
+    finalize_: Annotated[
+        bool, typer.Option("--finalize", help="Run finalize right after the search, with its defaults.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Search training recipes with Optuna; every result is stored as it comes."""
-    from pcam_automl.config import parse_duration
+    from pcam_automl.config import parse_bytes, parse_duration
+    from pcam_automl.errors import InputError
     from pcam_automl.recipe import parse_assignments
 
     pins = parse_assignments(set_ or [])
     timeout_s = None if timeout is None else parse_duration(timeout)
+    budget_s = None if budget is None else parse_duration(budget)
+    quota_bytes = parse_bytes(checkpoint_quota)
+    if trials is None and budget_s is None:
+        raise InputError("search needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m")
     from pcam_automl.commands.search import run_search
     from pcam_automl.search.study import Asked
 
@@ -241,6 +268,7 @@ def search(
         views=views,
         device=device,
         deterministic=deterministic,
+        budget_s=budget_s,
     )
     run_search(
         study,
@@ -248,10 +276,13 @@ def search(
         asked,
         n_trials=trials,
         timeout_s=timeout_s,
-        as_json=json,
+        as_json=json and not finalize_,
         n_workers=workers,
         per_device=workers_per_device,
+        quota_bytes=quota_bytes,
     )
+    if finalize_:
+        finalize(study=study, storage=storage, data=data, device=device, json=json)
 
 
 @app.command()

@@ -231,10 +231,10 @@ def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
 def study_commands(name: str, url: str | None, settings: StudySettings, trials: list[Any]) -> tuple[str, ...]:
     """The two commands that repeat a study with as many finished trials, from what it remembers; at least one trial."""
     from pcam_automl.commands.search import command_options
-    from pcam_automl.search.reading import FINISHED, best_of
+    from pcam_automl.search.reading import best_of, n_finished_in
 
     options = command_options(name, url)
-    n = max(1, sum(trial.state in FINISHED for trial in trials))
+    n = max(1, n_finished_in(trials))
     words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n), *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
     if best_of(trials) is None:

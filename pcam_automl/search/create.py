@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 
+from pcam_automl.clock import process_age_s
 from pcam_automl.config import StudySettings, check_study_name, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.packs import PackCall, find_pack
@@ -19,6 +20,7 @@ from pcam_automl.files import write_json
 from pcam_automl.models.factory import backbone_fault, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
+from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
@@ -112,6 +114,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     folds = split.train_order(VALIDATION_FOLD), split.score_rows(VALIDATION_FOLD)
     rows = choose_rows(store, common, *folds)
     n_train, n_valid = len(rows.train), len(rows.score)
+    budget = None if asked.budget_s is None else plan_budget(asked.budget_s, used_s=process_age_s())
     plan = make_plan(
         space,
         start,
@@ -119,7 +122,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         n_valid=n_valid,
         device=device,
         views=asked.views,
-        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic),
+        trial_s=None if budget is None else budget.trial_s,
+        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True),
         progress=say,
     )
     check_networks(space, start)
@@ -153,6 +157,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
             "recipe_name": asked.recipe or DEFAULT_RECIPE,
             "n_train": n_train,
             "n_valid": n_valid,
+            "trial_s": None if budget is None else budget.trial_s,
+            "budget": None if budget is None else asdict(budget),
         },
         versions=versions(),
     )

@@ -15,16 +15,20 @@ from optuna.trial import Trial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import Interrupted, TrainingDiverged
+from pcam_automl.errors import Interrupted, OutOfTime, TrainingDiverged
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import write_scores
+from pcam_automl.search.budget import BudgetClock
+from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
+from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
+from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
@@ -54,6 +58,10 @@ class Objective:
         stop: called at every step; raises :class:`Interrupted`.
         interrupted: the interruption that ended the last trial, for the worker.
         begun: called once the trial's number and lineage are known.
+        clock: of a budget, None without one.
+        thawed_from: the paused row that the next trial goes on from, set by the worker.
+        goes_on: whether the last trial, which failed, left a lineage to go on with.
+        writer: of the checkpoints; the worker flushes it.
     """
 
     opened: OpenStudy
@@ -63,12 +71,16 @@ class Objective:
     begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
     interrupted: Interrupted | None = None
+    clock: BudgetClock | None = None
+    thawed_from: int | None = None
+    goes_on: bool = False
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     def __post_init__(self) -> None:
         self._patches: Patches = open_patches(self.opened.store, self.device)
         dense = self.opened.start.task == "dense" or self.opened.space.base.get("task") == "dense"
         self._masks = open_masks(self.opened.store, self.device) if dense else None
-        self._speed: SpeedBook = self.opened.speed_book
+        self._speed: SpeedBook = self.opened.quick_speed_book
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
@@ -80,7 +92,7 @@ class Objective:
             optuna.TrialPruned: the pruner said so, or the training diverged.
         """
         assert self.slot is not None
-        self.interrupted = None
+        self.interrupted, self.goes_on = None, False
         lineage = self.slot.lineage or f"{trial.number}"
         self.begun(self.slot, trial.number, lineage)
         began = time.perf_counter()
@@ -91,6 +103,7 @@ class Objective:
             split_hash=self.opened.split.hash,
             device=device_name(self.device),
             versions=versions(),
+            **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
         )
         reason = "complete"
         try:
@@ -101,8 +114,14 @@ class Objective:
         except TrainingDiverged as fault:
             reason = f"diverged: {fault}"
             raise optuna.TrialPruned(reason) from fault
+        except OutOfTime as fault:
+            if (n_rungs := len(trial.storage.get_trial(trial._trial_id).intermediate_values)) == 0:
+                reason, self.goes_on = f"interrupted: {fault}", True
+                raise
+            reason = f"paused at rung {n_rungs} of {len(self.opened.rungs)}: {fault}"
+            raise optuna.TrialPruned(reason) from fault
         except Interrupted as fault:
-            reason, self.interrupted = "interrupted", fault
+            reason, self.interrupted, self.goes_on = "interrupted", fault, True
             raise
         except Exception as fault:
             reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
@@ -117,15 +136,16 @@ class Objective:
         training, rows = self._build(recipe, compute)
         trial.set_user_attr("n_parameters", n_parameters(training.network))
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
-        folder = self.opened.folder / "checkpoints" / lineage
+        self.writer.flush()  # the lineage may be one that was just paused
         planned = self.opened.rungs
         for result in fit(
             training,
             rows.train,
             rungs,
-            checkpoints=folder,
+            checkpoints=self.opened.checkpoints / lineage,
+            writer=self.writer,
             note=self.watch.note,
-            stop=self.stop,
+            stop=self._check,
             progress=self.watch.views,
         ):
             assert result.auc is not None
@@ -137,8 +157,7 @@ class Objective:
                 micro_batch=training.micro_batch,
             )
             self.watch.rung(trial.number, result)
-            if result.rung < len(rungs) - 1 and trial.should_prune():
-                raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
+            self._judge(trial, training, rungs, result)
         self._speed.note_micro_batch(recipe, self.device, training.micro_batch)
         if training.scores is not None:
             write_scores(
@@ -147,6 +166,28 @@ class Objective:
         kept = best_result(training.results, recipe)
         assert kept.auc is not None
         return kept.auc
+
+    def _check(self) -> None:
+        self.stop()
+        if self.clock is not None:
+            self.clock.check()
+
+    def _judge(self, trial: Trial, training: Training, rungs: tuple[Rung, ...], result: RungResult) -> None:
+        """Whether the trial goes on behind a rung.
+
+        Raises:
+            optuna.TrialPruned: it is not among the best, or its next rung would not end in time.
+        """
+        if result.rung == len(rungs) - 1 or result.rung < training.n_resumed - (self.thawed_from is None):
+            return  # done; or judged before: a thawed lineage's last rung, too, which is why it was thawed
+        where = f"at rung {result.rung + 1} of {len(rungs)}"
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"pruned {where}")
+        assert self.slot is not None
+        if self.clock is not None and self.slot.number > 0:  # the first one runs through: a search needs a winner
+            next_s = result.seconds * rung_ratio([rung.views for rung in rungs], result.rung, _decay(training.recipe))
+            if next_s > self.clock.left_s():
+                raise optuna.TrialPruned(f"paused {where}: the next one would not end in the search's time")
 
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""
@@ -210,3 +251,8 @@ class Objective:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _decay(recipe: Recipe) -> float:
+    """Share of a rung's views in the decay branch."""
+    return recipe.decay if recipe.schedule == "wsd" else 0.0

@@ -19,8 +19,10 @@ from optuna.trial import FrozenTrial
 from pcam_automl import errors
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
 from pcam_automl.interrupt import StopSignal, stop_signal
+from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.objective import Objective, Watch
-from pcam_automl.search.reading import FINISHED, best_of
+from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
+from pcam_automl.search.reading import best_of, n_finished_in
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.search.worker import SearchEnd, run_worker
 from pcam_automl.training.compute import use_device
@@ -56,6 +58,8 @@ class WorkerTask:
     n_trials: int
     timeout_s: float | None
     n_workers: int
+    clock: BudgetClock | None = None
+    quota_bytes: int = DEFAULT_QUOTA_BYTES
 
 
 def run_workers(
@@ -133,7 +137,7 @@ def _listen(
     if not ends:
         raise SearchFailed("every worker was killed; finished trials are stored, the same command goes on")
     whys = {end.why for end in ends.values()}
-    why = next(why for why in ("done", "timeout", "claimed elsewhere") if why in whys)
+    why = next(why for why in ("done", "timeout", "budget", "claimed elsewhere") if why in whys)
     return SearchEnd(sum(end.n_finished for end in ends.values()), why)
 
 
@@ -166,10 +170,17 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
             objective = Objective(opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell))
 
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
-                tell("finished", trial, sum(t.state in FINISHED for t in trials), best_of(trials))
+                tell("finished", trial, n_finished_in(trials), best_of(trials))
 
             with stop.deferred():
-                end = run_worker(objective, n_trials=task.n_trials, timeout_s=task.timeout_s, finished=finished)
+                end = run_worker(
+                    objective,
+                    n_trials=task.n_trials,
+                    timeout_s=task.timeout_s,
+                    clock=task.clock,
+                    quota_bytes=task.quota_bytes,
+                    finished=finished,
+                )
             tell("ended", end)
         except Interrupted as fault:
             code = fault.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from pcam_automl.config import StudySettings, check_study_name, storage_url
 from pcam_automl.errors import StudyError, did_you_mean, first_few
+from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.sqlite_reader import read_study
 from pcam_automl.search.storage_url import plain_sqlite_path, safe_url
 
 SETTINGS_KEY = "pcam_automl"
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _WAIT_FOR_CREATOR_S = 60.0
 
 
@@ -89,5 +89,10 @@ def errors_of(trials: list[FrozenTrial]) -> list[str]:
 
 
 def n_finished_of(study: optuna.Study) -> int:
-    """Complete and pruned trials of the study."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
+    """Lineages of the study with a complete or pruned row: a thawed one counts once."""
+    return n_finished_in(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def n_finished_in(trials: Iterable[FrozenTrial]) -> int:
+    """Of these trials, the lineages with a complete or pruned row."""
+    return len({lineage_of(trial) for trial in trials if trial.state in FINISHED})

@@ -49,6 +49,7 @@ class Asked:
     device: str = "auto"
     deterministic: bool = False
     n_workers: int = 1
+    budget_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class OpenStudy:
     url: str
 
     @property
+    def checkpoints(self) -> Path:
+        """Where lineages leave theirs: ``<lineage>/<rung>/``."""
+        return self.folder / "checkpoints"
+
+    @property
     def name(self) -> str:
         return self.study.study_name
 
@@ -92,7 +98,12 @@ class OpenStudy:
 
     @property
     def speed_book(self) -> SpeedBook:
+        """For trainings of minutes; a trial of seconds takes :attr:`quick_speed_book`."""
         return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic)
+
+    @property
+    def quick_speed_book(self) -> SpeedBook:
+        return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic, quick=True)
 
 
 def start_recipe(name: str, pretrained: bool) -> Recipe:

@@ -105,6 +105,7 @@ class Training:
         self.micro_batch = min(recipe.batch_size, compute.micro_batch or recipe.batch_size)
         self.scaler = torch.amp.GradScaler(torch.device(compute.device).type, enabled=compute.precision == "fp16")
         self.results: list[RungResult] = []
+        self.n_resumed = 0  # of the results, those that a checkpoint brought
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.scores: Scores | None = None  # what the last score was of
         self._trainable: float | None = None
