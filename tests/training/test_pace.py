@@ -43,7 +43,7 @@ class Fake:
         return Segment(0.5, 0.5, 1.0, last - first)
 
 
-@pytest.fixture()
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(pace_module, "time", SimpleNamespace(monotonic=clock, perf_counter=clock))
