@@ -75,7 +75,9 @@ def auc_interval(
     return percentile_interval(_drawn_aucs(positive, scores[None], code, n, seed)[:, 0], otherwise=(0.0, 1.0))
 
 
-def auc_draws(label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0) -> Floats:
+def auc_draws(
+    label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0
+) -> Floats:
     """AUCs of several scorers on the same bootstrap draws of slides, those that :func:`auc_interval` takes.
 
     The difference of two columns is a *paired* bootstrap: a draw of hard slides lowers both scorers, which says nothing
@@ -97,7 +99,7 @@ def auc_draws(label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None
     scores = np.asarray(probs, np.float64)
     if scores.ndim != 2 or not len(scores):
         raise DataError(f"probabilities of several scorers must be (M, N), got {scores.shape}")
-    positive = [_checked(label, row)[0] for row in scores][0]
+    positive = [_checked(label, row)[0] for row in scores].pop()
     _check_both(positive)
     _check_draws(n)
     return _drawn_aucs(positive, scores, _group_codes(group, len(positive)), n, seed)
