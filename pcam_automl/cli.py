@@ -287,10 +287,18 @@ def search(
 
 @app.command()
 def status(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
-    """Trials by state, the best trial and its recipe, what mattered, seconds spent."""
+    """Trials by state, the best trial, its interval and its equals, what mattered, seconds spent."""
     from pcam_automl.commands.search import run_status
 
     run_status(study, storage, as_json=json)
+
+
+@app.command()
+def audit(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
+    """Whether small rungs mislead: how far each rung's order of the trials holds at the next, and what pruning cost."""
+    from pcam_automl.commands.audit import run_audit
+
+    run_audit(study, storage, as_json=json)
 
 
 @app.command()
@@ -308,7 +316,14 @@ def dashboard(
 @app.command()
 def finalize(
     study: StudyName = "pcam",
-    trial: Annotated[str, typer.Option("--trial", help="best, or a trial's number.", metavar="best|N")] = "best",
+    trial: Annotated[
+        str,
+        typer.Option(
+            "--trial",
+            help="best (of those as good as the highest the cheapest), highest, or a trial's number.",
+            metavar="best|highest|N",
+        ),
+    ] = "best",
     data: Data = None,
     out: Annotated[
         Path | None,

@@ -25,6 +25,7 @@ from pcam_automl.predict_dense import build_map_predictor, figures_on_test, scor
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
+from pcam_automl.search.ranking import rank_study
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
@@ -80,21 +81,23 @@ class FinalResult:
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
-    """``best`` or a trial's number; only complete trials can be chosen.
+    """``best`` or ``highest``, the complete trial of the highest value, or a finished trial's number.
+
+    What ``finalize`` takes for ``best`` is settled before by :func:`settle_ties`.
 
     Raises:
         StudyError: no finished trial, no such number, or a trial that did not complete.
     """
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    if which == "best":
+    if which in ("best", "highest"):
         if not complete:
             raise StudyError(
                 f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first"
             )
         return max(complete, key=lambda t: (t.value, -t.number))
     if not which.isdigit():
-        raise StudyError(f"--trial must be best or a trial's number, got {which!r}")
+        raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")
     if int(which) >= len(trials):
         raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
     trial = trials[int(which)]
@@ -103,6 +106,23 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
             f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best"
         )
     return trial
+
+
+def settle_ties(opened: OpenStudy, which: str, note: Callable[[str], None] = lambda text: None) -> str:
+    """For ``best`` the number of the cheapest trial among those that the best does not beat; any other word as it is.
+
+    Where the trials' scores cannot be compared, ``best`` stays, and ``note`` is told why.
+    """
+    if which != "best":
+        return which
+    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
+    if not ranking.n_complete:
+        return which
+    if ranking.picked is None:
+        note(f"ties are not looked for: {first_few(ranking.notes)}")
+        return which
+    note(f"trial {ranking.picked} is taken: {ranking.why}")
+    return str(ranking.picked)
 
 
 def final_recipe(
@@ -170,7 +190,7 @@ def finalize(
 
     Args:
         opened: the study with its data.
-        which: ``best`` or a trial's number.
+        which: ``best``, ``highest`` or a trial's number.
         out: folder to fill; ``studies/<study>/final`` by default.
         threshold: also write 0/1 labels at this probability.
         epochs: passes over the training patches; None derives them from the trial.
@@ -182,7 +202,7 @@ def finalize(
     """
     watch, began = watch or FinalWatch(), time.perf_counter()
     check_threshold(threshold)
-    trial = choose_trial(opened.study, which)
+    trial = choose_trial(opened.study, settle_ties(opened, which, watch.train.note))
     store, split = opened.store, opened.split
     check_test_set(store)
     out = (out or opened.folder / "final").resolve()

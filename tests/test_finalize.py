@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import optuna
@@ -15,12 +17,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted_study import probs_of, scored_trial, settings_of, study_with
 from safetensors.torch import load_file
 
 from pcam_automl.data.splits import make_split
+from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
-from pcam_automl.finalize import FinalWatch, choose_trial, final_recipe, finalize
+from pcam_automl.finalize import FinalWatch, choose_trial, final_recipe, finalize, settle_ties
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
@@ -210,3 +214,19 @@ def test_a_bundle_of_another_holdout_is_not_taken_for_done(opened: OpenStudy) ->
     assert len(again.holdout_rows())
     finalize(replace(opened, split=again), epochs=1.0, device=CPU, watch=watch)
     assert len(trained) == 2
+
+
+def test_best_is_the_cheapest_trial_that_the_best_does_not_beat(easy_pack: Path, tmp_path: Path) -> None:
+    store, said = open_store(easy_pack), list[str]()
+    prob = probs_of(store, 0.1)
+    trials = [scored_trial(store, tmp_path, 0, prob), scored_trial(store, tmp_path, 1, prob, images_per_s=300.0)]
+    study = study_with(trials)
+    opened = cast(OpenStudy, SimpleNamespace(study=study, settings=settings_of(store), folder=tmp_path, store=store))
+    assert settle_ties(opened, "best", said.append) == "1"
+    assert said[-1].startswith("trial 1 is taken: trial 0 scored 0.0000 higher")
+    assert settle_ties(opened, "highest", said.append) == "highest"
+    assert choose_trial(study, "highest").number == choose_trial(study, "best").number == 0
+    assert settle_ties(opened, "0", said.append) == "0"
+    (tmp_path / "trials" / "0" / "scores.csv").unlink()
+    assert settle_ties(opened, "best", said.append) == "best"
+    assert said[-1].startswith("ties are not looked for: no interval can be drawn")

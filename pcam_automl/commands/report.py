@@ -171,6 +171,7 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
+    from pcam_automl.search.ranking import rank_study
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -205,6 +206,7 @@ def report_of_study(
         threshold=threshold,
         study=opened.study,
         study_settings=opened.settings,
+        ranking=rank_study(opened.study, opened.settings, opened.folder, store=opened.store),
         reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),

@@ -12,9 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
+from pcam_automl.commands.audit import audit_warning, ranking_lines
 from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import stop_signal
+from pcam_automl.search.audit import Audit, audit_study
+from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
@@ -207,8 +210,12 @@ def _print_end(
     opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int | None, url: str | None, as_json: bool
 ) -> None:
     summary = summarise(opened.study, opened.settings)
+    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
+    audit = audit_study(opened.study, opened.settings)
     if as_json:
-        terminal.print_json({**summary.to_json(), "wall_s": round(seconds, 1), "ended": end.why})
+        terminal.print_json(
+            {**summary.to_json(), **_judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
+        )
         return
     done = n_finished_of(opened.study)
     if end.n_finished == 0 and end.why == "done":
@@ -224,6 +231,7 @@ def _print_end(
         terminal.result(
             f"best: trial {summary.best['number']}, validation AUC {summary.best['auc']:.4f} ({terminal.duration(seconds)})"
         )
+        _print_judged(ranking, audit)
         terminal.say(
             f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission"
         )
@@ -256,13 +264,24 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study, settings = load_study_to_read(name, url, READ_ATTRS)
     summary = summarise(study, settings)
+    ranking = rank_study(study, settings, studies_folder(storage_url(url)) / name)
+    audit = audit_study(study, settings)
     if as_json:
-        terminal.print_json(summary.to_json())
+        terminal.print_json({**summary.to_json(), **_judged(ranking, audit)})
         return
-    _print_summary(summary)
+    _print_summary(summary, ranking, audit)
 
 
-def _print_summary(summary: Summary) -> None:
+def _judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:
+    return {"ranking": ranking.to_json(), "audit": audit.to_json()}
+
+
+def _print_judged(ranking: Ranking, audit: Audit) -> None:
+    for line in (*ranking_lines(ranking), *audit_warning(audit)):
+        terminal.result(line)
+
+
+def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
     for reason in sorted(set(summary.errors)):
@@ -274,6 +293,7 @@ def _print_summary(summary: Summary) -> None:
         terminal.result(
             f"best: trial {best['number']}, validation AUC {best['auc']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
         )
+        _print_judged(ranking, audit)
         recipe = best["recipe"] or {}
         varied = [name for name in recipe if name in best["params"] or name in ("pretrained", "views", "input_size")]
         terminal.table(

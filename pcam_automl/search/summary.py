@@ -15,7 +15,7 @@ from pcam_automl.search.importances import ped_anova
 from pcam_automl.search.reading import best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
-READ_ATTRS = ("reason", "seconds", "recipe", "images_per_s", "device")
+READ_ATTRS = ("reason", "seconds", "recipe", "images_per_s", "device", "lineage")
 """The trials' user attributes that a summary is made of."""
 
 
