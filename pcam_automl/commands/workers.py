@@ -109,7 +109,7 @@ class _WorkersShow:
     """One line a finished trial, a bar for the study and one for each worker's running trial."""
 
     def __init__(self, bars: terminal.Bars, opened: OpenStudy, n_trials: int, devices: Sequence[str]) -> None:
-        self.bars = bars
+        self.bars, self.goal = bars, opened.settings.goal
         self.total = bars.add("trials", n_trials)
         bars.set(self.total, done=n_finished_of(opened.study))
         self.bar = [bars.add(f"worker {number} on {device} starting", None) for number, device in enumerate(devices)]
@@ -126,10 +126,10 @@ class _WorkersShow:
         elif said.kind == "views":
             self.bars.step(self.bar[worker], values[0])
         elif said.kind == "rung":
-            self.bars.set(self.bar[worker], text=f"{self.name[worker]} AUC {values[1]:.4f} views")
+            self.bars.set(self.bar[worker], text=f"{self.name[worker]} {self.goal.short} {values[1]:.4f} views")
         elif said.kind == "note":
             terminal.say(values[0])
         elif said.kind == "finished":
             trial, n_finished, best = values
             self.bars.set(self.total, done=n_finished)
-            terminal.say(finished_line(trial, best))
+            terminal.say(finished_line(trial, best, self.goal))
