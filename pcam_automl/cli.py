@@ -205,13 +205,28 @@ def search(
             metavar="N",
         ),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", help="auc (default), worst_domain_auc or log_loss, on the validation fold."),
+    ] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
     pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")
     ] = None,
     groups: Groups = None,
-    domains: Domains = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(
+            "--domains",
+            help="CSV id,domain: the scanner or centre of each patch; or estimate, by the stains of the slides.",
+            metavar="CSV|estimate",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="slides (default): five folds of whole slides; domains: leave one domain out."),
+    ] = None,
     device: Device = "auto",
     workers: Annotated[
         int | None,
@@ -256,7 +271,9 @@ def search(
     asked = Asked(
         data=data,
         groups=groups,
-        domains=domains,
+        domains=None if domains in (None, "estimate") else Path(domains),
+        estimate_domains=domains == "estimate",
+        split_by=split,
         recipe=recipe,
         space=space,
         pins=pins,
@@ -269,6 +286,7 @@ def search(
         device=device,
         deterministic=deterministic,
         budget_s=budget_s,
+        objective=objective,
     )
     run_search(
         study,
@@ -324,6 +342,14 @@ def finalize(
             metavar="best|highest|N",
         ),
     ] = "best",
+    pick: Annotated[
+        str,
+        typer.Option(
+            "--pick",
+            help="What best means: the best value, or the knee of value against latency.",
+            metavar="best|knee",
+        ),
+    ] = "best",
     data: Data = None,
     out: Annotated[
         Path | None,
@@ -359,6 +385,7 @@ def finalize(
         device=device,
         as_json=json,
         with_report=report,
+        pick=pick,
     )
 
 

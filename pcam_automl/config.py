@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pcam_automl.errors import DataError, InputError, StudyError
+from pcam_automl.goals import Goal, ObjectiveName, goal_of
 
+SplitBy = Literal["slides", "domains"]
 DEFAULT_STUDY = "pcam"
 DEFAULT_STORAGE = "sqlite:///studies/pcam.db"
 DATA_PLACES = ("data/pack", "histopathologic-cancer-detection")
@@ -128,6 +130,15 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    objective: ObjectiveName = "auc"
+    split_by: SplitBy = "slides"
+    domains_hash: str | None = None
+    """Of the domains that were estimated for this study; None where it takes those of its data."""
+
+    @property
+    def goal(self) -> Goal:
+        """What the study optimises."""
+        return goal_of(self.objective)
 
 
 def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: str) -> None:

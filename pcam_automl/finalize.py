@@ -19,13 +19,16 @@ from pcam_automl.bundle import load_bundle
 from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.files import write_json
+from pcam_automl.goals import AUC, Goal
 from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.predict import build_predictor, compute_of
 from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
+from pcam_automl.search.pareto import Pick, pick_knee
 from pcam_automl.search.ranking import rank_study
+from pcam_automl.search.reading import auc_of, best_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold, write_submission
 from pcam_automl.train import TrainWatch, train_to_bundle
@@ -80,8 +83,8 @@ class FinalResult:
     on_test: dict[str, float | int | None] = field(default_factory=dict)
 
 
-def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
-    """``best`` or ``highest``, the complete trial of the highest value, or a finished trial's number.
+def choose_trial(study: optuna.Study, which: str, goal: Goal = AUC) -> FrozenTrial:
+    """``best`` or ``highest``, the complete trial of the best value, or a finished trial's number.
 
     What ``finalize`` takes for ``best`` is settled before by :func:`settle_ties`.
 
@@ -91,11 +94,12 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     if which in ("best", "highest"):
-        if not complete:
+        best = best_of(complete, goal)
+        if best is None:
             raise StudyError(
                 f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first"
             )
-        return max(complete, key=lambda t: (t.value, -t.number))
+        return best
     if not which.isdigit():
         raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")
     if int(which) >= len(trials):
@@ -184,6 +188,7 @@ def finalize(
     threshold: float | None = None,
     epochs: float | None = None,
     device: torch.device,
+    pick: Pick = "best",
     watch: FinalWatch | None = None,
 ) -> FinalResult:
     """Retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
@@ -195,6 +200,7 @@ def finalize(
         threshold: also write 0/1 labels at this probability.
         epochs: passes over the training patches; None derives them from the trial.
         device: where to train and to predict.
+        pick: what the best trial is where none is named: of the best value, or the knee of value against latency.
         watch: progress.
 
     Raises:
@@ -202,7 +208,12 @@ def finalize(
     """
     watch, began = watch or FinalWatch(), time.perf_counter()
     check_threshold(threshold)
-    trial = choose_trial(opened.study, settle_ties(opened, which, watch.train.note))
+    goal = opened.settings.goal
+    if which == "best" and pick == "knee":
+        picked = pick_knee(opened.study.get_trials(deepcopy=False), goal)
+        watch.train.note(picked.why)
+        which = str(picked.trial.number)
+    trial = choose_trial(opened.study, settle_ties(opened, which, watch.train.note), goal)
     store, split = opened.store, opened.split
     check_test_set(store)
     out = (out or opened.folder / "final").resolve()
@@ -216,7 +227,10 @@ def finalize(
     provenance = {
         "study": opened.name,
         "trial": trial.number,
-        "trial_auc": trial.value,
+        "trial_auc": auc_of(trial, goal),
+        "objective": goal.name,
+        "trial_value": trial.value,
+        "pick": pick,
         "split_hash": split.hash,
         "holdout": opened.settings.holdout,
         "weights": str(opened.weights),
@@ -267,7 +281,7 @@ def _predict(
     predictor = build_predictor(bundle, compute)
     store = opened.store
     patches = open_patches(store, torch.device(compute.device))
-    score, on, interval = float(trial.value or float("nan")), f"validation fold, trial {trial.number}", None
+    score, on, interval = auc_of(trial, opened.settings.goal), f"validation fold, trial {trial.number}", None
     holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
     test = store.test_rows()
     scores = None
@@ -319,7 +333,7 @@ def _write_maps(
     predictor = build_map_predictor(bundle, compute_of(bundle, device))
     holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
     test = store.test_rows()
-    pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
+    pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
     maps: Path | None = None
     notes: list[str] = []

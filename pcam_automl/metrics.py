@@ -45,6 +45,50 @@ def auc(label: ArrayLike, prob: ArrayLike) -> float:
     return float((rank[code][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
+LEAST_OF_A_LABEL = 5
+"""Patches of either label that a domain needs to be scored by itself: the AUC of fewer is mostly luck."""
+
+
+def domain_aucs(label: ArrayLike, prob: ArrayLike, domain: ArrayLike) -> dict[int, float]:
+    """:func:`auc` of each domain that has at least 5 patches of either label, by its code.
+
+    Args:
+        label: (N,) 0 or 1.
+        prob: (N,) finite scores.
+        domain: (N,) integer code, negative where unknown: those patches are not looked at.
+
+    Raises:
+        DataError: as :func:`auc`, or a domain per patch that is not an integer code.
+    """
+    positive, scores = _checked(label, prob)
+    code = np.asarray(domain)
+    return {value: auc(positive[code == value], scores[code == value]) for value in scorable_domains(positive, code)}
+
+
+def scorable_domains(label: ArrayLike, domain: ArrayLike) -> list[int]:
+    """Codes of the domains that :func:`domain_aucs` scores, ascending.
+
+    Raises:
+        DataError: a domain per patch that is not an integer code.
+    """
+    labels, code = np.asarray(label), np.asarray(domain)
+    if code.shape != labels.shape or not np.issubdtype(code.dtype, np.integer):
+        raise DataError(f"domains must be {labels.shape} integer codes, got {code.shape} of {code.dtype}")
+    known = np.unique(code[code >= 0])
+    counts = [[int(((code == value) & (labels == one)).sum()) for one in (0, 1)] for value in known]
+    return [int(value) for value, n in zip(known, counts, strict=True) if min(n) >= LEAST_OF_A_LABEL]
+
+
+def worst_domain_auc(label: ArrayLike, prob: ArrayLike, domain: ArrayLike) -> float | None:
+    """The least of :func:`domain_aucs`; None where fewer than two domains can be scored.
+
+    Raises:
+        DataError: as :func:`domain_aucs`.
+    """
+    found = domain_aucs(label, prob, domain)
+    return min(found.values()) if len(found) >= 2 else None
+
+
 def auc_interval(
     label: ArrayLike, prob: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0
 ) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__", "waiting", "heap"},
-    {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
+    {"files", "recipe", "config", "goals", "metrics", "counter", "configs_folder", "versions", "interrupt"},
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},
     {"predict", "predict_dense", "explain", "search", "train", "compare", "lr_find"},

@@ -21,7 +21,7 @@ from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.data.images import PatchFault, read_patch
-from pcam_automl.errors import DataError, InputError, first_few
+from pcam_automl.errors import DataError, InputError, did_you_mean, first_few
 from pcam_automl.explain import explain_image
 from pcam_automl.files import write_png
 from pcam_automl.finalize import FinalResult, FinalWatch, finalize
@@ -29,6 +29,7 @@ from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, build_predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.pareto import PICKS, Pick
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.submission import check_threshold, write_probabilities
@@ -75,8 +76,10 @@ def run_finalize(
     device: str,
     as_json: bool,
     with_report: bool = True,
+    pick: str = "best",
 ) -> FinalResult:
     """Retrain the chosen trial, write the bundle and the submission."""
+    chosen = check_pick(pick, which)
     go_on = "every epoch that ended is stored; the same command goes on after the last of them"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
@@ -85,7 +88,7 @@ def run_finalize(
         place = use_device(device, deterministic=opened.settings.deterministic)
 
         def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
-            value = f" (validation AUC {trial.value:.4f})" if trial.value is not None else ""
+            value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
             terminal.say(
                 f"trial {trial.number}{value}: {recipe.backbone}, {recipe.epochs:g} epochs of {n_train:,} patches -> {folder}"
             )
@@ -99,7 +102,7 @@ def run_finalize(
                 lambda n: bars.step(task, n),
             )
             final = finalize(
-                opened, which=which, out=out, threshold=threshold, epochs=epochs, device=place, watch=watch
+                opened, which=which, out=out, threshold=threshold, epochs=epochs, device=place, pick=chosen, watch=watch
             )
         if with_report:
             after_work(
@@ -121,6 +124,20 @@ def run_finalize(
         terminal.say(note)
     _print_final(final, as_json)
     return final
+
+
+def check_pick(pick: str, which: str) -> Pick:
+    """``--pick``, judged.
+
+    Raises:
+        InputError: an unknown one, or ``--trial`` names the trial already.
+    """
+    chosen = next((known for known in PICKS if known == pick), None)
+    if chosen is None:
+        raise InputError(f"--pick must be one of {', '.join(PICKS)}, got {pick!r}{did_you_mean(pick, PICKS)}")
+    if chosen != "best" and which != "best":
+        raise InputError(f"--pick {pick} and --trial {which} both name a trial; keep one")
+    return chosen
 
 
 def _report_again(model: Path, data: Path) -> str:

@@ -23,6 +23,7 @@ from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
+    from pcam_automl.goals import Goal
     from pcam_automl.recipe import Recipe
     from pcam_automl.search.budget import BudgetClock, Ledger
     from pcam_automl.search.objective import Watch
@@ -179,26 +180,30 @@ class _SearchShow:
 
     def _rung(self, number: int, result: RungResult) -> None:
         self.ledger.note()
-        self.bars.set(self.trial, text=f"{self._name} AUC {result.auc:.4f} views")
+        goal = self.opened.settings.goal
+        self.bars.set(self.trial, text=f"{self._name} {goal.short} {goal.value_of(result):.4f} views")
 
     def finished(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
-        best = best_of(trials)
+        goal = self.opened.settings.goal
+        best = best_of(trials, goal)
         self.total.set(n_finished_in(trials))
         self.ledger.note()
-        terminal.say(finished_line(trial, best))
+        terminal.say(finished_line(trial, best, goal))
 
 
-def finished_line(trial: FrozenTrial, best: FrozenTrial | None) -> str:
+def finished_line(trial: FrozenTrial, best: FrozenTrial | None, goal: Goal) -> str:
     """A trial that has just ended, and the best one so far."""
-    return trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
+    return trial_line(trial, goal) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
 
 
-def trial_line(trial: FrozenTrial) -> str:
+def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     """One trial in one line."""
     attrs, params = trial.user_attrs, trial.params
     state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
     score = list(trial.intermediate_values.values())[-1] if trial.intermediate_values else None
-    text = f"trial {trial.number:>3} {state:<8} " + (f"AUC {score:.4f}" if score is not None else "AUC   -   ")
+    text = f"trial {trial.number:>3} {state:<8} " + (
+        f"{goal.short} {score:.4f}" if score is not None else f"{goal.short}   -   "
+    )
     text += f"  {params.get('backbone', ''):<24}" + (f" crop {params['crop_size']}" if "crop_size" in params else "")
     text += f"  {terminal.duration(float(attrs.get('seconds', 0.0)))}"
     if trial.state != TrialState.COMPLETE:
@@ -229,7 +234,7 @@ def _print_end(
     if summary.best is not None:
         options = command_options(opened.name, url)
         terminal.result(
-            f"best: trial {summary.best['number']}, validation AUC {summary.best['auc']:.4f} ({terminal.duration(seconds)})"
+            f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} ({terminal.duration(seconds)})"
         )
         _print_judged(ranking, audit)
         terminal.say(
@@ -291,7 +296,7 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     else:
         best: dict[str, Any] = summary.best
         terminal.result(
-            f"best: trial {best['number']}, validation AUC {best['auc']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
+            f"best: trial {best['number']}, {summary.settings.goal.label} {best['value']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
         )
         _print_judged(ranking, audit)
         recipe = best["recipe"] or {}

@@ -151,7 +151,7 @@ class _WorkersShow:
         devices: Sequence[str],
         finished: Callable[[], None],
     ) -> None:
-        self.bars, self.finished = bars, finished
+        self.bars, self.finished, self.goal = bars, finished, opened.settings.goal
         self.total = StudyBar(bars, limits, n_finished_of(opened.study))
         self.bar = [bars.add(f"worker {number} on {device} starting", None) for number, device in enumerate(devices)]
         self.name = [""] * len(devices)
@@ -168,11 +168,11 @@ class _WorkersShow:
         elif said.kind == "views":
             self.bars.step(self.bar[worker], values[0])
         elif said.kind == "rung":
-            self.bars.set(self.bar[worker], text=f"{self.name[worker]} AUC {values[1]:.4f} views")
+            self.bars.set(self.bar[worker], text=f"{self.name[worker]} {self.goal.short} {values[1]:.4f} views")
         elif said.kind == "note":
             terminal.say(values[0])
         elif said.kind == "finished":
             trial, n_finished, best = values
             self.total.set(n_finished)
             self.finished()
-            terminal.say(finished_line(trial, best))
+            terminal.say(finished_line(trial, best, self.goal))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import optuna
 
 from pcam_automl.clock import process_age_s
-from pcam_automl.config import StudySettings, check_study_name, find_data, storage_url, studies_folder
+from pcam_automl.config import SplitBy, StudySettings, check_study_name, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
+from pcam_automl.data.domains import Domains, estimate_domains, knows_domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, RecipeError, first_few
+from pcam_automl.errors import DataError, InputError, RecipeError, did_you_mean, first_few
 from pcam_automl.files import write_json
+from pcam_automl.goals import AUC, Goal, goal_of
+from pcam_automl.metrics import LEAST_OF_A_LABEL
 from pcam_automl.models.factory import backbone_fault, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
@@ -32,6 +35,8 @@ from pcam_automl.search.storage import engine_of, open_storage, quiet_experiment
 from pcam_automl.search.storage_url import normalised_url, sqlite_path
 from pcam_automl.search.study import (
     DEFAULT_SPACE,
+    DOMAINS,
+    ESTIMATE,
     VALIDATION_FOLD,
     Asked,
     OpenStudy,
@@ -69,22 +74,26 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     folder = studies_folder(url) / name
-    settings, split = _decide(name, asked, folder, say, pack_call)
+    settings, split, domains = _decide(name, asked, folder, say, pack_call)
     try:
-        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+        study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
     Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
     with quiet_experimental():
-        study.set_metric_names(["validation ROC AUC"])
+        study.set_metric_names([settings.goal.metric])
     write_split(split, folder / "split.npz")
+    if domains is not None:
+        write_domains(domains, folder / DOMAINS)
     write_json(folder / "settings.json", settings.model_dump(mode="json"))
     study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
     return open_study(name, url, say=say, pack_call=pack_call)
 
 
-def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
+def _decide(
+    name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
+) -> tuple[StudySettings, Split, Domains | None]:
     """Everything a new study remembers."""
     device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
     pins = dict(asked.pins or {})
@@ -99,7 +108,11 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
     )
     seed = asked.seed if asked.seed is not None else 0
-    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
+    goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
+    domains = study_domains(store, asked, goal, split_by, seed=seed, say=say)
+    store = store if domains is None else with_domains(store, domains)
+    domains_hash = None if domains is None else domains.hash
+    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0, by=split_by, domains=domains_hash or "")
     for note in split.notes:
         say(note)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
@@ -129,6 +142,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    if goal.name == "worst_domain_auc":
+        check_domains(store, rows.score[: plan.n_score], common)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
     settings = StudySettings(
@@ -161,8 +176,11 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
             "budget": None if budget is None else asdict(budget),
         },
         versions=versions(),
+        objective=goal.name,
+        split_by=split_by,
+        domains_hash=domains_hash,
     )
-    return settings, split
+    return settings, split, domains
 
 
 def _full(path: Path | None) -> str | None:
@@ -241,6 +259,65 @@ def check_masks(recipe: Recipe, store: PatchStore, split: Split) -> None:
             raise DataError(f"the masks of the {what}'s {len(rows)} images hold {held}; {remedy}, or add images")
 
 
+def split_of(name: str | None) -> SplitBy:
+    """``--split``, slides by default.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    found = next((known for known in get_args(SplitBy) if known == (name or "slides")), None)
+    if found is None:
+        known = get_args(SplitBy)
+        raise InputError(f"--split must be one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
+    return cast(SplitBy, found)
+
+
+def study_domains(
+    store: PatchStore, asked: Asked, goal: Goal, split_by: SplitBy, *, seed: int, say: Say
+) -> Domains | None:
+    """Domains estimated for the study where they are asked for, or needed and not known; None where the data's own hold."""
+    needs = [f"--objective {goal.name}"] if goal.name == "worst_domain_auc" else []
+    needs += ["--split domains"] if split_by == "domains" else []
+    if not asked.estimate_domains and (not needs or knows_domains(store)):
+        return None
+    if not asked.estimate_domains:
+        say(f"{' and '.join(needs)} needs domains, the data name none (--domains CSV would): they are estimated")
+    domains = estimate_domains(store, seed=seed)
+    say(domains.line())
+    return domains
+
+
+def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> None:
+    """Whether a worst domain can be told: two domains at least, each with enough patches of either label.
+
+    Args:
+        store: its domains.
+        rows: those that each rung is scored on.
+        recipe: of a dense task pixels are counted, by the masks.
+
+    Raises:
+        DataError: names what each domain holds.
+    """
+    domain = np.asarray(store.domain)[rows]
+    n_positive, n_all = np.asarray(store.label)[rows].clip(min=0).astype(np.int64), np.ones(len(rows), np.int64)
+    what = "patches"
+    if recipe.task == "dense" and store.masks is not None:
+        n_positive = np.array([int(np.count_nonzero(store.masks[row])) for row in rows.tolist()])
+        n_all, what = n_all * int(np.prod(store.masks.shape[1:])), "pixels"
+    counts = {
+        store.domain_names[code]: (int(n_positive[own].sum()), int((n_all - n_positive)[own].sum()))
+        for code in np.unique(domain[domain >= 0]).tolist()
+        if (own := domain == code).any()
+    }
+    if sum(min(n) >= LEAST_OF_A_LABEL for n in counts.values()) < 2:
+        held = ", ".join(f"{name} {positive} and {negative}" for name, (positive, negative) in counts.items())
+        raise DataError(
+            f"--objective worst_domain_auc needs at least 2 domains with {LEAST_OF_A_LABEL} {what} of either label among the "
+            f"{len(rows)} that a rung is scored on, got (positive and negative) {held or 'no domain'}; give --domains CSV with "
+            "more domains, more slides of the rare one, another --seed, or --objective auc"
+        )
+
+
 def without_stage_fields(space: SearchSpace, common: Recipe, asked: Asked, say: Say) -> SearchSpace:
     """A recipe with stages has its rates in them: what the space varies of them would have no effect.
 
@@ -274,6 +351,14 @@ def check_options(asked: Asked) -> None:
     choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
+    goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
+    if goal.name == "worst_domain_auc" and split_by == "domains":
+        raise InputError(
+            "--objective worst_domain_auc compares domains, but with --split domains the validation fold is a single one; "
+            "take --objective auc, which is then the AUC of a domain that training has not seen"
+        )
+    if asked.estimate_domains and asked.domains is not None:
+        raise InputError(f"--domains {asked.domains} and --domains {ESTIMATE} exclude each other; keep one")
     if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
         raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):

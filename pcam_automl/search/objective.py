@@ -15,7 +15,7 @@ from optuna.trial import Trial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import Interrupted, OutOfTime, TrainingDiverged
+from pcam_automl.errors import DataError, Interrupted, OutOfTime, TrainingDiverged
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
@@ -25,6 +25,7 @@ from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
+from pcam_automl.search.reading import FIGURES
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
@@ -32,6 +33,7 @@ from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
+from pcam_automl.training.latency import latency_ms
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
@@ -86,7 +88,7 @@ class Objective:
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
 
     def __call__(self, trial: Trial) -> float:
-        """Train, report every rung at its planned views, return the last AUC.
+        """Train, report every rung at its planned views, return the last value of the study's objective.
 
         Raises:
             optuna.TrialPruned: the pruner said so, or the training diverged.
@@ -134,7 +136,8 @@ class Objective:
     def _train(self, trial: Trial, lineage: str) -> float:
         recipe, compute, rungs = self._settle(trial, lineage)
         training, rows = self._build(recipe, compute)
-        trial.set_user_attr("n_parameters", n_parameters(training.network))
+        forward_ms = latency_ms(training.network, recipe.network_px, compute)
+        set_user_attrs(trial, n_parameters=n_parameters(training.network), latency_ms=round(forward_ms, 3))
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
         self.writer.flush()  # the lineage may be one that was just paused
         planned = self.opened.rungs
@@ -148,11 +151,11 @@ class Objective:
             stop=self._check,
             progress=self.watch.views,
         ):
-            assert result.auc is not None
-            trial.report(result.auc, step=planned[result.rung].views)
+            trial.report(self._value(result), step=planned[result.rung].views)
             set_user_attrs(
                 trial,
                 rungs=[asdict(done) for done in training.results],
+                **{FIGURES: figures_of(best_result(training.results, recipe))},
                 images_per_s=round(result.images_per_s, 1),
                 micro_batch=training.micro_batch,
             )
@@ -163,9 +166,18 @@ class Objective:
             write_scores(
                 self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids
             )
-        kept = best_result(training.results, recipe)
-        assert kept.auc is not None
-        return kept.auc
+        return self._value(best_result(training.results, recipe))
+
+    def _value(self, result: RungResult) -> float:
+        """The objective's.
+
+        Raises:
+            DataError: it has none, which no study may come to whose creation was checked.
+        """
+        value = self.opened.settings.goal.value_of(result)
+        if value is None:
+            raise DataError(f"objective {self.opened.settings.objective} has no value on the scored patches")
+        return value
 
     def _check(self) -> None:
         self.stop()
@@ -256,3 +268,9 @@ class Objective:
 def _decay(recipe: Recipe) -> float:
     """Share of a rung's views in the decay branch."""
     return recipe.decay if recipe.schedule == "wsd" else 0.0
+
+
+def figures_of(result: RungResult) -> dict[str, float]:
+    """Every objective's value at a rung, those that it has."""
+    figures = {"auc": result.auc, "worst_domain_auc": result.worst_domain_auc, "log_loss": result.loss}
+    return {name: value for name, value in figures.items() if value is not None}

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import errors
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
+from pcam_automl.goals import Goal
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.objective import Objective, Watch
@@ -38,7 +39,7 @@ class Heard:
 
     Attributes:
         worker: its number, from 0.
-        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, AUC), ``note`` (text),
+        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, objective), ``note`` (text),
             ``finished`` (trial, number of finished trials, best trial or None), ``ended`` (:class:`SearchEnd`), ``fault`` (name of the error, text).
         values: as above.
     """
@@ -167,10 +168,12 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
         try:
             opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
-            objective = Objective(opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell))
+            objective = Objective(
+                opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal)
+            )
 
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
-                tell("finished", trial, n_finished_in(trials), best_of(trials))
+                tell("finished", trial, n_finished_in(trials), best_of(trials, opened.settings.goal))
 
             with stop.deferred():
                 end = run_worker(
@@ -201,7 +204,7 @@ def _check(stop: StopSignal, parent: int) -> None:
     stop.check()
 
 
-def _watch(tell: Callable[..., None]) -> Watch:
+def _watch(tell: Callable[..., None], goal: Goal) -> Watch:
     waiting, told = [0], [0.0]
 
     def views(n: int) -> None:
@@ -213,6 +216,6 @@ def _watch(tell: Callable[..., None]) -> Watch:
     return Watch(
         begins=lambda number, recipe, views: tell("begins", number, recipe.backbone, views),
         views=views,
-        rung=lambda number, result: tell("rung", number, result.auc),
+        rung=lambda number, result: tell("rung", number, goal.value_of(result)),
         note=lambda text: tell("note", text),
     )

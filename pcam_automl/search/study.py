@@ -11,6 +11,7 @@ import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
+from pcam_automl.data.domains import Domains, estimate_domains, load_domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, open_store
@@ -25,6 +26,10 @@ from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 
 VALIDATION_FOLD = 0
+DOMAINS = "domains.npz"
+"""In the study's folder, where its domains were estimated."""
+ESTIMATE = "estimate"
+"""What ``--domains`` takes instead of a CSV."""
 DEFAULT_SPACE = "default"
 
 Say = Callable[[str], None]
@@ -50,6 +55,9 @@ class Asked:
     deterministic: bool = False
     n_workers: int = 1
     budget_s: float | None = None
+    objective: str | None = None
+    split_by: str | None = None
+    estimate_domains: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,12 +146,10 @@ def open_study(
     _check_asked(settings, asked, name)
     folder = studies_folder(storage_url(url)) / name
     store = _open_store(settings, asked, folder, say, pack_call)
+    if settings.domains_hash is not None:
+        store = with_domains(store, _estimated(store, settings, folder, name))
     split_file = folder / "split.npz"
-    split = (
-        load_split(split_file)
-        if split_file.is_file()
-        else make_split(store, seed=settings.seed, holdout=settings.holdout)
-    )
+    split = load_split(split_file) if split_file.is_file() else split_as(store, settings)
     if split.hash != settings.split_hash:
         raise StudyError(
             f"the split of study {name!r} changed: {split.hash[:12]} here, {settings.split_hash[:12]} in the study; restore {split_file}"
@@ -153,9 +159,36 @@ def open_study(
     return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url))
 
 
+def split_as(store: PatchStore, settings: StudySettings) -> Split:
+    """The split of a study, over a store under the study's domains."""
+    return make_split(
+        store, seed=settings.seed, holdout=settings.holdout, by=settings.split_by, domains=settings.domains_hash or ""
+    )
+
+
+def _estimated(store: PatchStore, settings: StudySettings, folder: Path, name: str) -> Domains:
+    """The domains that were estimated for the study, estimated again where their file is gone.
+
+    Raises:
+        StudyError: they are not the ones that the study began with.
+    """
+    file = folder / DOMAINS
+    found = load_domains(file) if file.is_file() else estimate_domains(store, seed=settings.seed)
+    if found.hash != settings.domains_hash:
+        raise StudyError(
+            f"the estimated domains of study {name!r} changed: {found.hash[:12]} here, {str(settings.domains_hash)[:12]} in the study; restore {file}"
+        )
+    if not file.is_file():
+        write_domains(found, file)
+    return found
+
+
 def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     remembered = settings.model_dump()
-    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner")}
+    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner", "objective")}
+    given["split"], remembered["split"] = asked.split_by, settings.split_by
+    if asked.estimate_domains:
+        given["domains"], remembered["domains"] = ESTIMATE, settings.domains_hash and ESTIMATE
     if asked.views is not None:
         given["views"], remembered["views"] = asked.views, settings.rungs[-1][0]
     if asked.weights not in (None, "auto"):

@@ -118,7 +118,7 @@ def _run_trials(
             return SearchEnd(n_finished, "timeout")
         settle_lost(study, slots, trials)
         if limits.clock is not None:
-            limits.clock.learn(best_of(trials))
+            limits.clock.learn(best_of(trials, opened.settings.goal))
         turn = next_turn(opened, slots, trials, limits, owner)
         if isinstance(turn, str):
             return SearchEnd(n_finished, turn)

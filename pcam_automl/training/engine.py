@@ -57,7 +57,7 @@ class RungResult:
     """What is known after a rung. Seconds are wall clock; ``images_per_s`` counts training steps only.
 
     ``auc``, ``loss``, ``accuracy`` and ``dice`` are of the scoring rows, None where there are none; of a dense task they
-    count pixels. ``train_loss`` and ``train_accuracy`` are means over the rung's augmented views.
+    count pixels; ``worst_domain_auc`` is None, too, where fewer than two domains can be scored. ``train_loss`` and ``train_accuracy`` are means over the rung's augmented views.
     """
 
     rung: int
@@ -73,6 +73,7 @@ class RungResult:
     accuracy: float | None = None
     dice: float | None = None
     stage: int = 0
+    worst_domain_auc: float | None = None
 
 
 @dataclass(frozen=True)

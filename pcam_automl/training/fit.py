@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pcam_automl.batches import ViewStream
+from pcam_automl.metrics import worst_domain_auc
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.checkpoint import CheckpointWriter, keep_newest, newest_checkpoint, write_checkpoint
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
@@ -141,6 +142,15 @@ def _result(
         score.accuracy if score else None,
         score.dice if score else None,
         rates.phase,
+        _worst_domain_auc(training),
+    )
+
+
+def _worst_domain_auc(training: Training) -> float | None:
+    """Of the scores just taken, by the domains of their rows."""
+    scores, domain = training.scores, training.task.data.domain
+    return (
+        None if scores is None or domain is None else worst_domain_auc(scores.label, scores.prob, domain[scores.rows])
     )
 
 
