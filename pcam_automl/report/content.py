@@ -15,7 +15,7 @@ from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.metrics import accuracy, dice
 from pcam_automl.recipe import Recipe
-from pcam_automl.scores import Scores
+from pcam_automl.scores import Scores, clusters_of_rows
 from pcam_automl.training.engine import RungResult
 
 
@@ -158,10 +158,7 @@ def both_labels(scores: Scores) -> bool:
 def clusters_of(store: PatchStore | None, scores: Scores) -> NDArray[np.int64]:
     """(n,) what an interval's draws are made over: the slide, where it is unknown the image, whose pixels are not independent."""
     rows = np.asarray(scores.rows, np.int64)
-    if store is None:
-        return rows
-    group = np.asarray(store.group)[rows].astype(np.int64)
-    return np.where(group < 0, len(store.group_names) + rows, group)
+    return rows if store is None else clusters_of_rows(store, rows)
 
 
 def losses(scores: Scores) -> NDArray[np.float64]:
