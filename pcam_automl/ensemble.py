@@ -118,6 +118,7 @@ def write_ensemble(
 
 
 def is_ensemble(folder: Path) -> bool:
+    """Whether the folder says how several bundles judge together."""
     return (folder / CARD).is_file()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pcam_automl.errors import DataError
-from pcam_automl.metrics import auc, confusion
+from pcam_automl.metrics import Confusion, auc, confusion
 
 SENSITIVITIES = (0.90, 0.95, 0.99)
 """Shares of the tumour patches that are to be found."""
@@ -69,6 +69,49 @@ class RejectPoint:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Operating:
+    """Both on the same patches.
+
+    Attributes:
+        on: which, for people.
+        chosen_on: on which the thresholds were chosen; the same as ``on`` where it was on these.
+        points: one a rule.
+        rejects: by coverage.
+    """
+
+    on: str
+    chosen_on: str
+    points: tuple[OperatingPoint, ...]
+    rejects: tuple[RejectPoint, ...]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Rule to threshold."""
+        return {point.rule: point.threshold for point in self.points}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Operating:
+        """What :meth:`to_json` gave."""
+        points = tuple(OperatingPoint(**point) for point in fields["points"])
+        rejects = tuple(RejectPoint(**point) for point in fields["rejects"])
+        return Operating(str(fields["on"]), str(fields["chosen_on"]), points, rejects)
+
+
+def operate(label: ArrayLike, prob: ArrayLike, on: str, given: Operating | None = None) -> Operating:
+    """Thresholds and reject curve; the thresholds are those of ``given``, else chosen on these patches.
+
+    Raises:
+        DataError: as :func:`choose_thresholds`.
+    """
+    thresholds = choose_thresholds(label, prob) if given is None else given.thresholds
+    chosen_on = on if given is None else given.on
+    return Operating(on, chosen_on, operating_points(label, prob, thresholds), reject_curve(label, prob))
+
+
 def choose_thresholds(label: ArrayLike, prob: ArrayLike) -> dict[str, float]:
     """Rule to threshold: the highest that finds 90, 95 and 99 % of the tumour, Youden's, and 0.5.
 
@@ -81,10 +124,8 @@ def choose_thresholds(label: ArrayLike, prob: ArrayLike) -> dict[str, float]:
     Raises:
         DataError: one label only, or as :func:`pcam_automl.metrics.confusion`.
     """
-    counts = confusion(label, prob)  # judges the arguments
+    counts = _counts_of_both(label, prob)
     n_positive = counts.false_negative + counts.true_positive
-    if not 0 < n_positive < sum(counts):
-        raise DataError(f"thresholds need patches of both labels, got {sum(counts)} of one")
     probs, positive = np.asarray(prob, np.float64), np.asarray(label) == 1
     found = np.sort(probs[positive])[::-1]  # the k-th is the highest threshold that finds k
     chosen = {sensitivity_rule(s): float(found[math.ceil(s * n_positive - 1e-9) - 1]) for s in SENSITIVITIES}
@@ -105,16 +146,21 @@ def _youden(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> flo
     return float(thresholds[np.flatnonzero(index >= index.max() - 1e-12)[-1]])
 
 
-def operating_points(
-    label: ArrayLike, prob: ArrayLike, thresholds: Mapping[str, float] | None = None
-) -> tuple[OperatingPoint, ...]:
-    """Figures at each threshold, by rule; None chooses them on these very patches, which flatters them a little.
+def operating_points(label: ArrayLike, prob: ArrayLike, thresholds: Mapping[str, float]) -> tuple[OperatingPoint, ...]:
+    """Figures at each threshold, by rule. Thresholds that were chosen on these very patches flatter themselves a little.
 
     Raises:
-        DataError: as :func:`choose_thresholds`.
+        DataError: one label only, or as :func:`pcam_automl.metrics.confusion`.
     """
-    chosen = choose_thresholds(label, prob)
-    return tuple(_point(rule, t, label, prob) for rule, t in (thresholds or chosen).items())
+    _counts_of_both(label, prob)
+    return tuple(_point(rule, threshold, label, prob) for rule, threshold in thresholds.items())
+
+
+def _counts_of_both(label: ArrayLike, prob: ArrayLike) -> Confusion:
+    counts = confusion(label, prob)
+    if counts.false_negative + counts.true_positive in (0, sum(counts)):
+        raise DataError(f"thresholds need patches of both labels, got {sum(counts)} of one")
+    return counts
 
 
 def _point(rule: str, threshold: float, label: ArrayLike, prob: ArrayLike) -> OperatingPoint:

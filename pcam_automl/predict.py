@@ -29,6 +29,22 @@ from pcam_automl.training.scoring import (
 class Judge(Protocol):
     """What gives patches probabilities: one network, or several together."""
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities."""
+        ...
+
+    def row_logits(
+        self,
+        patches: Patches,
+        rows: np.ndarray,
+        *,
+        stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
+        """Logits (n,) of store rows, averaged over the views and not calibrated."""
+        ...
+
     def rows(
         self,
         patches: Patches,

@@ -51,25 +51,32 @@ N_VIEWS = 9
 class ConfirmWatch:
     """What confirmations tell the one who shows them."""
 
-    begins: Callable[[Candidate, int, Recipe, int], None] = lambda candidate, fold, recipe, views: None
+    begins: Callable[[Candidate, int, Training, int], None] = lambda candidate, fold, training, views: None
     views: Callable[[int], None] = lambda n: None
     done: Callable[[Confirmation], None] = lambda confirmation: None
     note: Callable[[str], None] = lambda text: None
     stop: Callable[[], None] = lambda: None
 
 
-def confirm_folds(split: Split, n: int) -> tuple[int, ...]:
+def confirm_folds(split: Split, n: int, label: np.ndarray | None = None) -> tuple[int, ...]:
     """The first ``n`` folds that did not validate the search.
+
+    Args:
+        split: its folds.
+        n: at least 1.
+        label: (N,) by store row; given, folds that hold one label only are passed over (a fold may be a whole domain).
 
     Raises:
         StudyError: there are fewer.
     """
     others = [fold for fold in range(int(split.fold.max()) + 1) if fold != VALIDATION_FOLD]
-    if n > len(others):
+    usable = [fold for fold in others if label is None or len(np.unique(label[split.fold == fold])) == 2]
+    if n > len(usable):
         raise StudyError(
-            f"--confirm-folds must be at most {len(others)}, got {n}: the split has {len(others) + 1} folds and one validated the search"
+            f"--confirm-folds must be at most {len(usable)}, got {n}: of the split's {len(others) + 1} folds one validated"
+            f" the search{'' if usable == others else ' and not all others hold both labels'}; --confirm 0 goes without"
         )
-    return tuple(others[:n])
+    return tuple(usable[:n])
 
 
 def n_scored(views: int) -> int:
@@ -79,6 +86,13 @@ def n_scored(views: int) -> int:
         views: training images of a whole trial of the study, the same for every network, so that the patches are, too.
     """
     return max(LEAST_SCORED, int(views * EVAL_SPEEDUP / N_VIEWS))
+
+
+def images_per_s(opened: OpenStudy, candidate: Candidate, recipe: Recipe, device: torch.device) -> float:
+    """Training images a second: what the trial had, where it ran on such a device, else by a measured step."""
+    attrs = candidate.trial.user_attrs
+    rate = attrs.get("images_per_s") if attrs.get("device") == device_name(device) else None
+    return float(rate) if rate else opened.speed_book.images_per_s(recipe, device)
 
 
 def expected_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n: int, images_per_s: float) -> float:
@@ -197,17 +211,13 @@ class _Runner:
         )
 
     def _expected(self, candidate: Candidate, job: _Job) -> float:
-        """By the speed that the trial had on such a device, else by a measured one."""
-        attrs = candidate.trial.user_attrs
-        rate = attrs.get("images_per_s") if attrs.get("device") == device_name(self.device) else None
-        if not rate:
-            rate = self.opened.speed_book.images_per_s(job.recipe, self.device)
-        return expected_seconds(job.recipe, job.rungs, len(job.rows.score), float(rate))
+        rate = images_per_s(self.opened, candidate, job.recipe, self.device)
+        return expected_seconds(job.recipe, job.rungs, len(job.rows.score), rate)
 
     def _train(self, job: _Job) -> Confirmation:
         began = time.perf_counter()
         training = self._start(job)
-        self.watch.begins(job.candidate, job.fold, job.recipe, total_views(job.recipe, job.rungs))
+        self.watch.begins(job.candidate, job.fold, training, total_views(job.recipe, job.rungs))
         figures: dict[str, Any]
         try:
             for _ in fit(

@@ -175,6 +175,14 @@ class Confirmed:
         return {"trial": self.trial, "search": self.search, "values": values, "mean": mean, "drop": self.drop}
 
 
+def complete_folds(confirmations: Sequence[Confirmation]) -> list[int]:
+    """Folds on which every lineage was confirmed."""
+    held = {(one.lineage, one.fold) for one in confirmations}
+    lineages = {one.lineage for one in confirmations}
+    folds = dict.fromkeys(one.fold for one in confirmations)
+    return [fold for fold in folds if all((lineage, fold) in held for lineage in lineages)]
+
+
 def ranked(
     confirmations: Sequence[Confirmation], *, value_of: ValueOf = auc_of, maximise: bool = True
 ) -> list[Confirmed]:
@@ -182,16 +190,11 @@ def ranked(
 
     Compared are only folds on which every lineage was confirmed: on others luck would lie in the slides.
     """
-    lineages = list(dict.fromkeys(one.lineage for one in confirmations))
+    folds = complete_folds(confirmations)
     held = {(one.lineage, one.fold): one for one in confirmations}
-    folds = [
-        fold
-        for fold in dict.fromkeys(one.fold for one in confirmations)
-        if all((lineage, fold) in held for lineage in lineages)
-    ]
     sign = 1.0 if maximise else -1.0
     found = []
-    for lineage in lineages:
+    for lineage in dict.fromkeys(one.lineage for one in confirmations):
         own = [held[lineage, fold] for fold in folds]
         values = tuple(value_of(one) for one in own)
         mean, search = sum(values) / len(values), own[0].search
