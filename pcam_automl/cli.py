@@ -366,13 +366,42 @@ def finalize(
             "--epochs", help="Passes over the training patches; by default four times a trial's views, 3 to 20 epochs."
         ),
     ] = None,
+    confirm: Annotated[
+        int,
+        typer.Option(
+            "--confirm",
+            min=0,
+            help="Train so many of the best trials anew first, with fresh seeds and on another fold; 0 takes the search's word.",
+            metavar="K",
+        ),
+    ] = 3,
+    confirm_folds: Annotated[
+        int, typer.Option("--confirm-folds", min=1, max=4, help="On so many other folds each.", metavar="F")
+    ] = 1,
+    ensemble: Annotated[
+        int,
+        typer.Option(
+            "--ensemble",
+            min=1,
+            help="At most so many of the confirmed trials judge together, if that helps out of fold.",
+            metavar="K",
+        ),
+    ] = 1,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="What each ingredient was worth on the holdout (needs one).")
+    ] = False,
+    no_budget: Annotated[
+        bool,
+        typer.Option("--no-budget", help="Do not hold the final training within what the study's --budget has left."),
+    ] = False,
     storage: Storage = None,
     report: WithReport = True,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Retrain the best trial on all the data and write the checked submission."""
+    """Confirm the best trials, retrain the chosen one on all the data, write the checked submission."""
     from pcam_automl.commands.models import run_finalize
+    from pcam_automl.finalizing.result import FinalOptions
 
     run_finalize(
         study,
@@ -386,6 +415,8 @@ def finalize(
         as_json=json,
         with_report=report,
         pick=pick,
+        options=FinalOptions(confirm, confirm_folds, ensemble, compare),
+        within_budget=not no_budget,
     )
 
 
@@ -431,7 +462,9 @@ def report(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Option("--model", help="Bundle folder that train or finalize wrote.", metavar="DIR")],
+    model: Annotated[
+        Path, typer.Option("--model", help="Bundle or ensemble folder that train or finalize wrote.", metavar="DIR")
+    ],
     input: Annotated[list[Path], typer.Option("--input", help="Image folder or file; repeatable.", metavar="PATH")],
     out: Annotated[
         Path,

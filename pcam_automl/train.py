@@ -40,13 +40,14 @@ from pcam_automl.versions import versions
 
 @dataclass
 class TrainWatch:
-    """What a training tells the one who shows it."""
+    """What a training tells the one who shows it; ``trained`` gets it at its end, with the weights before averaging, too."""
 
     begins: Callable[[Recipe, Compute, int], None] = lambda recipe, compute, views: None
     views: Callable[[int], None] = lambda n: None
     epoch: Callable[[RungResult], None] = lambda result: None
     note: Callable[[str], None] = lambda text: None
     stop: Callable[[], None] = lambda: None
+    trained: Callable[[Training], None] = lambda training: None
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def train_to_bundle(
                 write_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
+        watch.trained(training)
         bundle = _bundle(training, rows, store, provenance, began)
         write_bundle(out, bundle)
         speed.note_micro_batch(recipe, device, training.micro_batch)

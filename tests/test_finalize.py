@@ -28,7 +28,7 @@ from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
-from pcam_automl.finalize import FinalWatch, choose_trial, final_recipe, finalize, settle_ties
+from pcam_automl.finalize import FinalOptions, FinalWatch, choose_trial, final_recipe, finalize, settle_ties
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
@@ -39,6 +39,7 @@ from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
 from pcam_automl.training.schedule import rates_at
 
 CPU = torch.device("cpu")
+ONE = FinalOptions(confirm=0)
 SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
 
 
@@ -85,11 +86,11 @@ def finalize_and_die(at: int, inside: bool) -> None:
         if len(calls) == at:
             if not inside:
                 die()
-            checkpoint.sha256_of_file = die
+            checkpoint.xxhash = SimpleNamespace(xxh3_128_hexdigest=die)
         write(folder, **options)
 
     fit.write_checkpoint = dying
-    sys.argv = ["pcam-automl", "finalize", "--epochs", "4", "--device", "cpu"]
+    sys.argv = ["pcam-automl", "finalize", "--confirm", "0", "--epochs", "4", "--device", "cpu"]
     cli.main()
 
 
@@ -97,7 +98,7 @@ def finalize_on_a_full_disk() -> None:
     """RLIMIT_FSIZE below a checkpoint's size: every write of weights fails as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-    sys.argv = ["pcam-automl", "finalize", "--epochs", "2", "--device", "cpu"]
+    sys.argv = ["pcam-automl", "finalize", "--confirm", "0", "--epochs", "2", "--device", "cpu"]
     cli.main()
 
 
@@ -105,11 +106,11 @@ def finalize_on_a_full_disk() -> None:
 def test_killed_and_repeated_ends_in_the_weights_of_an_uninterrupted_run(
     opened: OpenStudy, in_tmp: Path, at: int, inside: bool
 ) -> None:
-    whole = finalize(opened, out=in_tmp / "whole", epochs=4.0, device=CPU)
+    whole = finalize(opened, out=in_tmp / "whole", epochs=4.0, device=CPU, options=ONE)
     code, errors = run_warm(in_tmp, finalize_and_die, at, inside)
     assert code == -signal.SIGKILL, errors
     assert not (opened.folder / "final" / "model").exists()
-    again = finalize(opened, epochs=4.0, device=CPU)
+    again = finalize(opened, epochs=4.0, device=CPU, options=ONE)
     one, two = (load_file(result.out / "model" / "model.safetensors") for result in (whole, again))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -123,7 +124,7 @@ def test_a_second_finalize_into_one_folder_is_refused(opened: OpenStudy, in_tmp:
     out = in_tmp / "out"
     out.mkdir()
     with locked(out / ".model.lock", busy="x"), pytest.raises(DataError, match="another process is training into"):
-        finalize(opened, out=out, epochs=1.0, device=CPU)
+        finalize(opened, out=out, epochs=1.0, device=CPU, options=ONE)
 
 
 def test_disk_full_while_finalizing_is_one_line_and_resumes(opened: OpenStudy, in_tmp: Path) -> None:
@@ -131,7 +132,7 @@ def test_disk_full_while_finalizing_is_one_line_and_resumes(opened: OpenStudy, i
     assert code == 2, errors
     assert "no space left to write" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
-    assert finalize(opened, epochs=2.0, device=CPU).submission is not None
+    assert finalize(opened, epochs=2.0, device=CPU, options=ONE).submission is not None
 
 
 def test_the_recipe_is_the_trials_for_the_whole_data(opened: OpenStudy) -> None:
@@ -169,7 +170,7 @@ def test_after_an_early_end_the_epochs_up_to_the_kept_one_are_trained(opened: Op
 
 
 def test_every_labelled_patch_less_the_holdout_is_trained_on(opened: OpenStudy) -> None:
-    result = finalize(opened, epochs=1.0, device=CPU)
+    result = finalize(opened, epochs=1.0, device=CPU, options=ONE)
     card = json.loads((result.out / "model" / "bundle.json").read_text())
     assert card["provenance"]["n_train"] == len(opened.store.development_rows()) == 120
     assert card["provenance"]["pack_hash"] == opened.store.content_hash
@@ -202,7 +203,7 @@ def test_read_only_data_serves_a_whole_run(easy_pack: Path, in_tmp: Path) -> Non
     )
     study = create_or_open_study("ro", None, asked, say=lambda text: None)
     run_worker(Objective(study, CPU), n_trials=1)
-    finalize(study, epochs=1.0, device=CPU)
+    finalize(study, epochs=1.0, device=CPU, options=ONE)
     assert {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()} == before
     assert np.isfinite(study.study.best_value)
 
@@ -229,12 +230,12 @@ def test_a_bundle_of_another_holdout_is_not_taken_for_done(opened: OpenStudy) ->
     """A deleted study made anew under its name: the same recipe, other patches set aside."""
     trained: list[int] = []
     watch = FinalWatch(train=TrainWatch(begins=lambda recipe, compute, views: trained.append(views)))
-    finalize(opened, epochs=1.0, device=CPU, watch=watch)
-    finalize(opened, epochs=1.0, device=CPU, watch=watch)
+    finalize(opened, epochs=1.0, device=CPU, watch=watch, options=ONE)
+    finalize(opened, epochs=1.0, device=CPU, watch=watch, options=ONE)
     assert len(trained) == 1
     again = make_split(opened.store, seed=0, holdout=0.3)
     assert len(again.holdout_rows())
-    finalize(replace(opened, split=again), epochs=1.0, device=CPU, watch=watch)
+    finalize(replace(opened, split=again), epochs=1.0, device=CPU, watch=watch, options=ONE)
     assert len(trained) == 2
 
 

@@ -142,6 +142,12 @@ def spent_s(study: optuna.Study) -> float:
     return union_seconds(intervals_of(study))
 
 
+def spent_with(study: optuna.Study, age_s: float) -> float:
+    """Seconds spent by noted runs and by this process, which has lived for ``age_s`` and may be among them."""
+    now = time.time()
+    return union_seconds([*intervals_of(study), Interval("", now - age_s, age_s)])
+
+
 def budget_of(study: optuna.Study) -> float | None:
     """The study's budget in seconds; None where it has none."""
     held = study.user_attrs.get(TOTAL_KEY)
