@@ -84,6 +84,15 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+class Enqueued(BaseModel):
+    """Parameters that the trial of one of the first slots takes, and where they come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    origin: str
+    params: dict[str, Any]
+
+
 class StudySettings(BaseModel):
     """What a study remembers, written once when it is created; every worker and later command reads it."""
 
@@ -110,6 +119,10 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    enqueued: tuple[Enqueued, ...] = ()
+    warm_start: str | None = None
+    prior: str | None = None
+    command: str = ""
 
 
 def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: str) -> None:

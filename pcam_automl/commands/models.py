@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, check_bundle_target, load_bundle
-from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training, this_command
+from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training
 from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
@@ -187,7 +187,7 @@ def run_train(
                     "recipe_name": recipe,
                     "split_hash": setup.split.hash,
                     "fold": options.fold,
-                    "command": this_command(),
+                    "command": terminal.this_command(),
                 },
                 watch=watch,
             )

@@ -19,6 +19,7 @@ from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import FINISHED, errors_of, n_finished_of
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.start import enqueued_for
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy
 
@@ -86,7 +87,9 @@ def _run_trials(
         if slot is None:
             return SearchEnd(n_finished, "done" if n_finished_of(study) >= n_trials else "claimed elsewhere")
         objective.slot = slot
-        sampler.prescribed = prescribed(opened, slot)
+        entry = enqueued_for(opened.settings.enqueued, slot, n_trials)
+        objective.origin = None if entry is None else entry.origin
+        sampler.prescribed = prescribed(opened, slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
