@@ -209,6 +209,22 @@ def search(
         str | None,
         typer.Option("--objective", help="auc (default), worst_domain_auc or log_loss, on the validation fold."),
     ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            "--warm-start",
+            help="The first trials take the diverse best of another study: its name, or URL#NAME of another storage.",
+            metavar="STUDY|URL",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            "--prior",
+            help="The first trials take the recipes of a prior (`export-prior` makes one): a shipped name, a YAML file, or none.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
     pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
     seed: Annotated[
@@ -287,6 +303,8 @@ def search(
         deterministic=deterministic,
         budget_s=budget_s,
         objective=objective,
+        warm_start=warm_start,
+        prior=prior,
     )
     run_search(
         study,
@@ -317,6 +335,43 @@ def audit(study: StudyName = "pcam", storage: Storage = None, json: Json = False
     from pcam_automl.commands.audit import run_audit
 
     run_audit(study, storage, as_json=json)
+
+
+@app.command()
+def replay(
+    trial: Annotated[str, typer.Argument(help="A trial's number, or best.", metavar="TRIAL")],
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    data: Data = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train a stored trial again from its database row alone and compare every rung."""
+    from pcam_automl.commands.replay import run_replay
+
+    if not run_replay(trial, study, storage, data=data, device=device, as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command("export-prior")
+def export_prior(
+    out: Annotated[Path, typer.Option("--out", help="YAML file to make.", metavar="FILE")],
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--data-name", help="What to call the data; their folder's name by default.", metavar="NAME"),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--command", help="That made the study, where the study does not say.", metavar="TEXT")
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=1, max=12, help="Recipes at most.", metavar="K")] = 5,
+    json: Json = False,
+) -> None:
+    """Write the diverse best recipes of a study for `search --prior`, with where they come from."""
+    from pcam_automl.commands.prior import run_export_prior
+
+    run_export_prior(study, storage, out, data=name, command=command, k=most, as_json=json)
 
 
 @app.command()

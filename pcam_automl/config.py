@@ -104,6 +104,15 @@ def parse_bytes(text: str, option: str = "--checkpoint-quota") -> int:
     return int(size)
 
 
+class Enqueued(BaseModel):
+    """Parameters that the trial of one of the first slots takes, and where they come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    origin: str
+    params: dict[str, Any]
+
+
 class StudySettings(BaseModel):
     """What a study remembers, written once when it is created; every worker and later command reads it."""
 
@@ -130,6 +139,10 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    enqueued: tuple[Enqueued, ...] = ()
+    warm_start: str | None = None
+    prior: str | None = None
+    command: str = ""
     objective: ObjectiveName = "auc"
     split_by: SplitBy = "slides"
     domains_hash: str | None = None

@@ -19,7 +19,7 @@ from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, check_bundle_target, load_bundle
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
-from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training, this_command
+from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training
 from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
@@ -245,7 +245,7 @@ def run_train(
                     "recipe_name": recipe,
                     "split_hash": setup.split.hash,
                     "fold": options.fold,
-                    "command": this_command(),
+                    "command": terminal.this_command(),
                 },
                 watch=watch,
             )

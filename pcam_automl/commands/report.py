@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +34,6 @@ from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
 
 LR_POINTS = 400
-
-
-def this_command() -> str:
-    """What the user typed, to be shown under "how to reproduce"."""
-    return shlex.join(["pcam-automl", *sys.argv[1:]])
 
 
 def bundle_folder(path: Path) -> Path:

@@ -58,7 +58,7 @@ def run_search(
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     devices = devices_for(asked, n_workers, per_device, studies_folder(storage_url(url)))
-    asked = replace(asked, n_workers=len(devices))
+    asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
     go_on = "every finished trial is stored; the same command goes on"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
@@ -112,6 +112,8 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
 
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
     """What a trial will do, before the first one starts."""
+    from pcam_automl.search.start import n_prescribed
+
     settings, plan = opened.settings, opened.settings.plan
     of = "" if n_trials is None else f" of {n_trials}"
     rungs = " -> ".join(f"{views:,} views of {subset:,} patches" for views, subset in settings.rungs)
@@ -134,6 +136,11 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     )
     estimated = " (~ estimated from its layers; a trial measures)" if about else ""
     terminal.say(f"  training images/s at {plan['planned_px']} px{estimated}: {speeds}")
+    expected = n_trials or int((plan.get("budget") or {}).get("n_started", 1))
+    if n_first := n_prescribed(len(settings.enqueued), expected):
+        terminal.say(
+            f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}; then {settings.sampler}"
+        )
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
 

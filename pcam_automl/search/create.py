@@ -10,8 +10,16 @@ import numpy as np
 import optuna
 
 from pcam_automl.clock import process_age_s
-from pcam_automl.config import SplitBy, StudySettings, check_study_name, find_data, storage_url, studies_folder
-from pcam_automl.configs_folder import find_config
+from pcam_automl.config import (
+    Enqueued,
+    SplitBy,
+    StudySettings,
+    check_study_name,
+    find_data,
+    storage_url,
+    studies_folder,
+)
+from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.domains import Domains, estimate_domains, knows_domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
@@ -26,13 +34,15 @@ from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, 
 from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
+from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
+from pcam_automl.search.start import start_list
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
-from pcam_automl.search.storage_url import normalised_url, sqlite_path
+from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
 from pcam_automl.search.study import (
     DEFAULT_SPACE,
     DOMAINS,
@@ -41,10 +51,12 @@ from pcam_automl.search.study import (
     Asked,
     OpenStudy,
     Say,
+    as_searched,
     check_pins,
     open_study,
     start_recipe,
 )
+from pcam_automl.search.warm_start import check_holdout, open_source_study, warm_entries, weights_warning
 from pcam_automl.training.compute import choose_device, use_device
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import absent_ids, check_task, choose_rows
@@ -74,7 +86,7 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     folder = studies_folder(url) / name
-    settings, split, domains = _decide(name, asked, folder, say, pack_call)
+    settings, split, domains = _decide(name, url, asked, folder, say, pack_call)
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
@@ -92,7 +104,7 @@ def create_or_open_study(
 
 
 def _decide(
-    name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
+    name: str, url: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
 ) -> tuple[StudySettings, Split, Domains | None]:
     """Everything a new study remembers."""
     device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
@@ -144,6 +156,8 @@ def _decide(
         space = space.without_choices("backbone", list(plan.dropped))
     if goal.name == "worst_domain_auc":
         check_domains(store, rows.score[: plan.n_score], common)
+    asked_for = asked_entries(asked, url, space, store, split, say)
+    first = start_list(space, start, asked_for, shipped_recipes(), plan, name=asked.recipe or DEFAULT_RECIPE)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
     settings = StudySettings(
@@ -179,6 +193,10 @@ def _decide(
         objective=goal.name,
         split_by=split_by,
         domains_hash=domains_hash,
+        enqueued=first.entries,
+        warm_start=None if asked.warm_start is None else safe_url(asked.warm_start),
+        prior=None if asked.prior in (None, NONE) else asked.prior,
+        command=asked.command,
     )
     return settings, split, domains
 
@@ -190,6 +208,43 @@ def _full(path: Path | None) -> str | None:
 def _load_asked_space(asked: Asked) -> SearchSpace:
     """The space that is asked for, with ``--set`` applied and every backbone's name looked up in timm."""
     return load_space(asked.space or default_space(asked), pins=asked.pins, backbone_fault=backbone_fault)
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """Every shipped recipe by name, as a search starts from it: with the weights that its file names."""
+    return {name: as_searched(load_recipe(find_config("recipes", name))) for name in list_configs("recipes")}
+
+
+def asked_entries(
+    asked: Asked, url: str, space: SearchSpace, store: PatchStore, split: Split, say: Say
+) -> list[Enqueued]:
+    """What ``--warm-start`` and ``--prior`` give the first trials, the warm start first.
+
+    Raises:
+        StudyError, RecipeError: no such study or prior, or nothing in it fits the space.
+        DataError: they were searched on this study's holdout.
+    """
+    entries: list[Enqueued] = []
+    here = bool(space.base["pretrained"])
+    if asked.warm_start is not None:
+        source = open_source_study(asked.warm_start, url)
+        notes = [
+            check_holdout(store, split, source),
+            weights_warning(source.shown, pretrained=source.settings.weights != "none", here=here),
+        ]
+        entries += warm_entries(source, space)
+        for note in filter(None, notes):
+            say(note)
+    if asked.prior not in (None, NONE):
+        prior = load_prior(asked.prior)
+        notes = [
+            check_prior_holdout(prior, asked.prior, store, split),
+            weights_warning(asked.prior, pretrained=prior.weights != "none", here=here),
+        ]
+        entries += prior_entries(prior, asked.prior, space)
+        for note in filter(None, notes):
+            say(note)
+    return entries
 
 
 def default_space(asked: Asked) -> str:
@@ -364,6 +419,8 @@ def check_options(asked: Asked) -> None:
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.prior not in (None, NONE):
+        load_prior(asked.prior)
     if asked.deterministic and asked.views is None and not {"views", "epochs"} & set(asked.pins or {}):
         raise RecipeError(
             "--deterministic needs --views (or --set epochs): by default the measured speed decides how much a trial trains"

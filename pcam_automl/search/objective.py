@@ -30,7 +30,7 @@ from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.training.checkpoint import CheckpointWriter
-from pcam_automl.training.compute import Compute, device_name
+from pcam_automl.training.compute import Compute, cpu_name, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
 from pcam_automl.training.latency import latency_ms
@@ -57,6 +57,7 @@ class Objective:
         opened: the study and its data.
         device: where to train.
         slot: the claimed slot, set by the worker before each trial.
+        origin: where the slot's prescribed parameters come from; None where the sampler chooses them all.
         stop: called at every step; raises :class:`Interrupted`.
         interrupted: the interruption that ended the last trial, for the worker.
         begun: called once the trial's number and lineage are known.
@@ -72,6 +73,7 @@ class Objective:
     watch: Watch = field(default_factory=Watch)
     begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
+    origin: str | None = None
     interrupted: Interrupted | None = None
     clock: BudgetClock | None = None
     thawed_from: int | None = None
@@ -106,6 +108,7 @@ class Objective:
             device=device_name(self.device),
             versions=versions(),
             **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
+            **({} if self.origin is None else {"origin": self.origin}),
         )
         reason = "complete"
         try:
@@ -135,7 +138,7 @@ class Objective:
 
     def _train(self, trial: Trial, lineage: str) -> float:
         recipe, compute, rungs = self._settle(trial, lineage)
-        training, rows = self._build(recipe, compute)
+        training, rows = self.build(recipe, compute)
         forward_ms = latency_ms(training.network, recipe.network_px, compute)
         set_user_attrs(trial, n_parameters=n_parameters(training.network), latency_ms=round(forward_ms, 3))
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
@@ -158,6 +161,7 @@ class Objective:
                 **{FIGURES: figures_of(best_result(training.results, recipe))},
                 images_per_s=round(result.images_per_s, 1),
                 micro_batch=training.micro_batch,
+                micro_batches=training.micro_batches,
             )
             self.watch.rung(trial.number, result)
             self._judge(trial, training, rungs, result)
@@ -221,6 +225,9 @@ class Objective:
             recipe=recipe.model_dump_json(),
             compute=compute.to_json(),
             views_share=round(rungs[-1].views / opened.rungs[-1].views, 4),
+            rung_plan=[(rung.views, rung.subset) for rung in rungs],
+            threads=torch.get_num_threads(),
+            cpu=cpu_name(),
         )
         return recipe, compute, rungs
 
@@ -242,7 +249,8 @@ class Objective:
                 return attrs
         return None
 
-    def _build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
+    def build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
+        """The recipe's training at its start on the study's validation fold, and its rows; a replay starts here, too."""
         rows = choose_rows(self.opened.store, recipe, self._train_rows, self._score_rows)
         training = start_training(
             recipe,

@@ -22,6 +22,7 @@ from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, 
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
+from pcam_automl.search.storage_url import safe_url
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 
@@ -58,6 +59,9 @@ class Asked:
     objective: str | None = None
     split_by: str | None = None
     estimate_domains: bool = False
+    warm_start: str | None = None
+    prior: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,13 +121,18 @@ class OpenStudy:
 def start_recipe(name: str, pretrained: bool) -> Recipe:
     """A shipped or own recipe as a search starts from it: its trial 0, and what the space leaves open.
 
-    One cycle over everything becomes warm-up, stable, decay, so that every rung has the score of a finished training;
-    stages and early ends need their own schedule and keep it.
-
     Raises:
         RecipeError: no such recipe, or faults in it.
     """
-    recipe = load_recipe(find_config("recipes", name), overrides={"pretrained": pretrained})
+    return as_searched(load_recipe(find_config("recipes", name), overrides={"pretrained": pretrained}))
+
+
+def as_searched(recipe: Recipe) -> Recipe:
+    """The recipe with the schedule that a search gives it.
+
+    One cycle over everything becomes warm-up, stable, decay, so that every rung has the score of a finished training;
+    stages and early ends need their own schedule and keep it.
+    """
     planned = {"schedule": "wsd"} if recipe.schedule == "one_cycle" and not recipe.stages else {}
     return recipe.model_copy(update=planned)
 
@@ -202,6 +211,10 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["deterministic"] = True
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
+    if asked.warm_start is not None:
+        given["warm-start"], remembered["warm-start"] = safe_url(asked.warm_start), settings.warm_start
+    if asked.prior is not None:
+        given["prior"], remembered["prior"] = asked.prior, settings.prior or "none"
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
     check_unchanged(remembered, given, name)

@@ -25,6 +25,7 @@ from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import best_of, errors_of, n_finished_in
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.start import enqueued_for
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy
 
@@ -111,6 +112,7 @@ def _run_trials(
 ) -> SearchEnd:
     opened = objective.opened
     began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
+    n_expected = n_expected_of(opened, limits.n_trials)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     while True:
         objective.stop()
@@ -123,7 +125,9 @@ def _run_trials(
         if isinstance(turn, str):
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
-        sampler.prescribed = prescribed(opened, turn.slot)
+        entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
+        objective.origin = None if entry is None else entry.origin
+        sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
@@ -178,6 +182,12 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
     return "budget"
+
+
+def n_expected_of(opened: OpenStudy, n_trials: int) -> int:
+    """Lineages that the study will have: its total, or what its budget was planned for."""
+    planned = (opened.settings.plan.get("budget") or {}).get("n_started", n_trials)
+    return min(n_trials, int(planned))
 
 
 def whole_trial_s(opened: OpenStudy, lineages: list[Lineage]) -> float:

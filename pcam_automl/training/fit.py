@@ -194,6 +194,8 @@ def save(training: Training, root: Path, index: int, writer: CheckpointWriter | 
         "recipe": training.recipe.hash,
         "compute": training.compute.to_json(),
         "micro_batch": training.micro_batch,
+        "micro_batches": list(training.micro_batches),
+        "n_steps": training.n_steps,
         "ema_updates": training.average.n_updates if training.average else 0,
         "param_groups": [
             {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
@@ -224,6 +226,8 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None]) -
         return 0
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]
+    training.n_steps = state.get("n_steps", 0)  # checkpoints of earlier releases have neither
+    training.micro_batches = [(step, n) for step, n in state.get("micro_batches", [(0, training.micro_batch)])]
     training.best = None if state["best"] is None else (state["best"], parts["best"])
     training.results = [RungResult(**result) for result in state["results"]]
     training.n_resumed = int(state["rung"]) + 1
