@@ -110,6 +110,7 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    cost_aware: bool = False
 
 
 def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: str) -> None:

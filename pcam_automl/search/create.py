@@ -23,7 +23,7 @@ from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
-from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.sampler import build_sampler, check_cost_aware
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
@@ -155,6 +155,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
             "n_valid": n_valid,
         },
         versions=versions(),
+        cost_aware=asked.cost_aware,
     )
     return settings, split
 
@@ -267,6 +268,8 @@ def check_options(asked: Asked) -> None:
     """
     choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
+    if asked.cost_aware:
+        check_cost_aware(asked.sampler or "tpe")
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
     if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
         raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")

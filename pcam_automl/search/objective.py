@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import Trial
@@ -20,11 +21,12 @@ from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
-from pcam_automl.scores import write_scores
+from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
+from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
@@ -136,6 +138,8 @@ class Objective:
                 images_per_s=round(result.images_per_s, 1),
                 micro_batch=training.micro_batch,
             )
+            if self.opened.settings.pruner == "wilcoxon":
+                self._note_slides(trial, training.scores, planned[result.rung].views)
             self.watch.rung(trial.number, result)
             if result.rung < len(rungs) - 1 and trial.should_prune():
                 raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
@@ -147,6 +151,12 @@ class Objective:
         kept = best_result(training.results, recipe)
         assert kept.auc is not None
         return kept.auc
+
+    def _note_slides(self, trial: Trial, scores: Scores | None, step: int) -> None:
+        """What the pruner compares; of a rung that a checkpoint holds there are no scores any more, but earlier notes."""
+        if scores is not None:
+            losses = losses_by_slide(scores.label, scores.prob, np.asarray(self.opened.store.group)[scores.rows])
+            set_user_attrs(trial, **{SLIDE_LOSSES: {**trial.user_attrs.get(SLIDE_LOSSES, {}), str(step): losses}})
 
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""

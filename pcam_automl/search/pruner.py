@@ -12,8 +12,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
+from pcam_automl.search.wilcoxon import WilcoxonOverSlides
 
-PrunerName = Literal["asha", "hyperband", "median", "none"]
+PrunerName = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
 LINEAGE = "lineage"
 """The trial's user attribute that names its lineage: retries of one recipe share it."""
 
@@ -112,6 +113,8 @@ def build_pruner(name: str, *, rungs: Sequence[int]) -> BasePruner:
         return _FinishingHyperband(steps)
     if name == "median":
         return _FinishingMedian(steps)
+    if name == "wilcoxon":
+        return WilcoxonOverSlides(steps)
     if name == "none":
         return NopPruner()
     known = get_args(PrunerName)

@@ -57,7 +57,8 @@ def run_worker(
     opened = objective.opened
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     study.pruner = build_pruner(opened.settings.pruner, rungs=[views for views, _ in opened.settings.rungs])
-    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
+    seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
+    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
     study.sampler = sampler
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
@@ -87,6 +88,7 @@ def _run_trials(
             return SearchEnd(n_finished, "done" if n_finished_of(study) >= n_trials else "claimed elsewhere")
         objective.slot = slot
         sampler.prescribed = prescribed(opened, slot)
+        sampler.budget_left = 1.0 - slot.number / n_trials
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
