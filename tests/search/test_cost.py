@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import torch
 
-from pcam_automl.errors import RecipeError
+from pcam_automl.errors import RecipeError, StudyError
 from pcam_automl.search.cost import TrialSeconds, log_improvement_per_cost
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.objective import Objective
 from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.study import Asked, open_study
+from pcam_automl.search.worker import run_worker
+from pcam_automl.training.compute import Compute
 
 SPEEDS = {"small": 1000.0, "large": 100.0}
 FIELDS = {"backbone": "small", "crop_size": 64, "input_size": None}
@@ -84,3 +92,34 @@ def test_same_seed_and_history_give_the_same_cost_aware_trials() -> None:
 def test_samplers_that_cannot_count_seconds_say_so(name: str) -> None:
     with pytest.raises(RecipeError, match=f"--cost-aware needs --sampler tpe or tpe-qmc, got {name}"):
         build_sampler(name, 0, seconds_of=seconds_of())
+
+
+def test_a_study_remembers_that_it_counts_seconds_and_its_workers_do(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Compute("cpu", step_s=0.1)
+    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda build, px, batch, device: measured)
+    url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
+    opened = create_or_open_study("tiny", url, replace(asked, views=64, cost_aware=True), say=lambda text: None)
+    assert opened.settings.cost_aware
+    rates = opened.settings.plan["images_per_s"]
+    assert opened.trial_seconds()({"backbone": "test_resnet"}) * rates["test_resnet"] == pytest.approx(
+        opened.trial_seconds()({"backbone": "test_vit"}) * rates["test_vit"]
+    )
+    monkeypatch.setattr("pcam_automl.search.sampler.N_STARTUP", 1)
+    judged: list[float] = []
+    log_improvement = log_improvement_per_cost
+
+    def noted(log_ratio: Any, seconds: Any, alpha: float) -> Any:
+        judged.append(alpha)
+        return log_improvement(log_ratio, seconds, alpha)
+
+    monkeypatch.setattr("pcam_automl.search.cost.log_improvement_per_cost", noted)
+    run_worker(Objective(opened, torch.device("cpu")), n_trials=3)
+    assert judged == pytest.approx([2 / 3, 1 / 3])  # as the budget of three trials goes
+    assert open_study("tiny", url, Asked(cost_aware=True)).settings.cost_aware
+    with pytest.raises(RecipeError, match="--cost-aware needs --sampler tpe or tpe-qmc, got gp"):
+        create_or_open_study("other", url, replace(asked, sampler="gp", cost_aware=True), say=lambda text: None)
+    create_or_open_study("plain", url, replace(asked, views=64), say=lambda text: None)
+    with pytest.raises(StudyError, match="--cost-aware is True, the study has False"):
+        open_study("plain", url, Asked(cost_aware=True))

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.objective import Objective
 from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.study import VALIDATION_FOLD, Asked
 from pcam_automl.search.wilcoxon import MOST_PARTS, SLIDE_LOSSES, losses_by_slide, worse_p
+from pcam_automl.search.worker import run_worker
+from pcam_automl.training.compute import Compute
 
 RUNGS = (100, 300, 900)
 
@@ -101,3 +109,22 @@ def test_many_slides_become_parts_of_whole_slides() -> None:
     loss = -np.log(np.where(label == 1, prob, 1 - prob))
     assert len(got) == MOST_PARTS
     np.testing.assert_allclose(got, [loss[group % MOST_PARTS == part].mean() for part in range(MOST_PARTS)], atol=6e-5)
+
+
+def test_a_search_stores_a_loss_for_each_slide_and_rung_and_only_for_this_pruner(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Compute("cpu", step_s=0.1)
+    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda build, px, batch, device: measured)
+    url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
+    for pruner in ("wilcoxon", "asha"):
+        opened = create_or_open_study(pruner, url, replace(asked, views=64, pruner=pruner), say=lambda text: None)
+        run_worker(Objective(opened, torch.device("cpu")), n_trials=1)
+        (trial,) = opened.study.get_trials()
+        if pruner == "asha":
+            assert SLIDE_LOSSES not in trial.user_attrs
+            continue
+        slides = np.unique(opened.store.group[opened.split.score_rows(VALIDATION_FOLD)])
+        losses = trial.user_attrs[SLIDE_LOSSES]
+        assert list(losses) == [str(step) for step in trial.intermediate_values]
+        assert [len(of_rung) for of_rung in losses.values()] == [len(slides)] * 3
