@@ -37,7 +37,7 @@ from pcam_automl.search.plan import make_plan
 from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
-from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.sampler import build_sampler, check_cost_aware
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import start_list
@@ -197,6 +197,7 @@ def _decide(
         warm_start=None if asked.warm_start is None else safe_url(asked.warm_start),
         prior=None if asked.prior in (None, NONE) else asked.prior,
         command=asked.command,
+        cost_aware=asked.cost_aware,
     )
     return settings, split, domains
 
@@ -405,6 +406,8 @@ def check_options(asked: Asked) -> None:
     """
     choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
+    if asked.cost_aware:
+        check_cost_aware(asked.sampler or "tpe")
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
     goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
     if goal.name == "worst_domain_auc" and split_by == "domains":

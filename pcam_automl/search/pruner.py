@@ -13,8 +13,9 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.wilcoxon import WilcoxonOverSlides
 
-PrunerName = Literal["asha", "hyperband", "median", "none"]
+PrunerName = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
 
 
 class SuccessiveHalving(BasePruner):
@@ -110,6 +111,8 @@ def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False) -> Ba
         return _FinishingHyperband(steps)
     if name == "median":
         return _FinishingMedian(steps)
+    if name == "wilcoxon":
+        return WilcoxonOverSlides(steps)
     if name == "none":
         return NopPruner()
     known = get_args(PrunerName)

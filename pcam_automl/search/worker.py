@@ -89,7 +89,8 @@ def run_worker(
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     steps = [views for views, _ in opened.settings.rungs]
     study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None)
-    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
+    seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
+    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
     study.sampler = sampler
     objective.clock = clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
@@ -127,6 +128,7 @@ def _run_trials(
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
         entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
         objective.origin = None if entry is None else entry.origin
+        sampler.budget_left = max(0.0, 1.0 - turn.slot.number / n_expected)
         sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
