@@ -215,6 +215,13 @@ def search(
         ),
     ] = None,
     deterministic: Deterministic = False,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            "--probe",
+            help="Rank backbones and crops by a classifier on frozen pretrained features first (20 s): auto, on or off.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Search training recipes with Optuna; every result is stored as it comes."""
@@ -241,6 +248,7 @@ def search(
         views=views,
         device=device,
         deterministic=deterministic,
+        probe=probe,
     )
     run_search(
         study,

@@ -21,6 +21,7 @@ from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
+from pcam_automl.search.probe_study import MODES, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.sampler import build_sampler
@@ -125,6 +126,9 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    probe = None
+    if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic):
+        space, probe = probe_study(space, common, plan, store=store, rows=rows, weights=weights, device=device, say=say)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
     settings = StudySettings(
@@ -153,6 +157,8 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
             "recipe_name": asked.recipe or DEFAULT_RECIPE,
             "n_train": n_train,
             "n_valid": n_valid,
+            "probe_mode": asked.probe or "auto",
+            "probe": probe,
         },
         versions=versions(),
     )
@@ -273,6 +279,8 @@ def check_options(asked: Asked) -> None:
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.probe not in (None, *MODES):
+        raise RecipeError(f"--probe must be one of {', '.join(MODES)}, got {asked.probe!r}")
     if asked.deterministic and asked.views is None and not {"views", "epochs"} & set(asked.pins or {}):
         raise RecipeError(
             "--deterministic needs --views (or --set epochs): by default the measured speed decides how much a trial trains"

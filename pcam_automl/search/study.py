@@ -49,6 +49,7 @@ class Asked:
     device: str = "auto"
     deterministic: bool = False
     n_workers: int = 1
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given[key], remembered[key] = _Shown(repr(value)), _held(settings, field, name)
     if asked.deterministic:
         given["deterministic"] = True
+    if asked.probe is not None:
+        given["probe"], remembered["probe"] = asked.probe, settings.plan.get("probe_mode", "off")
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.space is not None:
