@@ -260,6 +260,13 @@ def search(
         ),
     ] = None,
     deterministic: Deterministic = False,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            "--probe",
+            help="Rank backbones and crops by a classifier on frozen pretrained features first (20 s): auto, on or off.",
+        ),
+    ] = None,
     checkpoint_quota: Annotated[
         str,
         typer.Option(
@@ -309,6 +316,7 @@ def search(
         warm_start=warm_start,
         prior=prior,
         cost_aware=cost_aware,
+        probe=probe,
     )
     run_search(
         study,

@@ -12,8 +12,8 @@ from optuna.pruners import BasePruner
 from optuna.trial import TrialState
 
 from benchmarks.search.record import append, recorded
+from benchmarks.search.rung_table import RungTable, nearest, planted, read_table
 from benchmarks.search.simulation import CAN_THAW, Job, Rows, Run, Sampled, simulate
-from benchmarks.search.table import RungTable, nearest, planted, read_table
 from pcam_automl.errors import DataError, InputError
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.sampler import build_sampler

@@ -1,1 +1,1 @@
-"""Proofs of the search: tables of real rung results, simulations on them, comparisons side by side."""
+"""Proofs of the search: cells of a matrix kept in results.jsonl, tables of real rung results, simulations on them."""

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import optuna
 
+from benchmarks.search.rung_table import RungTable, read_table
 from benchmarks.search.simulation import CAN_THAW, Book, Rows, Run, Sampled, simulate
 from benchmarks.search.simulation_figures import draw_regret, draw_speed_up
-from benchmarks.search.table import RungTable, read_table
 from pcam_automl.errors import InputError
 from pcam_automl.files import write_json
 from pcam_automl.search.pruner import build_pruner

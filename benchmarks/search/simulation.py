@@ -20,7 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from benchmarks.search.table import RungTable, nearest
+from benchmarks.search.rung_table import RungTable, nearest
 from pcam_automl.search.lineages import LINEAGE, THAWED_FROM, lineages_of
 from pcam_automl.search.space import SearchSpace
 

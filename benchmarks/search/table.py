@@ -1,125 +1,136 @@
-"""The recorded table as arrays (see record.py). Reads only."""
+"""Results as tables: medians and ranges, ratios of errors, unmeasured cells as such. Runs nothing."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from benchmarks.search.cells import MATRICES, OUTSIDE, Cell, Record, cell_of
+from benchmarks.search.systems import SYSTEMS
 
-from pcam_automl.errors import DataError
-from pcam_automl.search.space import SearchSpace
+ABSENT = "not measured"
+Row = list[str]
+Key = tuple[str, str, float]
+"""Data, weights, minutes."""
 
 
-@dataclass(frozen=True)
-class RungTable:
-    """Real results of R recipes at K rungs.
+def latest(records: Iterable[Record]) -> dict[Cell, Record]:
+    """A record a cell: the last good one, else the last."""
+    kept: dict[Cell, Record] = {}
+    for record in records:
+        cell = cell_of(record)
+        if cell not in kept or record["status"] == "ok" or kept[cell]["status"] != "ok":
+            kept[cell] = record
+    return kept
 
-    Attributes:
-        params: (R) searched parameters of each recipe.
-        steps: (K) views of each rung, ascending.
-        values: (R, K) validation AUC; NaN once a training has diverged.
-        tested: (R, K) AUC on held-out slides.
-        seconds: (R, K) of each rung alone, on one worker.
+
+def figures(records: dict[Cell, Record], key: Key, system: str, name: str = "test_auc") -> list[float]:
+    """What the runs of a system at (data, weights, minutes) gave, in the order of their seeds."""
+    own = [cell for cell in records if cell.system == system and (cell.data, cell.weights, cell.minutes) == key]
+    values = [records[cell].get(name) for cell in sorted(own, key=lambda cell: cell.seed)]
+    return [float(value) for value in values if value is not None]
+
+
+def cell_text(records: dict[Cell, Record], key: Key, system: str, n_wanted: int) -> str:
+    """``0.9932 (0.9901 to 0.9950)``; how many of the wanted runs there are; what failed or was late."""
+    own = [r for c, r in records.items() if c.system == system and (c.data, c.weights, c.minutes) == key]
+    values = figures(records, key, system)
+    failed = sum(record["status"] != "ok" for record in own)
+    late = sum(bool(record.get("late")) for record in own if record["status"] == "ok")
+    if not values:
+        return f"failed ({failed} runs)" if failed else ABSENT
+    text = f"{statistics.median(values):.4f}"
+    if len(values) > 1:
+        text += f" ({min(values):.4f} to {max(values):.4f})"
+    notes = [f"{len(values)} of {n_wanted} runs"] if len(values) < n_wanted else []
+    notes += [f"{failed} failed"] if failed else []
+    notes += [f"{late} late"] if late else []
+    return text + (f" [{', '.join(notes)}]" if notes else "")
+
+
+def error_ratio(records: dict[Cell, Record], key: Key, system: str = "ours") -> str:
+    """Median error (1 - AUC) of ``system`` over that of the best outside peer: ``0.41 of fastai``."""
+    peers = {name: statistics.median(v) for name in OUTSIDE if (v := figures(records, key, name))}
+    own = figures(records, key, system)
+    if not peers or not own:
+        return ABSENT
+    best = max(peers, key=peers.__getitem__)
+    if peers[best] >= 1.0:
+        return f"- ({best} makes no error)"
+    return f"{(1 - statistics.median(own)) / (1 - peers[best]):.2f} of {SYSTEMS[best].title}"
+
+
+def accuracy_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
+    """Head and rows of a matrix: (data, weights, minutes) down, systems across, the ratio of errors last."""
+    systems = list(dict.fromkeys(cell.system for cell in cells))
+    keys = list(dict.fromkeys((cell.data, cell.weights, cell.minutes) for cell in cells))
+    rows = []
+    for key in sorted(keys):
+        row = [key[0], key[1], f"{key[2]:g}"]
+        for system in systems:
+            wanted = sum(c.system == system and (c.data, c.weights, c.minutes) == key for c in cells)
+            row.append(cell_text(records, key, system, wanted))
+        rows.append([*row, error_ratio(records, key)])
+    head = ["data", "weights", "minutes", *(SYSTEMS[name].title for name in systems), "error, ours over the best peer"]
+    return head, rows
+
+
+def sooner_rows(records: dict[Cell, Record], data: str = "colon96", last: float = 15.0) -> tuple[Row, list[Row]]:
+    """By weights: the best peer's median after ``last`` minutes, and the least of our budgets that reaches it.
+
+    Only budgets that were run can answer, so the ratio is a lower bound: what 3 minutes reach is 5x sooner than 15.
     """
-
-    params: tuple[dict[str, Any], ...]
-    steps: tuple[int, ...]
-    values: NDArray[np.float64]
-    tested: NDArray[np.float64]
-    seconds: NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    @property
-    def best(self) -> float:
-        """The best validation AUC at the last rung: regret is measured from it."""
-        return float(np.nanmax(self.values[:, -1]))
-
-
-def read_table(path: Path, space: SearchSpace) -> RungTable:
-    """Read what record.py wrote.
-
-    Raises:
-        DataError: missing, cut off, or recipes with different rungs.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-        of_recipe: dict[int, list[dict[str, str]]] = {}
-        for line in lines:
-            of_recipe.setdefault(int(line["recipe"]), []).append(line)
-        blocks = [sorted(block, key=lambda line: int(line["rung"])) for _, block in sorted(of_recipe.items())]
-        steps = {tuple(int(line["views"]) for line in block) for block in blocks}
-        (only,) = steps
-        arrays = {
-            name: np.array([[float(line[name] or "nan") for line in block] for block in blocks])
-            for name in ("auc", "test_auc", "seconds")
+    rows = []
+    for weights in ("none", "given"):
+        peers = {n: statistics.median(v) for n in OUTSIDE if (v := figures(records, (data, weights, last), n))}
+        ours = {
+            minutes: statistics.median(values)
+            for minutes in sorted({cell.minutes for cell in records})
+            if (values := figures(records, (data, weights, minutes), "ours"))
         }
-        params = tuple(params_of(block[0], space) for block in blocks)
-    except (OSError, KeyError, ValueError) as fault:
-        raise DataError(f"{path} is no table of rung results ({type(fault).__name__}: {str(fault)[:100]})") from None
-    return RungTable(params, only, arrays["auc"], arrays["test_auc"], arrays["seconds"])
-
-
-def params_of(line: Mapping[str, str], space: SearchSpace) -> dict[str, Any]:
-    """The parameters of a line, as the space has them; those whose condition does not hold are absent."""
-    found: dict[str, Any] = {}
-    for name, parameter in space.parameters.items():
-        text = line[name]
-        if text == "":
+        if not peers or not ours:
+            rows.append([weights, ABSENT, ABSENT, ABSENT])
             continue
-        if parameter.kind == "choice":
-            found[name] = next(choice for choice in parameter.choices if str(choice) == text)
-        else:
-            found[name] = int(text) if parameter.kind == "int" else float(text)
-    return found
+        best = max(peers, key=peers.__getitem__)
+        reached = [minutes for minutes, value in ours.items() if value >= peers[best]]
+        sooner = [f"{reached[0]:g}", f"at least {last / reached[0]:.1f}x"] if reached else ["not reached", "-"]
+        rows.append([weights, f"{peers[best]:.4f} ({SYSTEMS[best].title})", *sooner])
+    return ["weights", f"best peer after {last:g} minutes", "ours, minutes", "sooner"], rows
 
 
-def nearest(table: RungTable, space: SearchSpace, params: Mapping[str, Any]) -> int:
-    """The recipe whose parameters are nearest: each in units of its range (of its logarithm, if so), 1 for another choice."""
-    distances = np.zeros(len(table))
-    for name, parameter in space.parameters.items():
-        own = params.get(name)
-        others = [one.get(name) for one in table.params]
-        if parameter.kind == "choice":
-            distances += np.array([float(other != own) for other in others])
-            continue
-        place = _places(parameter.low, parameter.high, parameter.log)
-        distances += np.array(
-            [
-                0.0
-                if other is None and own is None
-                else 1.0
-                if other is None or own is None
-                else (place(other) - place(own)) ** 2
-                for other in others
-            ]
-        )
-    return int(np.argmin(distances))
+def calibration_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
+    """By system: printed minus test AUC, and how often the test AUC lies in the printed 95 % interval."""
+    rows = []
+    for system in dict.fromkeys(cell.system for cell in cells):
+        wanted = [cell for cell in cells if cell.system == system]
+        own = [records[cell] for cell in wanted if cell in records and records[cell]["status"] == "ok"]
+        gaps = [r["printed_auc"] - r["test_auc"] for r in own if r.get("printed_auc") is not None]
+        with_interval = [r for r in own if r.get("printed_95")]
+        inside = sum(r["printed_95"][0] <= r["test_auc"] <= r["printed_95"][1] for r in with_interval)
+        optimism = f"{statistics.median(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})" if gaps else ABSENT
+        share = f"{inside} of {len(with_interval)}" if with_interval else "prints none" if own else ABSENT
+        rows.append([SYSTEMS[system].title, f"{len(own)} of {len(wanted)}", optimism, share])
+    return ["system", "runs", "printed - test AUC", "test AUC inside the printed 95 % interval"], rows
 
 
-def _places(low: float, high: float, log: bool) -> Any:
-    ends = np.log([low, high]) if log else np.array([low, high])
-    return lambda value: float(((np.log(value) if log else value) - ends[0]) / (ends[1] - ends[0]))
+def markdown(head: Row, rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def planted(qualities: Sequence[float], steps: Sequence[int], noise: Sequence[float], seed: int) -> RungTable:
-    """A table with known answers: value = quality + noise of the rung, seconds as the views, recipes of 1x to 3x the cost.
-
-    Args:
-        qualities: of each recipe.
-        steps: views of each rung.
-        noise: standard deviation at each rung.
-        seed: of the noise and the costs.
-    """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(qualities)[:, None] + np.asarray(noise) * rng.normal(size=(len(qualities), len(steps)))
-    cost = rng.uniform(1.0, 3.0, (len(qualities), 1))
-    seconds = cost * np.diff([0, *steps]) / steps[0]
-    return RungTable(tuple({} for _ in qualities), tuple(steps), values, values.copy(), seconds)
+def tables(records: Sequence[Record], names: Sequence[str] = tuple(MATRICES)) -> str:
+    """All tables, each under its matrix's name."""
+    kept = latest(records)
+    build: dict[str, Callable[[Sequence[Cell]], tuple[Row, list[Row]]]] = {
+        "calibration": lambda cells: calibration_rows(kept, cells)
+    }
+    parts = []
+    for name in names:
+        cells = MATRICES[name]
+        done = sum(cell in kept and kept[cell]["status"] == "ok" for cell in cells)
+        table = build.get(name, lambda cells: accuracy_rows(kept, cells))(cells)
+        parts.append(f"### {name}: {done} of {len(cells)} cells measured\n\n{markdown(*table)}")
+        if name == "accuracy":
+            parts.append(f"### Time to the best peer's figure\n\n{markdown(*sooner_rows(kept))}")
+    return "\n\n".join(parts)

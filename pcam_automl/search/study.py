@@ -65,6 +65,7 @@ class Asked:
     prior: str | None = None
     command: str = ""
     cost_aware: bool = False
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["deterministic"] = True
     if asked.cost_aware:
         given["cost-aware"], remembered["cost-aware"] = True, settings.cost_aware
+    if asked.probe is not None:
+        given["probe"], remembered["probe"] = asked.probe, settings.plan.get("probe_mode", "off")
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.warm_start is not None:
