@@ -157,7 +157,9 @@ def _run_trials(
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
     """Prune from the second rung on while the audit says that the first one misleads; looked at every so many trials."""
     pruner = study.pruner
-    every = max(AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1))  # of 5,000 rows every 1,000: the look takes a second there
+    every = max(
+        AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1)
+    )  # of 5,000 rows every 1,000: the look takes a second there
     if not isinstance(pruner, SuccessiveHalving) or not trials or len(trials) % every:
         return
     settings = objective.opened.settings
