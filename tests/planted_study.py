@@ -79,7 +79,7 @@ def scored_trial(
     label = np.asarray(store.label)[rows].astype(np.int64)
     write_scores(folder / "trials" / str(number) / FILE, Scores(rows, label, prob, "validation"), store.ids)
     value = auc(label, prob)
-    named = {"lineage": str(number), "device": "cpu", "images_per_s": 100.0, **attrs}
+    named = {"lineage": str(number), "recipe": "{}", "device": "cpu", "images_per_s": 100.0, **attrs}
     return create_trial(value=value, user_attrs=named, intermediate_values={STEPS[-1]: value})
 
 

@@ -208,8 +208,9 @@ def rank_study(
     complete = complete_rows(study)
     if not complete:
         return Ranking((), 0, notes=("no complete trial yet",))
-    if study.direction == StudyDirection.MINIMIZE:
-        return Ranking((), len(complete), notes=("intervals are drawn for studies that maximise the AUC only",))
+    if settings.objective != "auc":
+        why = f"intervals and ties are drawn for the AUC only, this study optimises {settings.objective}"
+        return Ranking((), len(complete), notes=(why,))
     try:
         store = store if store is not None else _remembered_pack(settings)
         return _ranking_of(complete, folder, store)
