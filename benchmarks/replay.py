@@ -59,7 +59,8 @@ def replays(data: Path, folder: Path, *, n_trials: int, views: int, device: torc
             lines.append(line | {"conditions": name, "verdict": found.verdict, "apart": apart})
             print(
                 f"  trial {trial.number} {stored.recipe.backbone:<20} AUC {stored.rungs[-1].auc:.4f}  {name:<26} {found.verdict:<16} "
-                + "  ".join(f"{one:.5f}" for one in apart)
+                + "  ".join(f"{one:.5f}" for one in apart),
+                flush=True,
             )
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import time
@@ -164,6 +165,7 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def cpu_name() -> str:
     """Model and instruction set of the CPU, on which the last bits of a training depend: ``AMD EPYC 9R45, AVX512``."""
     try:
