@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -194,6 +195,7 @@ def finalize(
         watch.train.note(picked.why)
         which = str(picked.trial.number)
     trial = choose_trial(opened.study, which, goal)
+    trial_auc = auc_of(trial, goal)
     store, split = opened.store, opened.split
     check_test_set(store)
     out = (out or opened.folder / "final").resolve()
@@ -207,7 +209,7 @@ def finalize(
     provenance = {
         "study": opened.name,
         "trial": trial.number,
-        "trial_auc": auc_of(trial, goal),
+        "trial_auc": None if math.isnan(trial_auc) else trial_auc,
         "objective": goal.name,
         "trial_value": trial.value,
         "pick": pick,
