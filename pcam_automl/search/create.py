@@ -43,7 +43,7 @@ from pcam_automl.search.study import (
 )
 from pcam_automl.training.compute import choose_device, use_device
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import absent_ids, check_task, choose_rows
+from pcam_automl.training.start import absent_ids, check_task, choose_rows, without_excluded
 from pcam_automl.versions import versions
 
 LARGEST_HOLDOUT = 0.5
@@ -137,7 +137,7 @@ def _decide(
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
     if goal.name == "worst_domain_auc":
-        check_domains(store, rows.score[: plan.n_score], common)
+        check_domains(store, without_excluded(store, common, folds[1][: plan.n_score]), common)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
     settings = StudySettings(

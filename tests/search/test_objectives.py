@@ -121,7 +121,7 @@ def test_domains_that_are_needed_and_not_known_are_estimated_and_said(easy_pack:
     ("asked", "words"),
     [
         (Asked(objective="acc"), "--objective must be one of auc, worst_domain_auc, log_loss, got 'acc'"),
-        (Asked(split_by="slide"), r"--split must be one of slides, domains, got 'slide' \(did you mean slides\?\)"),
+        (Asked(split_by="slide"), r"--split must be one of slides, domains, got 'slide' \(did you mean 'slides'\?\)"),
         (Asked(objective="worst_domain_auc", split_by="domains"), "the validation fold is a single one"),
         (Asked(domains=Path("d.csv"), estimate_domains=True), "exclude each other"),
     ],
