@@ -102,7 +102,7 @@ def ours(url: str, name: str) -> None:
             yield training.results[-1]
 
     def start(*_: Any, **__: Any) -> Any:
-        return SimpleNamespace(network=torch.nn.Linear(8, 1), results=[], micro_batch=64, scores=None)
+        return SimpleNamespace(network=torch.nn.Conv2d(3, 1, 1), results=[], micro_batch=64, scores=None)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(at, "fit", fit):
         write_synthetic(Path(folder) / "raw", n_patches=400, n_slides=8, seed=0)

@@ -5,6 +5,7 @@ Searches nothing; what is chosen is decided in finalizing/, what is predicted an
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -266,7 +267,7 @@ def _train_member(
         provenance = {
             "study": opened.name,
             "trial": trial.number,
-            "trial_auc": auc_of(trial, opened.settings.goal),
+            "trial_auc": None if math.isnan(value := auc_of(trial, opened.settings.goal)) else value,
             "objective": opened.settings.goal.name,
             "trial_value": trial.value,
             "confirmed": None if confirmed is None else confirmed.to_json(),

@@ -321,6 +321,23 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
     assert f"AUC on {final['auc_on']}" in Path("r2/report.html").read_text()
 
 
+def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any, easy_raw: Path) -> None:
+    search = ("search", "--data", easy_raw, "--trials", 2, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
+    code, out, err = run(*search, "--objective", "log_loss", "--split", "domains", "--pruner", "none")
+    assert code == 0, err
+    assert "folds are domains: 0 scanner0 (60), 1 scanner1 (60)" in err
+    assert "validation log-loss (nats)" in out
+    code, out, err = run("finalize", "--pick", "knee", "--epochs", 0.5, "--no-report", "--json")
+    assert code == 0, err
+    assert "picked the knee, trial" in err
+    card = json.loads((Path(json.loads(out)["out"]) / "submission.json").read_text())
+    assert (card["pick"], card["objective"], card["trial_auc"]) == ("knee", "log_loss", card["auc"])
+    assert run("report", "--out", "r")[0] == 0
+    page = Path("r/report.html").read_text()
+    assert "Quality against cost" in page
+    assert "best validation log-loss (nats)" in page
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -346,6 +363,10 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
         (("score", "nofile.csv", "--labels", "nolabels.csv"), ("nolabels.csv",)),
         (("check-submission", "nofile.csv", "--sample", "nosample.csv"), ("nosample.csv",)),
         (("report", "--groups", "g.csv"), ("--groups goes with --model",)),
+        (("search", "--trials", 1, "--objective", "auroc"), ("--objective must be one of", "'auroc'")),
+        (("search", "--trials", 1, "--split", "scanner"), ("--split must be one of slides, domains", "'scanner'")),
+        (("finalize", "--pick", "bend"), ("--pick must be one of best, knee, got 'bend'",)),
+        (("finalize", "--pick", "knee", "--trial", 3), ("--pick knee and --trial 3 both name a trial",)),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], parts: tuple[str, ...]) -> None:

@@ -28,5 +28,5 @@ def test_an_objective_reads_its_figure_and_knows_its_direction(
 
 
 def test_an_unknown_objective_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(InputError, match=r"--objective must be one of .* got 'logloss' \(did you mean log_loss\?\)"):
+    with pytest.raises(InputError, match=r"--objective must be one of .* got 'logloss' \(did you mean 'log_loss'\?\)"):
         goal_of("logloss")

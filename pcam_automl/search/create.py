@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 import optuna
 
 from pcam_automl.clock import process_age_s
-from pcam_automl.config import (
-    Enqueued,
-    SplitBy,
-    StudySettings,
-    check_study_name,
-    find_data,
-    storage_url,
-    studies_folder,
-)
+from pcam_automl.config import Enqueued, StudySettings, check_study_name, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config, list_configs
-from pcam_automl.data.domains import Domains, estimate_domains, knows_domains, with_domains, write_domains
+from pcam_automl.data.domains import Domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, InputError, RecipeError, did_you_mean, first_few
+from pcam_automl.errors import DataError, InputError, RecipeError, first_few
 from pcam_automl.files import write_json
-from pcam_automl.goals import AUC, Goal, goal_of
-from pcam_automl.metrics import LEAST_OF_A_LABEL
+from pcam_automl.goals import AUC, goal_of
 from pcam_automl.models.factory import backbone_fault, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
 from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.dimension import UPSCALE
+from pcam_automl.search.domains import DOMAINS, ESTIMATE, check_domains, choose_domains, split_of
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
 from pcam_automl.search.probe_study import LIMIT_S, MODES, check_mode, probe_study
@@ -46,8 +38,6 @@ from pcam_automl.search.storage import engine_of, open_storage, quiet_experiment
 from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
 from pcam_automl.search.study import (
     DEFAULT_SPACE,
-    DOMAINS,
-    ESTIMATE,
     VALIDATION_FOLD,
     Asked,
     OpenStudy,
@@ -60,7 +50,7 @@ from pcam_automl.search.study import (
 from pcam_automl.search.warm_start import check_holdout, open_source_study, warm_entries, weights_warning
 from pcam_automl.training.compute import choose_device, use_device
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import absent_ids, check_task, choose_rows
+from pcam_automl.training.start import absent_ids, check_task, choose_rows, without_excluded
 from pcam_automl.versions import versions
 
 LARGEST_HOLDOUT = 0.5
@@ -122,7 +112,7 @@ def _decide(
     )
     seed = asked.seed if asked.seed is not None else 0
     goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
-    domains = study_domains(store, asked, goal, split_by, seed=seed, say=say)
+    domains = choose_domains(store, goal, split_by, estimate=asked.estimate_domains, seed=seed, say=say)
     store = store if domains is None else with_domains(store, domains)
     domains_hash = None if domains is None else domains.hash
     split = make_split(store, seed=seed, holdout=asked.holdout or 0.0, by=split_by, domains=domains_hash or "")
@@ -162,7 +152,7 @@ def _decide(
             space, common, plan, store=store, rows=rows, weights=weights, device=device, say=say, seconds=limit_s
         )
     if goal.name == "worst_domain_auc":
-        check_domains(store, rows.score[: plan.n_score], common)
+        check_domains(store, without_excluded(store, common, folds[1][: plan.n_score]), common)
     asked_for = [*asked_entries(asked, url, space, store, split, say), *_probed_entries(probe)]
     first = start_list(space, start, asked_for, shipped_recipes(), plan, name=asked.recipe or DEFAULT_RECIPE)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
@@ -327,65 +317,6 @@ def check_masks(recipe: Recipe, store: PatchStore, split: Split) -> None:
             held = "no tumour" if share == 0.0 else "nothing but tumour"
             remedy = "choose another --seed" + (" or a larger --holdout" if what == "holdout" else "")
             raise DataError(f"the masks of the {what}'s {len(rows)} images hold {held}; {remedy}, or add images")
-
-
-def split_of(name: str | None) -> SplitBy:
-    """``--split``, slides by default.
-
-    Raises:
-        InputError: an unknown one.
-    """
-    found = next((known for known in get_args(SplitBy) if known == (name or "slides")), None)
-    if found is None:
-        known = get_args(SplitBy)
-        raise InputError(f"--split must be one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
-    return cast(SplitBy, found)
-
-
-def study_domains(
-    store: PatchStore, asked: Asked, goal: Goal, split_by: SplitBy, *, seed: int, say: Say
-) -> Domains | None:
-    """Domains estimated for the study where they are asked for, or needed and not known; None where the data's own hold."""
-    needs = [f"--objective {goal.name}"] if goal.name == "worst_domain_auc" else []
-    needs += ["--split domains"] if split_by == "domains" else []
-    if not asked.estimate_domains and (not needs or knows_domains(store)):
-        return None
-    if not asked.estimate_domains:
-        say(f"{' and '.join(needs)} needs domains, the data name none (--domains CSV would): they are estimated")
-    domains = estimate_domains(store, seed=seed)
-    say(domains.line())
-    return domains
-
-
-def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> None:
-    """Whether a worst domain can be told: two domains at least, each with enough patches of either label.
-
-    Args:
-        store: its domains.
-        rows: those that each rung is scored on.
-        recipe: of a dense task pixels are counted, by the masks.
-
-    Raises:
-        DataError: names what each domain holds.
-    """
-    domain = np.asarray(store.domain)[rows]
-    n_positive, n_all = np.asarray(store.label)[rows].clip(min=0).astype(np.int64), np.ones(len(rows), np.int64)
-    what = "patches"
-    if recipe.task == "dense" and store.masks is not None:
-        n_positive = np.array([int(np.count_nonzero(store.masks[row])) for row in rows.tolist()])
-        n_all, what = n_all * int(np.prod(store.masks.shape[1:])), "pixels"
-    counts = {
-        store.domain_names[code]: (int(n_positive[own].sum()), int((n_all - n_positive)[own].sum()))
-        for code in np.unique(domain[domain >= 0]).tolist()
-        if (own := domain == code).any()
-    }
-    if sum(min(n) >= LEAST_OF_A_LABEL for n in counts.values()) < 2:
-        held = ", ".join(f"{name} {positive} and {negative}" for name, (positive, negative) in counts.items())
-        raise DataError(
-            f"--objective worst_domain_auc needs at least 2 domains with {LEAST_OF_A_LABEL} {what} of either label among the "
-            f"{len(rows)} that a rung is scored on, got (positive and negative) {held or 'no domain'}; give --domains CSV with "
-            "more domains, more slides of the rare one, another --seed, or --objective auc"
-        )
 
 
 def without_stage_fields(space: SearchSpace, common: Recipe, asked: Asked, say: Say) -> SearchSpace:

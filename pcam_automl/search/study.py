@@ -11,7 +11,7 @@ import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
-from pcam_automl.data.domains import Domains, estimate_domains, load_domains, with_domains, write_domains
+from pcam_automl.data.domains import with_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, open_store
@@ -21,6 +21,7 @@ from pcam_automl.models.weights import Weights, parse_weights
 from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, merge_fields
 from pcam_automl.search.cost import TrialSeconds
 from pcam_automl.search.dimension import checked_value
+from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
 from pcam_automl.search.plan import trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
@@ -29,10 +30,6 @@ from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 
 VALIDATION_FOLD = 0
-DOMAINS = "domains.npz"
-"""In the study's folder, where its domains were estimated."""
-ESTIMATE = "estimate"
-"""What ``--domains`` takes instead of a CSV."""
 DEFAULT_SPACE = "default"
 
 Say = Callable[[str], None]
@@ -171,7 +168,8 @@ def open_study(
     folder = studies_folder(storage_url(url)) / name
     store = _open_store(settings, asked, folder, say, pack_call)
     if settings.domains_hash is not None:
-        store = with_domains(store, _estimated(store, settings, folder, name))
+        kept = kept_domains(store, folder / DOMAINS, seed=settings.seed, expected=settings.domains_hash)
+        store = with_domains(store, kept)
     split_file = folder / "split.npz"
     split = load_split(split_file) if split_file.is_file() else split_as(store, settings)
     if split.hash != settings.split_hash:
@@ -188,23 +186,6 @@ def split_as(store: PatchStore, settings: StudySettings) -> Split:
     return make_split(
         store, seed=settings.seed, holdout=settings.holdout, by=settings.split_by, domains=settings.domains_hash or ""
     )
-
-
-def _estimated(store: PatchStore, settings: StudySettings, folder: Path, name: str) -> Domains:
-    """The domains that were estimated for the study, estimated again where their file is gone.
-
-    Raises:
-        StudyError: they are not the ones that the study began with.
-    """
-    file = folder / DOMAINS
-    found = load_domains(file) if file.is_file() else estimate_domains(store, seed=settings.seed)
-    if found.hash != settings.domains_hash:
-        raise StudyError(
-            f"the estimated domains of study {name!r} changed: {found.hash[:12]} here, {str(settings.domains_hash)[:12]} in the study; restore {file}"
-        )
-    if not file.is_file():
-        write_domains(found, file)
-    return found
 
 
 def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:

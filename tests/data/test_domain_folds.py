@@ -16,11 +16,11 @@ from pcam_automl.data.splits import HOLDOUT, load_split, make_split, write_split
 from pcam_automl.data.store import TRAIN, VALID
 from pcam_automl.errors import DataError
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 @few
-@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.floats(0.0, 0.2))
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.sampled_from([0.0, 0.2]))
 def test_every_fold_is_one_domain_and_holds_both_labels(seed: int, n_domains: int, holdout: float) -> None:
     rng = np.random.default_rng(seed)
     n_slides = 8 * n_domains

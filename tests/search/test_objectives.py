@@ -16,13 +16,15 @@ from pcam_automl.commands.search import finished_line
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, InputError, StudyError
 from pcam_automl.finalize import choose_trial
+from pcam_automl.goals import goal_of
 from pcam_automl.metrics import log_loss, worst_domain_auc
 from pcam_automl.report.content import ReportContent
 from pcam_automl.report.search_figures import search_section
 from pcam_automl.scores import read_scores
-from pcam_automl.search.create import check_domains, check_options
+from pcam_automl.search.create import check_options
+from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains
 from pcam_automl.search.reading import best_of
-from pcam_automl.search.study import DOMAINS, Asked
+from pcam_automl.search.study import Asked
 from pcam_automl.search.summary import summarise
 
 
@@ -103,18 +105,15 @@ def test_one_stain_leaves_no_worst_domain_and_is_said_before_a_trial(tmp_path: P
         opened_in(tmp_path, replace(asked, objective="worst_domain_auc", estimate_domains=True, views=64))
 
 
-def test_domains_that_are_needed_and_not_known_are_estimated_and_said(easy_pack: Path, asked: Asked) -> None:
-    from pcam_automl.goals import goal_of
-    from pcam_automl.search.create import study_domains
-
+def test_domains_that_are_needed_and_not_known_are_estimated_and_said(easy_pack: Path) -> None:
     said: list[str] = []
     store = open_store(easy_pack)
     unknown = replace(store, domain=np.full(len(store), -1, np.int32), domain_names=())
     goal = goal_of("worst_domain_auc")
-    assert study_domains(store, asked, goal, "slides", seed=0, say=said.append) is None
-    assert study_domains(unknown, asked, goal_of("auc"), "slides", seed=0, say=said.append) is None
+    assert choose_domains(store, goal, "slides", estimate=False, seed=0, say=said.append) is None
+    assert choose_domains(unknown, goal_of("auc"), "slides", estimate=False, seed=0, say=said.append) is None
     assert said == []
-    assert study_domains(unknown, asked, goal, "slides", seed=0, say=said.append) is not None
+    assert choose_domains(unknown, goal, "slides", estimate=False, seed=0, say=said.append) is not None
     assert said[0].startswith("--objective worst_domain_auc needs domains, the data name none")
 
 
@@ -122,7 +121,7 @@ def test_domains_that_are_needed_and_not_known_are_estimated_and_said(easy_pack:
     ("asked", "words"),
     [
         (Asked(objective="acc"), "--objective must be one of auc, worst_domain_auc, log_loss, got 'acc'"),
-        (Asked(split_by="slide"), r"--split must be one of slides, domains, got 'slide' \(did you mean slides\?\)"),
+        (Asked(split_by="slide"), r"--split must be one of slides, domains, got 'slide' \(did you mean 'slides'\?\)"),
         (Asked(objective="worst_domain_auc", split_by="domains"), "the validation fold is a single one"),
         (Asked(domains=Path("d.csv"), estimate_domains=True), "exclude each other"),
     ],
