@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from pcam_automl import __version__
+from pcam_automl.calibration import Calibration
 from pcam_automl.errors import BundleError, DataError, RecipeError
 from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
 from pcam_automl.models.factory import Normalisation, build_network
@@ -33,6 +34,7 @@ class ModelBundle:
         metrics: figures of the training, e.g. ``auc`` and on what it was measured.
         provenance: data, split, study, versions, seconds.
         scores: text of ``scores.csv``, the validation patches' probabilities; None where there was no validation.
+        calibration: the temperature of its recipe's views, which predictions divide the logits by; None leaves them.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class ModelBundle:
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     scores: str | None = None
+    calibration: Calibration | None = None
 
     def build(self) -> nn.Module:
         """The network with its weights, on the CPU, in evaluation mode.
@@ -94,18 +97,33 @@ def write_bundle(folder: Path, bundle: ModelBundle) -> None:
         (partial / WEIGHTS).write_bytes(save(tensors))  # save_file hides the operating system's error
         if bundle.scores is not None:
             (partial / SCORES).write_text(bundle.scores, encoding="utf-8")
-        write_json(
-            partial / CARD,
-            {
-                "format": FORMAT,
-                "pcam_automl": __version__,
-                "recipe": bundle.recipe.model_dump(mode="json"),
-                "normalisation": {"mean": bundle.normalisation.mean, "std": bundle.normalisation.std},
-                "weights_sha256": sha256_of_file(partial / WEIGHTS),
-                "metrics": bundle.metrics,
-                "provenance": bundle.provenance,
-            },
-        )
+        write_json(partial / CARD, _card(bundle, sha256_of_file(partial / WEIGHTS)))
+
+
+def _card(bundle: ModelBundle, weights_sha256: str) -> dict[str, Any]:
+    """``bundle.json``; a calibration stands in it only where there is one, as in bundles of before there was any."""
+    card = {
+        "format": FORMAT,
+        "pcam_automl": __version__,
+        "recipe": bundle.recipe.model_dump(mode="json"),
+        "normalisation": {"mean": bundle.normalisation.mean, "std": bundle.normalisation.std},
+        "weights_sha256": weights_sha256,
+        "metrics": bundle.metrics,
+        "provenance": bundle.provenance,
+    }
+    return card if bundle.calibration is None else {**card, "calibration": bundle.calibration.to_json()}
+
+
+def write_calibration(folder: Path, calibration: Calibration | None) -> ModelBundle:
+    """Give a bundle another calibration, or none; its weights stay as they are. Returns the bundle.
+
+    Raises:
+        BundleError: not a bundle, or incomplete.
+        DataError: the disk is full or the folder is read-only.
+    """
+    bundle = replace(load_bundle(folder), calibration=calibration)
+    write_json(folder / CARD, _card(bundle, sha256_of_file(folder / WEIGHTS)))
+    return bundle
 
 
 def load_bundle(folder: Path) -> ModelBundle:
@@ -137,8 +155,9 @@ def load_bundle(folder: Path) -> ModelBundle:
             raise BundleError(f"{weights_file} has changed since the bundle was written (its SHA-256 differs)")
         state = load_file(weights_file)
         scores = (folder / SCORES).read_text(encoding="utf-8") if (folder / SCORES).is_file() else None
-        norm = Normalisation(mean, std)
-        return ModelBundle(recipe, norm, state, dict(card["metrics"]), dict(card["provenance"]), scores)
+        norm, held = Normalisation(mean, std), card.get("calibration")
+        calibration = None if held is None else Calibration.from_json(held)
+        return ModelBundle(recipe, norm, state, dict(card["metrics"]), dict(card["provenance"]), scores, calibration)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError, RecipeError) as fault:
         raise BundleError(
             f"{folder} is not a complete model bundle ({type(fault).__name__}: {str(fault)[:160]})"

@@ -299,8 +299,13 @@ def sentence(prob: float, share: float) -> str:
     )
 
 
-def explain_image(predictor: Predictor, patch: Pixels) -> tuple[Pixels, str]:
+def explain_image(predictor: Predictor, patch: Pixels, prob: float | None = None) -> tuple[Pixels, str]:
     """(picture, sentence) of one patch (S, S, 3) uint8: the patch beside its Grad-CAM, the sentence below.
+
+    Args:
+        predictor: whose network is shown.
+        patch: (S, S, 3) uint8.
+        prob: to explain, where it is not the predictor's own.
 
     Returns:
         (H, W, 3) uint8 to save as PNG, and the sentence.
@@ -308,7 +313,10 @@ def explain_image(predictor: Predictor, patch: Pixels) -> tuple[Pixels, str]:
     Raises:
         InputError: as :func:`explain_patches`.
     """
-    found = explain_patches(predictor, np.stack([patch]))[0]  # a copy: a decoded PNG is read-only, which torch dislikes
+    probs = None if prob is None else np.array([prob])
+    found = explain_patches(predictor, np.stack([patch]), probs=probs)[
+        0
+    ]  # a copy: a decoded PNG is read-only, which torch dislikes
     return _side_by_side(with_centre_box(patch), found.overlay, found.sentence), found.sentence
 
 

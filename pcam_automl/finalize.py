@@ -1,100 +1,72 @@
-"""The winner retrained on all labelled patches, then the test set's submission. Searches nothing."""
+"""The best trials confirmed, the chosen ones retrained on all labelled patches, then the test set's submission.
+
+Searches nothing; what is chosen is decided in finalizing/, what is predicted and written in finalizing/patches.py and maps.py.
+"""
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
 
-from pcam_automl.batches import open_patches
-from pcam_automl.bundle import load_bundle
-from pcam_automl.data.store import Flag, PatchStore
+from pcam_automl.bundle import CARD, load_bundle, write_bundle, write_calibration
+from pcam_automl.calibration import Calibration
+from pcam_automl.data.store import PatchStore
+from pcam_automl.ensemble import CARD as ENSEMBLE
+from pcam_automl.ensemble import member_folder, write_ensemble
 from pcam_automl.errors import DataError, StudyError, first_few
-from pcam_automl.files import write_json
-from pcam_automl.metrics import auc, auc_interval
-from pcam_automl.predict import build_predictor, compute_of
-from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields
-from pcam_automl.scores import FILE as SCORES
-from pcam_automl.scores import Scores, write_scores
+from pcam_automl.finalizing.decision import Decision, decide
+from pcam_automl.finalizing.maps import finish_maps
+from pcam_automl.finalizing.patches import RAW, finish_patches
+from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
+from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
+from pcam_automl.recipe import Recipe
+from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
+from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
+from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.pareto import Pick, pick_knee
+from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
+from pcam_automl.search.ranking import rank_study
+from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
-from pcam_automl.submission import check_threshold, write_submission
-from pcam_automl.train import TrainWatch, train_to_bundle
-from pcam_automl.training.dense import always_negative_accuracy
-from pcam_automl.training.engine import RungResult
-from pcam_automl.training.fit import best_result
-from pcam_automl.training.start import choose_rows, data_key, without_excluded
+from pcam_automl.submission import check_threshold
+from pcam_automl.train import train_to_bundle
+from pcam_automl.training.engine import Training
+from pcam_automl.training.pace import Pace
+from pcam_automl.training.start import choose_rows, data_key
 
-VIEWS_FACTOR = 4
-LEAST_EPOCHS, MOST_EPOCHS = 3.0, 20.0
-"""The final training sees four times the views of a whole trial, but at least 3 and at most 20 epochs."""
+__all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
 
-
-@dataclass
-class FinalWatch:
-    """What finalize tells the one who shows it; ``train`` is for the training."""
-
-    train: TrainWatch = field(default_factory=TrainWatch)
-    plan: Callable[[FrozenTrial, Recipe, int, Path], None] = lambda trial, recipe, n_train, out: None
-    predicting: Callable[[int, str], None] = lambda n, what: None
-    predicted: Callable[[int], None] = lambda n: None
-
-
-@dataclass(frozen=True)
-class FinalResult:
-    """What finalize made.
-
-    Attributes:
-        out: folder with ``model/`` (the bundle), ``submission.csv``, ``submission.json`` and the holdout's ``scores.csv``.
-        submission: the checked file, None where the data has no test patches.
-        trial: the trial that was retrained.
-        auc: on the holdout, else the trial's validation AUC.
-        auc_on: which of the two.
-        auc_95: its interval; None for the trial's.
-        seconds: wall clock of this run.
-        notes: test patches that could not be read.
-        scores: of the holdout, None where there is none.
-        maps: folder of the test images' probability maps, for a dense task.
-        on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
-    """
-
-    out: Path
-    submission: Path | None
-    trial: int
-    auc: float
-    auc_on: str
-    auc_95: tuple[float, float] | None
-    seconds: float
-    notes: tuple[str, ...]
-    scores: Scores | None = None
-    maps: Path | None = None
-    on_test: dict[str, float | int | None] = field(default_factory=dict)
+CONFIRM_SHARE = 1 / 3
+"""Of finalize's seconds, where they are limited: what the confirmations may take."""
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
-    """``best`` or a trial's number; only complete trials can be chosen.
+    """``best`` or ``highest``, the complete trial of the best value, or a finished trial's number.
+
+    What ``finalize`` takes for ``best`` is settled before by :func:`settle_ties`.
 
     Raises:
         StudyError: no finished trial, no such number, or a trial that did not complete.
     """
     trials = study.get_trials(deepcopy=False)
-    complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    if which == "best":
-        if not complete:
+    if which in ("best", "highest"):
+        best = top_candidates(study, 1)
+        if not best:
             raise StudyError(
                 f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first"
             )
-        return max(complete, key=lambda t: (t.value, -t.number))
+        return best[0].trial
     if not which.isdigit():
-        raise StudyError(f"--trial must be best or a trial's number, got {which!r}")
+        raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")
     if int(which) >= len(trials):
         raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
     trial = trials[int(which)]
@@ -105,41 +77,30 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
     return trial
 
 
-def final_recipe(
-    trial: FrozenTrial, n_train: int, epochs: float | None, *, planned: bool = True, own_epochs: float | None = None
-) -> Recipe:
-    """The trial's recipe for the whole data, subsample and early end lifted.
+def settle_ties(opened: OpenStudy, which: str, note: Callable[[str], None] = lambda text: None) -> str:
+    """For ``best`` the number of the cheapest trial among those that the best does not beat; any other word as it is.
 
-    Args:
-        trial: its recipe is taken.
-        n_train: patches of the final training.
-        epochs: passes over them; None: a search's ``wsd`` becomes one cycle over four times the trial's views, 3 to 20
-            epochs; a recipe with a schedule of its own keeps it; after an early end, the epochs up to the kept one.
-        planned: whether the study chose the trial's views itself (no ``--views``, ``views`` or ``epochs``).
-        own_epochs: of the recipe that the search started from, for a schedule of its own.
+    Where the trials' scores cannot be compared, ``best`` stays, and ``note`` is told why.
     """
-    searched = build_recipe(json.loads(trial.user_attrs["recipe"]), where=f"trial {trial.number}")
-    changes: dict[str, Any] = {"subsample": 1.0, "patience": None}
-    if searched.schedule == "wsd":
-        changes["schedule"] = "one_cycle"
-    if epochs is None:
-        seen = searched.n_views(n_train) / n_train
-        if searched.patience is not None:
-            kept = best_result([RungResult(**rung) for rung in trial.user_attrs["rungs"]], searched)
-            epochs = kept.views / kept.subset
-        elif searched.schedule == "wsd" or (planned and own_epochs is None):
-            epochs = min(max(VIEWS_FACTOR * seen, LEAST_EPOCHS), MOST_EPOCHS)
-        else:
-            epochs = own_epochs if planned and own_epochs is not None else seen
-    fields = merge_fields(searched.model_dump(), {**changes, "epochs": round(epochs, 4)})
-    return build_recipe(fields, where="finalize")
+    if which != "best":
+        return which
+    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
+    if not ranking.n_complete:
+        return which
+    if ranking.picked is None:
+        note(f"ties are not looked for: {first_few(ranking.notes)}")
+        return which
+    note(f"trial {ranking.picked} is taken: {ranking.why}")
+    return str(ranking.picked)
 
 
-def _n_final(opened: OpenStudy, trial: FrozenTrial) -> int:
-    """Patches that the final training of a trial's recipe uses: everything it does not exclude or balance away."""
-    recipe = build_recipe(json.loads(trial.user_attrs["recipe"])).model_copy(update={"subsample": 1.0})
-    rows = opened.split.order
-    return len(choose_rows(opened.store, recipe, rows, rows[:0]).train)
+def _chosen(opened: OpenStudy, which: str, pick: Pick, confirms: bool, note: Callable[[str], None]) -> FrozenTrial:
+    """The trial that is retrained unless its confirmation speaks against it. Ties are settled by confirmations where there are some."""
+    if which == "best" and pick == "knee":
+        picked = pick_knee(opened.study.get_trials(deepcopy=False), opened.settings.goal)
+        note(picked.why)
+        return picked.trial
+    return choose_trial(opened.study, which if confirms else settle_ties(opened, which, note))
 
 
 def check_test_set(store: PatchStore) -> None:
@@ -164,59 +125,196 @@ def finalize(
     threshold: float | None = None,
     epochs: float | None = None,
     device: torch.device,
+    pick: Pick = "best",
     watch: FinalWatch | None = None,
+    options: FinalOptions | None = None,
 ) -> FinalResult:
-    """Retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
+    """Confirm, retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
 
     Args:
         opened: the study with its data.
-        which: ``best`` or a trial's number.
+        which: ``best``, ``highest`` or a trial's number.
         out: folder to fill; ``studies/<study>/final`` by default.
         threshold: also write 0/1 labels at this probability.
         epochs: passes over the training patches; None derives them from the trial.
         device: where to train and to predict.
+        pick: what ``best`` means: the best value, or the knee of value against latency.
         watch: progress.
+        options: confirmations, ensemble, comparison, seconds; by default three trials are confirmed on one fold.
 
     Raises:
-        StudyError, DataError: nothing to finalize, or the test set is incomplete, before any training.
+        StudyError, DataError, InputError: nothing to finalize, options that do not go together, or an incomplete test set,
+            before any training.
     """
-    watch, began = watch or FinalWatch(), time.perf_counter()
+    watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
-    trial = choose_trial(opened.study, which)
-    store, split = opened.store, opened.split
-    check_test_set(store)
+    trial = _chosen(opened, which, pick, options.confirm > 1, watch.train.note)
+    which = which if pick == "best" else str(trial.number)
+    dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
+    check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
+    check_test_set(opened.store)
     out = (out or opened.folder / "final").resolve()
-    rows = split.order
-    n_train = _n_final(opened, trial)
-    base = opened.space.base
-    planned = opened.settings.cap_s is not None or base.get("epochs") is not None
-    own_epochs = base.get("epochs") or opened.start.epochs
-    recipe = final_recipe(trial, n_train, epochs, planned=planned, own_epochs=own_epochs)
-    watch.plan(trial, recipe, n_train, out)
-    provenance = {
-        "study": opened.name,
-        "trial": trial.number,
-        "trial_auc": trial.value,
-        "split_hash": split.hash,
-        "holdout": opened.settings.holdout,
-        "weights": str(opened.weights),
-    }
-    model = out / "model"
-    if not _is_done(model, recipe, opened, rows):
-        train_to_bundle(
+    decision = _decided(opened, trial, which, epochs, device, options, watch, began)
+    watch.decided(decision)
+    (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
+    for number, member in enumerate(decision.members):
+        pace = None
+        if options.seconds is not None and epochs is None:
+            left_s = options.seconds - (time.perf_counter() - began)
+            pace = _pace(opened, member, left_s, len(decision.members) - number, device)
+        _train_member(opened, member, number, out, decision, epochs, device, watch, pace)
+    _settle_members(out, decision)
+    first = decision.members[0].trial
+    if dense:
+        result = finish_maps(opened, first, decision, out, threshold=threshold, device=device, watch=watch)
+    else:
+        result = finish_patches(
+            opened,
+            first,
+            decision,
+            out,
+            threshold=threshold,
+            compare=options.compare,
+            device=device,
+            watch=watch,
+        )
+    return replace(result, seconds=time.perf_counter() - began)
+
+
+def _decided(
+    opened: OpenStudy,
+    trial: FrozenTrial,
+    which: str,
+    epochs: float | None,
+    device: torch.device,
+    options: FinalOptions,
+    watch: FinalWatch,
+    began: float,
+) -> Decision:
+    """What is trained on everything: the chosen trial, or what its confirmation and that of the next best say."""
+    chosen = Candidate(lineage_of(trial), trial)
+    if options.confirm == 0:
+        return Decision((chosen,), (1.0,))
+    others = top_candidates(opened.study, options.confirm) if which == "best" else []
+    candidates = [chosen, *(one for one in others if one.lineage != chosen.lineage)][: options.confirm]
+    label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
+    confirmations = confirm(
+        opened,
+        candidates,
+        folds=confirm_folds(opened.split, options.confirm_folds, label),
+        device=device,
+        seconds=None if options.seconds is None else CONFIRM_SHARE * options.seconds,
+        watch=watch.confirm,
+    )
+    left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
+    return decide(
+        candidates,
+        confirmations,
+        opened.store,
+        most_members=_most_members(opened, candidates, epochs, device, options.ensemble, left),
+        seed=opened.settings.seed,
+        value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
+        maximise=opened.settings.goal.maximize,
+    )
+
+
+def _most_members(
+    opened: OpenStudy,
+    candidates: list[Candidate],
+    epochs: float | None,
+    device: torch.device,
+    wanted: int,
+    left: float | None,
+) -> int:
+    """As many final trainings, and predictions of the test patches, as fit the seconds left; at least one."""
+    if wanted == 1 or left is None:
+        return wanted
+    n_test, slowest = len(opened.store.test_rows()), 0.0
+    for candidate in candidates:
+        recipe, n_train = recipe_of_study(opened, candidate.trial, epochs)
+        steps = recipe.n_views(n_train) + n_test * 8 / EVAL_SPEEDUP
+        slowest = max(slowest, OVERHEAD * steps / images_per_s(opened, candidate, recipe, device))
+    return max(1, min(wanted, int(left / slowest)))
+
+
+def _pace(opened: OpenStudy, member: Candidate, left_s: float, n_left: int, device: torch.device) -> Pace:
+    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction fit into ``left_s``."""
+    recipe, _ = recipe_of_study(opened, member.trial, None)
+    rate = images_per_s(opened, member, recipe, device)
+    n_shown = 8 * (len(opened.store.test_rows()) + len(opened.split.holdout_rows()))
+    predict_s = OVERHEAD * n_shown / (EVAL_SPEEDUP * rate)  # of each network
+    return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
+
+
+def _train_member(
+    opened: OpenStudy,
+    member: Candidate,
+    number: int,
+    out: Path,
+    decision: Decision,
+    epochs: float | None,
+    device: torch.device,
+    watch: FinalWatch,
+    pace: Pace | None,
+) -> None:
+    """One of the networks on everything, as a bundle with its calibration; nothing where it lies there already."""
+    trial, folder, rows = member.trial, member_folder(out, number), opened.split.order
+    recipe, n_train = recipe_of_study(opened, trial, epochs)
+    watch.plan(trial, recipe, n_train, folder)
+    if not _is_done(folder, recipe, opened, rows):
+        confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
+        provenance = {
+            "study": opened.name,
+            "trial": trial.number,
+            "trial_auc": auc_of(trial, opened.settings.goal),
+            "objective": opened.settings.goal.name,
+            "trial_value": trial.value,
+            "confirmed": None if confirmed is None else confirmed.to_json(),
+            "split_hash": opened.split.hash,
+            "holdout": opened.settings.holdout,
+            "weights": str(opened.weights),
+        }
+        last: dict[str, Tensor] = {}
+        keeps = number == 0 and recipe.task == "patch" and recipe.ema > 0 and len(opened.split.holdout_rows()) > 0
+        trained = train_to_bundle(
             recipe,
-            store,
+            opened.store,
             train_rows=rows,
             score_rows=np.zeros(0, np.int64),
             weights=opened.weights,
             device=device,
             speed=opened.speed_book,
-            out=model,
+            out=folder,
             provenance=provenance,
-            watch=watch.train,
+            pace=pace,
+            watch=replace(watch.train, trained=lambda training: last.update(_weights_of(training)))
+            if keeps
+            else watch.train,
         )
-    finish = _write_maps if recipe.task == "dense" else _predict
-    return finish(opened, trial, model, out, threshold, device, watch, began)
+        if keeps:
+            write_bundle(out / RAW, replace(trained.bundle, state=last))
+    _calibrate(folder, decision.calibrations[number])
+
+
+def _weights_of(training: Training) -> dict[str, Tensor]:
+    """The weights of the last step, before any averaging."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in training.network.state_dict().items()}
+
+
+def _calibrate(folder: Path, calibration: Calibration | None) -> None:
+    if load_bundle(folder).calibration != calibration:
+        write_calibration(folder, calibration)
+
+
+def _settle_members(out: Path, decision: Decision) -> None:
+    """Write ``ensemble.json`` where there are several, and remove bundles of an earlier run that are no members any more."""
+    n = len(decision.members)
+    for folder in out.glob("model-*"):
+        number = folder.name.removeprefix("model-")
+        if number.isdigit() and int(number) > n and (folder / CARD).is_file():
+            shutil.rmtree(folder)
+    if n > 1:
+        write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})
 
 
 def _is_done(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -> bool:
@@ -224,132 +322,9 @@ def _is_done(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -
 
     A study made anew under an old one's name may have the same recipe and another holdout.
     """
-    if not (model / "bundle.json").is_file():
+    if not (model / CARD).is_file():
         return False
     bundle = load_bundle(model)
     trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
     held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
     return bundle.recipe == recipe and held == (trained_on, str(opened.weights))
-
-
-def _predict(
-    opened: OpenStudy,
-    trial: FrozenTrial,
-    model: Path,
-    out: Path,
-    threshold: float | None,
-    device: torch.device,
-    watch: FinalWatch,
-    began: float,
-) -> FinalResult:
-    bundle = load_bundle(model)
-    compute = compute_of(bundle, device)  # not always where it was trained: a second call may name another device
-    predictor = build_predictor(bundle, compute)
-    store = opened.store
-    patches = open_patches(store, torch.device(compute.device))
-    score, on, interval = float(trial.value or float("nan")), f"validation fold, trial {trial.number}", None
-    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
-    test = store.test_rows()
-    scores = None
-    if len(holdout):
-        watch.predicting(len(holdout), "holdout")
-        probs = predictor.rows(patches, holdout, stop=watch.train.stop, progress=watch.predicted)
-        score, on = auc(store.label[holdout], probs), f"holdout of {len(holdout)} patches"
-        scores = Scores(holdout, store.label[holdout].astype(np.int64), probs, on)
-        interval = auc_interval(store.label[holdout], probs, np.asarray(store.group)[holdout])
-        write_scores(out / SCORES, scores, store.ids)
-    submission, notes = None, _unreadable_notes(store, test)
-    provenance: dict[str, Any] = {
-        **bundle.provenance,
-        "auc": score,
-        "auc_on": on,
-        "auc_95": interval,
-        "threshold": threshold,
-        "notes": list(notes),
-        "recipe": bundle.recipe.model_dump(mode="json"),
-        "n_test": len(test),
-        "test_time_views": len(predictor.views),
-        "test_time_averaging": predictor.views.averaging,
-    }
-    if len(test):
-        watch.predicting(len(test), "test")
-        probs = predictor.rows(patches, test, stop=watch.train.stop, progress=watch.predicted)
-        unreadable = _unreadable(store, test)
-        probs[unreadable] = float(
-            (store.label[opened.split.order] == 1).mean()
-        )  # nothing to see: the share of positives
-        submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
-    else:
-        write_json(out / "submission.json", provenance)
-    return FinalResult(out, submission, trial.number, score, on, interval, time.perf_counter() - began, notes, scores)
-
-
-def _write_maps(
-    opened: OpenStudy,
-    trial: FrozenTrial,
-    model: Path,
-    out: Path,
-    threshold: float | None,
-    device: torch.device,
-    watch: FinalWatch,
-    began: float,
-) -> FinalResult:
-    """A dense task's ending: figures on the holdout, one probability map a test image instead of a submission."""
-    bundle, store = load_bundle(model), opened.store
-    predictor = build_map_predictor(bundle, compute_of(bundle, device))
-    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
-    test = store.test_rows()
-    pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
-    figures: dict[str, Any] = {}
-    maps: Path | None = None
-    notes: list[str] = []
-    on_test: dict[str, float | int | None] = {}
-    if len(test):
-        maps = out / "maps"
-        watch.predicting(len(test), "test")
-        _, notes = write_row_maps(
-            predictor, store, test, maps, threshold=threshold, stop=watch.train.stop, progress=watch.predicted
-        )
-        on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
-        notes = [*notes, *unscored]
-    if len(holdout):
-        watch.predicting(len(holdout), "holdout")
-        try:
-            score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
-        except (
-            DataError
-        ) as fault:  # masks of one value: a new study refuses such a holdout, an older one has trained by now
-            notes.append(f"the holdout is not scored: {fault}")
-        else:
-            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
-            scores = replace(scores, on=f"{len(scores.rows):,} px of {len(holdout):,} holdout images")
-            write_scores(out / SCORES, scores, store.ids)
-            figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
-            figures["always_negative_accuracy"] = always_negative_accuracy(store, holdout)
-    provenance = {
-        **bundle.provenance,
-        **figures,
-        "auc": pixel_auc,
-        "auc_on": on,
-        "threshold": threshold,
-        "n_test": len(test),
-        "test": on_test or None,
-    }
-    write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
-    seconds = time.perf_counter() - began
-    return FinalResult(out, None, trial.number, pixel_auc, on, None, seconds, tuple(notes), scores, maps, on_test)
-
-
-def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:
-    return np.asarray((store.flags[rows] & int(Flag.UNREADABLE | Flag.WRONG_SHAPE)) != 0)
-
-
-def _unreadable_notes(store: PatchStore, rows: np.ndarray) -> tuple[str, ...]:
-    ids = store.ids[rows[_unreadable(store, rows)]].tolist() if len(rows) else []
-    return (
-        (
-            f"{len(ids)} test patches cannot be read and get the share of positives as their probability ({first_few(ids)})",
-        )
-        if ids
-        else ()
-    )

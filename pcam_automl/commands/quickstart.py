@@ -11,6 +11,7 @@ from pcam_automl.commands.models import run_finalize
 from pcam_automl.commands.score import run_score
 from pcam_automl.commands.search import run_search
 from pcam_automl.errors import SearchFailed
+from pcam_automl.finalizing.result import FinalOptions
 from pcam_automl.search.study import Asked
 
 N_SLIDES = 24
@@ -41,7 +42,16 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=None, as_json=False)
     _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
     final = run_finalize(
-        STUDY, url, which="best", data=None, out=None, threshold=None, epochs=FINAL_EPOCHS, device=device, as_json=False
+        STUDY,
+        url,
+        which="best",
+        data=None,
+        out=None,
+        threshold=None,
+        epochs=FINAL_EPOCHS,
+        device=device,
+        as_json=False,
+        options=FinalOptions(confirm=0),  # three more trainings would not fit the six minutes
     )
     _step(5, "score: the submission against the test labels, which nothing has read so far")
     assert final.submission is not None

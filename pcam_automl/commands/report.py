@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, Interrupted
+from pcam_automl.goals import Goal
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, build_predictor, compute_of
 from pcam_automl.recipe import Recipe, build_recipe
@@ -34,11 +34,6 @@ from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
 
 LR_POINTS = 400
-
-
-def this_command() -> str:
-    """What the user typed, to be shown under "how to reproduce"."""
-    return shlex.join(["pcam-automl", *sys.argv[1:]])
 
 
 def bundle_folder(path: Path) -> Path:
@@ -171,6 +166,7 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
+    from pcam_automl.search.ranking import rank_study
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -180,7 +176,7 @@ def report_of_study(
     if bundle is not None and model is None and bundle.provenance.get("split_hash") != opened.split.hash:
         terminal.say(f"{folder} is not of this study (another split, perhaps of a deleted study): left out")
         bundle = None
-    trial = _trial_of(opened.study, bundle)
+    trial = _trial_of(opened.study, bundle, opened.settings.goal)
     card = {} if bundle is None else final_card(folder, bundle)
     if scores is None:
         scores = holdout_scores(folder, card, opened.store)
@@ -205,6 +201,7 @@ def report_of_study(
         threshold=threshold,
         study=opened.study,
         study_settings=opened.settings,
+        ranking=rank_study(opened.study, opened.settings, opened.folder, store=opened.store),
         reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
@@ -217,27 +214,27 @@ def report_of_study(
     return written
 
 
-def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
+def _trial_of(study: Any, bundle: ModelBundle | None, goal: Goal) -> Any:
     """The trial that was retrained, else the best one; None before any is complete."""
     from pcam_automl.search.reading import best_of
 
     trials = study.get_trials(deepcopy=False)
     number = None if bundle is None else bundle.provenance.get("trial")
     if isinstance(number, int) and 0 <= number < len(trials) and bundle is not None:
-        return trials[number] if bundle.provenance.get("study") == study.study_name else best_of(trials)
-    return best_of(trials)
+        return trials[number] if bundle.provenance.get("study") == study.study_name else best_of(trials, goal)
+    return best_of(trials, goal)
 
 
 def study_commands(name: str, url: str | None, settings: StudySettings, trials: list[Any]) -> tuple[str, ...]:
     """The two commands that repeat a study with as many finished trials, from what it remembers; at least one trial."""
     from pcam_automl.commands.search import command_options
-    from pcam_automl.search.reading import FINISHED, best_of
+    from pcam_automl.search.reading import best_of, n_finished_in
 
     options = command_options(name, url)
-    n = max(1, sum(trial.state in FINISHED for trial in trials))
+    n = max(1, n_finished_in(trials))
     words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n), *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
-    if best_of(trials) is None:
+    if best_of(trials, settings.goal) is None:
         return (search, "# no trial is complete yet; once one is:", f"pcam-automl finalize{options}")
     return (search, f"pcam-automl finalize{options}")
 
@@ -255,9 +252,12 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--weights", settings.weights]
     words += ["--groups", settings.groups] if settings.groups else []
     words += ["--domains", settings.domains] if settings.domains else []
+    words += ["--domains", "estimate"] if settings.domains_hash else []
+    words += ["--split", settings.split_by] if settings.split_by != "slides" else []
     words += ["--holdout", f"{settings.holdout:g}"] if settings.holdout else []
     if settings.cap_s is None and not {"views", "epochs"} & set(settings.pins):
         words += ["--views", str(settings.rungs[-1][0])]
+    words += ["--objective", settings.objective] if settings.objective != "auc" else []
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
     words += ["--deterministic"] if settings.deterministic else []

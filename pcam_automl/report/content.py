@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,11 @@ from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.metrics import accuracy, dice
 from pcam_automl.recipe import Recipe
-from pcam_automl.scores import Scores
+from pcam_automl.scores import Scores, clusters_of_rows
 from pcam_automl.training.engine import RungResult
+
+if TYPE_CHECKING:  # it reads Optuna's trials, which reports of a training do without
+    from pcam_automl.search.ranking import Ranking
 
 
 class StudyTrials(Protocol):
@@ -90,6 +93,7 @@ class ReportContent:
         threshold: a probability of at least this is called tumour, in [0, 1].
         study: of a search.
         study_settings: what it remembers.
+        ranking: its best trials with their intervals.
         reproduce: shell commands, in order.
         strips: (caption, PNG file or (H, W, 3) uint8) of a dense training: original, truth, epochs.
         lr_curve: the schedule; else the rates at the ends of the epochs are drawn.
@@ -109,6 +113,7 @@ class ReportContent:
     threshold: float = 0.5
     study: StudyTrials | None = None
     study_settings: StudySettings | None = None
+    ranking: Ranking | None = None
     reproduce: tuple[str, ...] = ()
     strips: tuple[tuple[str, Path | NDArray[np.uint8]], ...] = ()
     lr_curve: RateCurve | None = None
@@ -158,10 +163,7 @@ def both_labels(scores: Scores) -> bool:
 def clusters_of(store: PatchStore | None, scores: Scores) -> NDArray[np.int64]:
     """(n,) what an interval's draws are made over: the slide, where it is unknown the image, whose pixels are not independent."""
     rows = np.asarray(scores.rows, np.int64)
-    if store is None:
-        return rows
-    group = np.asarray(store.group)[rows].astype(np.int64)
-    return np.where(group < 0, len(store.group_names) + rows, group)
+    return rows if store is None else clusters_of_rows(store, rows)
 
 
 def losses(scores: Scores) -> NDArray[np.float64]:

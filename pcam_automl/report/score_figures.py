@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
+from pcam_automl.calibration import reliability
 from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Text, left_out
 from pcam_automl.report.content import PATCH, MapFigures, Noun, ReportContent, both_labels, clusters_of
@@ -30,7 +30,6 @@ from pcam_automl.report.style import (
 )
 from pcam_automl.scores import Scores
 
-N_BINS = 10
 FEW_CLUSTERS = 10
 """Fewer slides (or patches, images) than this: draws of so few leave out most ways in which others may differ."""
 _MOST_POINTS = 2000
@@ -210,42 +209,6 @@ def stage_blocks(content: ReportContent) -> Iterator[Block]:
         counts = confusion(scores.label, scores.prob, content.threshold)
         file, on = f"confusion_stage_{number}.png", f"{name}: {scores.on}"
         yield confusion_figure(counts, content.threshold, file, on, content.of_scores)
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Patches or pixels by probability: edges (n + 1,), counts of both labels, mean probability and share of tumour (NaN if empty)."""
-
-    edges: NDArray[np.float64]
-    n_normal: NDArray[np.int64]
-    n_tumour: NDArray[np.int64]
-    mean_prob: NDArray[np.float64]
-
-    @property
-    def n(self) -> NDArray[np.int64]:
-        return self.n_normal + self.n_tumour
-
-    @property
-    def share(self) -> NDArray[np.float64]:
-        """Of tumour, by bin."""
-        return np.asarray(np.divide(self.n_tumour, self.n, out=np.full(len(self.n), np.nan), where=self.n > 0))
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error (Naeini et al., AAAI 2015): mean distance, weighted by the patches."""
-        full = self.n > 0
-        return float((np.abs(self.share - self.mean_prob)[full] * self.n[full]).sum() / self.n.sum())
-
-
-def reliability(label: NDArray[np.int64], prob: NDArray[np.float64], n_bins: int = N_BINS) -> Reliability:
-    """Bins of equal width; the last includes 1."""
-    edges = np.linspace(0.0, 1.0, n_bins + 1)
-    place = np.minimum((np.asarray(prob) * n_bins).astype(np.int64), n_bins - 1)
-    total = np.bincount(place, minlength=n_bins)
-    sums = np.bincount(place, weights=prob, minlength=n_bins)
-    positive = np.bincount(place[np.asarray(label) == 1], minlength=n_bins)
-    means = np.divide(sums, total, out=np.full(n_bins, np.nan), where=total > 0)
-    return Reliability(edges, total - positive, positive, means)
 
 
 def calibration_figure(scores: Scores, noun: Noun = PATCH) -> Picture:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 
+from pcam_automl.calibration import reliability
 from pcam_automl.data.store import open_store
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.report.content import losses
@@ -15,7 +16,6 @@ from pcam_automl.report.data_figures import spread_rows
 from pcam_automl.report.examples import N_SHOWN, chosen
 from pcam_automl.report.group_figures import group_aucs
 from pcam_automl.report.network_table import MOST_ROWS, layer_rows
-from pcam_automl.report.score_figures import reliability
 from pcam_automl.scores import Scores
 
 

@@ -1,0 +1,146 @@
+"""Which networks are trained on everything, with what weights and at which temperature: from confirmations to a decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pcam_automl.calibration import Calibration, calibrate, logits_of, probs_at
+from pcam_automl.data.store import PatchStore
+from pcam_automl.finalizing.blending import Blend, choose_blend
+from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.scores import Scores
+from pcam_automl.search.confirmations import (
+    Candidate,
+    Confirmation,
+    Confirmed,
+    ValueOf,
+    auc_of,
+    complete_folds,
+    mean_drop,
+    ranked,
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will be trained on all the data.
+
+    Attributes:
+        members: the networks, the best confirmed one first.
+        weights: one each, positive, summing to 1.
+        confirmed: every confirmed lineage, the best first; empty where none was.
+        blend: what the greedy selection found; None where no ensemble was asked for or possible.
+        calibrations: of each member on its own; None where nothing was predicted out of fold.
+        calibration: of all together.
+        oof: calibrated out-of-fold probabilities of what was chosen; None where there are none.
+        oof_auc: their AUC.
+        oof_auc_95: its interval over slides.
+    """
+
+    members: tuple[Candidate, ...]
+    weights: tuple[float, ...]
+    confirmed: tuple[Confirmed, ...] = ()
+    blend: Blend | None = None
+    calibrations: tuple[Calibration | None, ...] = (None,)
+    calibration: Calibration | None = None
+    oof: Scores | None = None
+    oof_auc: float | None = None
+    oof_auc_95: tuple[float, float] | None = None
+
+    @property
+    def drop(self) -> float | None:
+        """Mean of what the search's scores lost when they were confirmed."""
+        return mean_drop(self.confirmed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "confirmed": [one.to_json() for one in self.confirmed],
+            "mean_drop": self.drop,
+            "ensemble": None if self.blend is None else self.blend.to_json(),
+            "members": [member.trial.number for member in self.members],
+            "weights": list(self.weights),
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "oof_auc": self.oof_auc,
+            "oof_auc_95": self.oof_auc_95,
+        }
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    confirmations: Sequence[Confirmation],
+    store: PatchStore,
+    *,
+    most_members: int = 1,
+    seed: int = 0,
+    value_of: ValueOf = auc_of,
+    maximise: bool = True,
+) -> Decision:
+    """The best confirmed lineage, or a blend of several if it helps; the search's best where nothing was confirmed.
+
+    Args:
+        candidates: the best of the search first, at least one.
+        confirmations: of some of them.
+        store: slides and labels of the scored patches.
+        most_members: networks that may judge together.
+        seed: of the draws of slides.
+        value_of: figure that the study's value is.
+        maximise: whether a larger one is better.
+    """
+    confirmed = tuple(ranked(confirmations, value_of=value_of, maximise=maximise)) if confirmations else ()
+    by_name = {candidate.lineage: candidate for candidate in candidates}
+    if not confirmed or math.isnan(confirmed[0].mean):  # nothing, or every training diverged
+        return Decision((candidates[0],), (1.0,), confirmed)
+    winner = by_name[confirmed[0].lineage]
+    predicted = _out_of_fold(confirmations, [one.lineage for one in confirmed])
+    if winner.lineage not in predicted:
+        return Decision((winner,), (1.0,), confirmed)
+    rows, label, on = _shared(predicted[winner.lineage])
+    usable = {
+        name: np.concatenate([logits_of(part.prob) for part in parts])
+        for name, parts in predicted.items()
+        if np.array_equal(_shared(parts)[0], rows)
+    }
+    names = list(usable)
+    logits, group = np.stack([usable[name] for name in names]), np.asarray(store.group)[rows].astype(np.int64)
+    single = names.index(winner.lineage)
+    blend = choose_blend(logits, label, group, single=single, most_members=most_members, seed=seed)
+    chosen = [k for k, weight in enumerate(blend.weights) if weight > 0]
+    chosen.sort(key=lambda k: (k != single, -blend.weights[k]))
+    calibration = calibrate(blend.logits, label, on)
+    oof = Scores(rows, label, probs_at(blend.logits, calibration.temperature), on)
+    return Decision(
+        members=tuple(by_name[names[k]] for k in chosen),
+        weights=tuple(blend.weights[k] for k in chosen),
+        confirmed=confirmed,
+        blend=blend if most_members > 1 else None,
+        calibrations=tuple(calibrate(logits[k], label, on) for k in chosen),
+        calibration=calibration,
+        oof=oof,
+        oof_auc=auc(label, blend.logits),
+        oof_auc_95=auc_interval(label, blend.logits, group),
+    )
+
+
+def _out_of_fold(confirmations: Sequence[Confirmation], lineages: Sequence[str]) -> dict[str, list[Scores]]:
+    """Lineage to its scores on each complete fold; without those that diverged somewhere, and without dense ones."""
+    folds = complete_folds(confirmations)
+    held = {(one.lineage, one.fold): one.scores for one in confirmations}
+    found = {}
+    for lineage in lineages:
+        parts = [scores for fold in folds if (scores := held[lineage, fold]) is not None]
+        if len(parts) == len(folds):
+            found[lineage] = parts
+    return found
+
+
+def _shared(parts: Sequence[Scores]) -> tuple[NDArray[np.int64], NDArray[np.int64], str]:
+    """Rows, labels and what they are of, for people."""
+    rows, label = np.concatenate([part.rows for part in parts]), np.concatenate([part.label for part in parts])
+    many = f"{len(parts)} folds" if len(parts) > 1 else "a fold"
+    return rows, label, f"{len(rows):,} patches of {many} by networks that did not see them"

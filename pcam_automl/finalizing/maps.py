@@ -1,0 +1,82 @@
+"""The ending of a dense task: figures on the holdout, one probability map a test image. Trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial
+
+from pcam_automl.bundle import load_bundle
+from pcam_automl.errors import DataError
+from pcam_automl.files import write_json
+from pcam_automl.finalizing.decision import Decision
+from pcam_automl.finalizing.result import FinalResult, FinalWatch
+from pcam_automl.predict import compute_of
+from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
+from pcam_automl.scores import FILE as SCORES
+from pcam_automl.scores import write_scores
+from pcam_automl.search.reading import auc_of
+from pcam_automl.search.study import OpenStudy
+from pcam_automl.training.dense import always_negative_accuracy
+from pcam_automl.training.start import without_excluded
+
+
+def finish_maps(
+    opened: OpenStudy,
+    trial: FrozenTrial,
+    decision: Decision,
+    out: Path,
+    *,
+    threshold: float | None,
+    device: torch.device,
+    watch: FinalWatch,
+) -> FinalResult:
+    """Predict with ``out/model``; write maps, the holdout's scores and provenance. Arguments as of ``finish_patches``."""
+    bundle, store = load_bundle(out / "model"), opened.store
+    predictor = build_map_predictor(bundle, compute_of(bundle, device))
+    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
+    test = store.test_rows()
+    pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
+    figures: dict[str, Any] = {}
+    maps: Path | None = None
+    notes: list[str] = []
+    on_test: dict[str, float | int | None] = {}
+    if len(test):
+        maps = out / "maps"
+        watch.predicting(len(test), "test")
+        _, notes = write_row_maps(
+            predictor, store, test, maps, threshold=threshold, stop=watch.train.stop, progress=watch.predicted
+        )
+        on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
+        notes = [*notes, *unscored]
+    if len(holdout):
+        watch.predicting(len(holdout), "holdout")
+        try:
+            score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
+        except (
+            DataError
+        ) as fault:  # masks of one value: a new study refuses such a holdout, an older one has trained by now
+            notes.append(f"the holdout is not scored: {fault}")
+        else:
+            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
+            scores = replace(scores, on=f"{len(scores.rows):,} px of {len(holdout):,} holdout images")
+            write_scores(out / SCORES, scores, store.ids)
+            figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
+            figures["always_negative_accuracy"] = always_negative_accuracy(store, holdout)
+    provenance = {
+        **bundle.provenance,
+        **figures,
+        **decision.to_json(),
+        "auc": pixel_auc,
+        "auc_on": on,
+        "threshold": threshold,
+        "n_test": len(test),
+        "test": on_test or None,
+    }
+    write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
+    return FinalResult(
+        out, None, trial.number, pixel_auc, on, None, 0.0, tuple(notes), scores, maps, on_test, decision=decision
+    )

@@ -1,0 +1,216 @@
+"""The ending of a patch task: holdout and test predicted, figures, tables, the checked submission. Trains nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.trial import FrozenTrial
+
+from pcam_automl.batches import Patches, open_patches
+from pcam_automl.bundle import load_bundle
+from pcam_automl.calibration import changes, probs_at
+from pcam_automl.data.store import Flag, PatchStore
+from pcam_automl.ensemble import open_judge
+from pcam_automl.errors import first_few
+from pcam_automl.files import write_json, write_text
+from pcam_automl.finalizing.compare import Step, steps_of
+from pcam_automl.finalizing.decision import Decision
+from pcam_automl.finalizing.result import FinalResult, FinalWatch
+from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.operating import Operating, operate
+from pcam_automl.predict import Judge, Predictor, build_predictor
+from pcam_automl.scores import FILE as SCORES
+from pcam_automl.scores import Scores, write_scores
+from pcam_automl.search.reading import auc_of as trial_auc
+from pcam_automl.search.study import OpenStudy
+from pcam_automl.submission import write_submission
+from pcam_automl.training.start import without_excluded
+
+RAW = "model-raw"
+"""Bundle of the first member's weights before averaging, kept where a holdout can say what the average was worth."""
+OOF = "oof.csv"
+THRESHOLDS, REJECTS = "thresholds.csv", "reject.csv"
+
+
+@dataclass
+class _Ending:
+    """What is at hand at the end: the judge, its networks, and the patches on the device."""
+
+    opened: OpenStudy
+    out: Path
+    judge: Judge
+    networks: tuple[Predictor, ...]
+    patches: Patches
+    watch: FinalWatch
+
+    def logits(self, rows: np.ndarray, what: str, judge: Judge | None = None) -> np.ndarray:
+        """Logits (n,) float64, not calibrated, with a bar."""
+        asked = judge or self.judge
+        n_networks = len(self.networks) if judge is None else 1
+        self.watch.predicting(len(rows) * n_networks, what)
+        stop, progress = self.watch.train.stop, self.watch.predicted
+        return asked.row_logits(self.patches, rows, stop=stop, progress=progress).astype(np.float64)
+
+
+def finish_patches(
+    opened: OpenStudy,
+    trial: FrozenTrial,
+    decision: Decision,
+    out: Path,
+    *,
+    threshold: float | None,
+    compare: bool,
+    device: torch.device,
+    watch: FinalWatch,
+) -> FinalResult:
+    """Predict with what lies in ``out``; write scores, tables, submission and provenance.
+
+    Args:
+        opened: the study with its data.
+        trial: of the first member.
+        decision: what was chosen, and its out-of-fold probabilities.
+        out: with ``model`` and, for several networks, ``ensemble.json``.
+        threshold: also write 0/1 labels at this probability.
+        compare: whether the holdout shall say what each ingredient was worth.
+        device: where to predict.
+        watch: progress.
+    """
+    judge, networks = open_judge(out, device)
+    end = _Ending(
+        opened, out, judge, networks, open_patches(opened.store, torch.device(networks[0].compute.device)), watch
+    )
+    store, bundle = opened.store, networks[0].bundle
+    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
+    figures, scores, steps = _on_holdout(end, trial, decision, holdout, compare)
+    operating = _operating(decision, scores)
+    _write_tables(out, operating)
+    if decision.oof is not None:
+        write_scores(out / OOF, decision.oof, store.ids)
+    test = store.test_rows()
+    notes = unreadable_notes(store, test)
+    provenance: dict[str, Any] = {
+        **bundle.provenance,
+        **figures,
+        **decision.to_json(),
+        "compare": [step.to_json() for step in steps],
+        "operating": [one.to_json() for one in operating],
+        "threshold": threshold,
+        "notes": list(notes),
+        "recipe": bundle.recipe.model_dump(mode="json"),
+        "n_test": len(test),
+        "test_time_views": len(networks[0].views),
+        "test_time_averaging": networks[0].views.averaging,
+    }
+    submission = None
+    if len(test):
+        probs = probs_at(end.logits(test, "test"), judge.temperature)
+        # nothing to see: the share of positives
+        probs[_unreadable(store, test)] = float((store.label[opened.split.order] == 1).mean())
+        submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
+    else:
+        write_json(out / "submission.json", provenance)
+    score, on, interval = figures["auc"], figures["auc_on"], figures["auc_95"]
+    return FinalResult(
+        out,
+        submission,
+        trial.number,
+        score,
+        on,
+        interval,
+        0.0,
+        notes,
+        scores,
+        decision=decision,
+        operating=operating,
+        steps=steps,
+    )
+
+
+def _on_holdout(
+    end: _Ending, trial: FrozenTrial, decision: Decision, holdout: np.ndarray, compare: bool
+) -> tuple[dict[str, Any], Scores | None, tuple[Step, ...]]:
+    """The figures to print, the holdout's scores, and the steps; without a holdout the figures are out of fold, or the trial's."""
+    store = end.opened.store
+    if not len(holdout):
+        if decision.oof is not None and decision.oof_auc is not None:
+            return {"auc": decision.oof_auc, "auc_on": decision.oof.on, "auc_95": decision.oof_auc_95}, None, ()
+        value = trial_auc(trial, end.opened.settings.goal)
+        return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
+    label, group = np.asarray(store.label)[holdout].astype(np.int64), np.asarray(store.group)[holdout].astype(np.int64)
+    logits = end.logits(holdout, "holdout")
+    probs, on = probs_at(logits, end.judge.temperature), f"holdout of {len(holdout)} patches"
+    scores = Scores(holdout, label, probs, on)
+    write_scores(end.out / SCORES, scores, store.ids)
+    figures: dict[str, Any] = {"auc": auc(label, probs), "auc_on": on, "auc_95": auc_interval(label, probs, group)}
+    if decision.calibration is not None:
+        losses, errors = changes(logits, label, end.judge.temperature)
+        figures["calibration_on_holdout"] = {"log_loss": losses, "error": errors}
+    steps = steps_of(label, group, _scorings(end, holdout, probs)) if compare else ()
+    return figures, scores, steps
+
+
+def _scorings(end: _Ending, rows: np.ndarray, final: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Probabilities of the first network with one ingredient more at a time, and those of all together at the end."""
+    first, found = end.networks[0], list[tuple[str, np.ndarray]]()
+
+    def plain(network: Predictor) -> np.ndarray:
+        return probs_at(end.logits(rows, "holdout, one view", network), 1.0)
+
+    recipe, averaged = first.bundle.recipe, first.views.averaging != "none"
+    if recipe.ema > 0 and (end.out / RAW / "bundle.json").is_file():
+        raw = build_predictor(load_bundle(end.out / RAW), first.compute, averaging="none")
+        found.append(("one view, last weights", plain(raw)))
+    one_view = build_predictor(first.bundle, first.compute, averaging="none")
+    found.append(("weight average" if found else "one view", plain(one_view)))
+    logits = end.logits(rows, "holdout", first) if averaged else None
+    if logits is not None:
+        found.append((f"{len(first.views)} views", probs_at(logits, 1.0)))
+    if first.bundle.calibration is not None:
+        own = logits if logits is not None else end.logits(rows, "holdout", first)
+        found.append(("temperature", probs_at(own, first.temperature)))
+    if len(end.networks) > 1:
+        found.append((f"ensemble of {len(end.networks)}", final))
+    return found
+
+
+def _operating(decision: Decision, scores: Scores | None) -> tuple[Operating, ...]:
+    """Out of fold, where the thresholds are chosen, then on the holdout, which did not choose them."""
+    found: list[Operating] = []
+    for one in (decision.oof, scores):
+        if one is not None:
+            found.append(operate(one.label, one.prob, one.on, found[0] if found else None))
+    return tuple(found)
+
+
+def _write_tables(out: Path, operating: Sequence[Operating]) -> None:
+    """``thresholds.csv`` and ``reject.csv``; an empty cell is a figure that does not exist."""
+    for name, field in ((THRESHOLDS, "points"), (REJECTS, "rejects")):
+        lines = [{"on": one.on, **asdict(point)} for one in operating for point in getattr(one, field)]
+        if not lines:
+            (out / name).unlink(missing_ok=True)  # of an earlier run that had some
+            continue
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+        write_text(out / name, text.getvalue())
+
+
+def _unreadable(store: PatchStore, rows: np.ndarray) -> np.ndarray:
+    return np.asarray((store.flags[rows] & int(Flag.UNREADABLE | Flag.WRONG_SHAPE)) != 0)
+
+
+def unreadable_notes(store: PatchStore, rows: np.ndarray) -> tuple[str, ...]:
+    """One line on test patches that cannot be read; empty where all can."""
+    ids = store.ids[rows[_unreadable(store, rows)]].tolist() if len(rows) else []
+    text = (
+        f"{len(ids)} test patches cannot be read and get the share of positives as their probability ({first_few(ids)})"
+    )
+    return (text,) if ids else ()

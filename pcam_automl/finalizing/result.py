@@ -1,0 +1,123 @@
+"""What finalize is asked, what it tells while it runs, and what it made. Does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+
+from pcam_automl.errors import InputError
+from pcam_automl.finalizing.compare import Step
+from pcam_automl.finalizing.decision import Decision
+from pcam_automl.operating import Operating
+from pcam_automl.recipe import Recipe
+from pcam_automl.scores import Scores
+from pcam_automl.search.confirm import ConfirmWatch
+from pcam_automl.train import TrainWatch
+
+
+@dataclass(frozen=True)
+class FinalOptions:
+    """What finalize does beside one training.
+
+    Attributes:
+        confirm: so many of the best trials are trained anew on other folds first; 0 takes the search's word.
+        confirm_folds: on so many folds each, 1 to 4.
+        ensemble: at most so many networks judge together, if that helps out of fold.
+        compare: measure on the holdout what each ingredient was worth.
+        seconds: wall clock of all of it, for choosing how many are confirmed and blended; None is no limit.
+    """
+
+    confirm: int = 3
+    confirm_folds: int = 1
+    ensemble: int = 1
+    compare: bool = False
+    seconds: float | None = None
+
+
+def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: int) -> None:
+    """Whether the options go together, before anything is trained.
+
+    Args:
+        options: to judge.
+        which: ``best`` or how else the trial is chosen.
+        dense: whether the trial's task is one of maps.
+        n_holdout: patches set aside.
+
+    Raises:
+        InputError: they do not.
+    """
+    if options.confirm < 0 or options.confirm_folds < 1 or options.ensemble < 1:
+        raise InputError(
+            "--confirm must be 0 or more, --confirm-folds and --ensemble 1 or more, got "
+            f"{options.confirm}, {options.confirm_folds} and {options.ensemble}"
+        )
+    if options.ensemble > 1:
+        if dense:
+            raise InputError(f"--ensemble {options.ensemble} belongs to task patch; leave it out for a dense study")
+        if which != "best":
+            raise InputError(
+                f"--ensemble {options.ensemble} takes the best trials, so it goes with --trial best, got {which}; leave one out"
+            )
+        if options.confirm < options.ensemble:
+            raise InputError(
+                f"--ensemble must be at most --confirm, got {options.ensemble} and {options.confirm}: "
+                "its members are chosen by the predictions of the confirmed trials"
+            )
+    if options.compare and dense:
+        raise InputError("--compare belongs to task patch; leave it out for a dense study")
+    if options.compare and not n_holdout:
+        raise InputError(
+            "--compare needs slides that nothing has seen, and this study has no holdout; make one with `search --holdout 0.1`"
+        )
+
+
+@dataclass
+class FinalWatch:
+    """What finalize tells the one who shows it; ``train`` is for the trainings, ``confirm`` for those before them."""
+
+    train: TrainWatch = field(default_factory=TrainWatch)
+    plan: Callable[[FrozenTrial, Recipe, int, Path], None] = lambda trial, recipe, n_train, out: None
+    predicting: Callable[[int, str], None] = lambda n, what: None
+    predicted: Callable[[int], None] = lambda n: None
+    confirm: ConfirmWatch = field(default_factory=ConfirmWatch)
+    decided: Callable[[Decision], None] = lambda decision: None
+
+
+@dataclass(frozen=True)
+class FinalResult:
+    """What finalize made.
+
+    Attributes:
+        out: folder with ``model/`` (the bundle), ``submission.csv``, ``submission.json`` and the holdout's ``scores.csv``.
+        submission: the checked file, None where the data has no test patches.
+        trial: the trial that was retrained, of an ensemble the first.
+        auc: on the holdout, else out of fold, else the trial's validation AUC.
+        auc_on: which of them.
+        auc_95: its interval; None for the trial's.
+        seconds: wall clock of this run.
+        notes: test patches that could not be read.
+        scores: of the holdout, None where there is none.
+        maps: folder of the test images' probability maps, for a dense task.
+        on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
+        decision: what was confirmed and chosen.
+        operating: thresholds and reject curves out of fold, then on the holdout; those of them that there are.
+        steps: what each ingredient was worth on the holdout; empty unless asked for.
+    """
+
+    out: Path
+    submission: Path | None
+    trial: int
+    auc: float
+    auc_on: str
+    auc_95: tuple[float, float] | None
+    seconds: float
+    notes: tuple[str, ...]
+    scores: Scores | None = None
+    maps: Path | None = None
+    on_test: dict[str, float | int | None] = field(default_factory=dict)
+    decision: Decision | None = None
+    operating: tuple[Operating, ...] = ()
+    steps: tuple[Step, ...] = ()

@@ -1,0 +1,94 @@
+"""What a change was worth: two scorings of the same patches, compared by bootstrap draws over slides. Trains nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pcam_automl.errors import DataError
+from pcam_automl.metrics import auc, auc_draws, log_loss, percentile_interval
+
+N_DRAWS = 1000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better the second scoring is than the first: above 0 is better, whatever the figure.
+
+    Attributes:
+        value: on the patches as they are.
+        interval: 95 % of the draws of slides; None where there is one slide, which says nothing of others.
+        sure: share of the draws in which the second is better, ties half, in [0, 1]; None without an interval.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+    sure: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def auc_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Gain:
+    """AUC of ``after`` less that of ``before``, both on the same draws.
+
+    Args:
+        label: (N,) 0 or 1, both at least once.
+        before: (N,) finite scores.
+        after: (N,) finite scores.
+        group: (N,) integer code of the slide, negative where unknown: such patches are drawn one by one.
+        seed: of the draws.
+
+    Raises:
+        DataError: as :func:`pcam_automl.metrics.auc_interval`.
+    """
+    value = auc(label, after) - auc(label, before)
+    scores = np.stack([np.asarray(before, np.float64), np.asarray(after, np.float64)])
+    if len(np.unique(_codes(group, scores.shape[1]))) < 2:
+        return Gain(value, None, None)
+    draws = auc_draws(label, scores, group, n=N_DRAWS, seed=seed)
+    return _gain(value, draws[:, 1] - draws[:, 0])
+
+
+def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Gain:
+    """Log-loss of ``before`` less that of ``after`` in nats, both on the same draws; arguments as :func:`auc_gain`.
+
+    Raises:
+        DataError: as :func:`pcam_automl.metrics.log_loss`.
+    """
+    value = log_loss(label, before) - log_loss(label, after)
+    saved = _losses(label, before) - _losses(label, after)
+    code = _codes(group, len(saved))
+    n_groups = int(code.max()) + 1
+    if n_groups < 2:
+        return Gain(value, None, None)
+    drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), N_DRAWS)
+    total, n = np.bincount(code, saved, n_groups), np.bincount(code, minlength=n_groups)
+    return _gain(value, (drawn @ total) / (drawn @ n))
+
+
+def _gain(value: float, draws: Floats) -> Gain:
+    valid = draws[~np.isnan(draws)]
+    if not len(valid):
+        return Gain(value, None, None)
+    return Gain(value, percentile_interval(valid), float((valid > 0).mean() + (valid == 0).mean() / 2))
+
+
+def _losses(label: ArrayLike, prob: ArrayLike) -> Floats:
+    """(N,) nats, clipped as in :func:`pcam_automl.metrics.log_loss`."""
+    probs = np.asarray(prob, np.float64).clip(1e-7, 1 - 1e-7)
+    return np.asarray(-np.log(np.where(np.asarray(label) == 1, probs, 1 - probs)))
+
+
+def _codes(group: ArrayLike, n: int) -> NDArray[np.int64]:
+    """Codes from 0; a patch of unknown slide is a slide of its own, as in :func:`pcam_automl.metrics.auc_interval`."""
+    code = np.asarray(group, np.int64)
+    if code.shape != (n,):
+        raise DataError(f"groups must be ({n},) integer codes, got {code.shape}")
+    own = np.where(code < 0, max(int(code.max()), -1) + 1 + np.arange(n), code)
+    return np.unique(own, return_inverse=True)[1].astype(np.int64)

@@ -1,0 +1,231 @@
+"""Confirmations: fresh seeds on other folds, stored once, resumed after a kill, ranked in pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from pcam_automl.data.splits import Split, make_split
+from pcam_automl.data.store import open_store
+from pcam_automl.errors import DataError, StudyError
+from pcam_automl.metrics import auc
+from pcam_automl.recipe import Recipe
+from pcam_automl.search.confirm import ConfirmWatch, confirm, confirm_folds, expected_seconds, fresh_recipe, n_scored
+from pcam_automl.search.confirmations import (
+    CARD,
+    Candidate,
+    Confirmation,
+    folder_of,
+    mean_drop,
+    ranked,
+    read_confirmation,
+    top_candidates,
+)
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.objective import Objective
+from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import run_worker
+from pcam_automl.training.engine import Rung
+
+CPU = torch.device("cpu")
+SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
+
+
+@pytest.fixture(scope="module")
+def opened(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenStudy:
+    """A study with two complete trials of a tiny network, which tests only confirm, each on a fold of its own."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("confirm")
+    (root / "tiny.yaml").write_text(SPACE)
+    pins, space = {"backbone": "test_resnet"}, str(root / "tiny.yaml")
+    asked = Asked(data=easy_pack, space=space, weights="none", views=96, pins=pins, pruner="none", device="cpu")
+    study = create_or_open_study("pcam", f"sqlite:///{root / 'pcam.db'}", asked, say=lambda text: None)
+    run_worker(Objective(study, CPU), n_trials=2)
+    return study
+
+
+@pytest.fixture(scope="module")
+def split(easy_pack: Path) -> Split:
+    return make_split(open_store(easy_pack))
+
+
+def test_every_candidate_is_scored_on_the_same_rows_of_a_fold_that_it_did_not_train_on(opened: OpenStudy) -> None:
+    candidates = top_candidates(opened.study, 3)
+    found = confirm(opened, candidates, folds=(1,), device=CPU)
+    assert [one.lineage for one in found] == [candidate.lineage for candidate in candidates]
+    assert len(found) == 2
+    for one in found:
+        assert one.scores is not None
+        assert one.one_view is not None
+        assert set(opened.split.fold[one.scores.rows].tolist()) == {one.fold} == {1}
+        assert np.array_equal(one.scores.rows, found[0].scores.rows)  # type: ignore[union-attr]
+        assert one.auc == auc(one.one_view.label, one.one_view.prob)
+        assert one.auc_views == auc(one.scores.label, one.scores.prob)
+        assert one.n_train == (opened.split.fold >= 0).sum() - (opened.split.fold == 1).sum()
+        assert one.views == 96
+
+
+def test_what_is_stored_is_not_trained_again_and_reads_back_as_it_was(opened: OpenStudy) -> None:
+    candidates, folds = top_candidates(opened.study, 1), (2,)
+    (first,) = confirm(opened, candidates, folds=folds, device=CPU)
+    folder = folder_of(opened.folder, first.lineage, 2)
+    written = (folder / CARD).stat().st_mtime_ns
+    (again,) = confirm(opened, candidates, folds=folds, device=CPU)
+    assert (folder / CARD).stat().st_mtime_ns == written
+    assert again.to_json() == first.to_json()
+    assert again.scores is not None
+    assert first.scores is not None
+    assert np.allclose(again.scores.prob, first.scores.prob, atol=1e-8)
+    assert read_confirmation(folder, opened.store, "another key") is None
+    assert not [f for f in folder.parent.iterdir() if f.name.endswith(".checkpoints")]
+    (folder / CARD).write_text("{")
+    with pytest.raises(DataError, match=r"confirmation\.json cannot be read.*remove .*fold2"):
+        read_confirmation(folder, opened.store)
+
+
+KILLED = """
+import os, signal, torch
+from pcam_automl.search import confirm as c
+from pcam_automl.search.confirmations import top_candidates
+from pcam_automl.search.study import open_study
+write = c.write_confirmation
+def dying(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+c.write_confirmation = dying
+opened = open_study("pcam", "{storage}")
+c.confirm(opened, top_candidates(opened.study, 2), folds=(3,), device=torch.device("cpu"))
+"""
+
+
+@pytest.mark.slow
+def test_killed_between_two_confirmations_goes_on_with_the_second(opened: OpenStudy) -> None:
+    code = KILLED.format(storage=opened.url)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    candidates = top_candidates(opened.study, 2)
+    folders = [folder_of(opened.folder, candidate.lineage, 3) for candidate in candidates]
+    assert [folder.is_dir() for folder in folders] == [True, False]
+    written = (folders[0] / CARD).stat().st_mtime_ns
+    assert len(confirm(opened, candidates, folds=(3,), device=CPU)) == 2
+    assert (folders[0] / CARD).stat().st_mtime_ns == written
+
+
+def test_only_what_fits_the_seconds_is_confirmed_and_it_is_said(opened: OpenStudy) -> None:
+    notes: list[str] = []
+    found = confirm(
+        opened,
+        top_candidates(opened.study, 2),
+        folds=(1,),
+        device=CPU,
+        seconds=0.0,
+        watch=ConfirmWatch(note=notes.append),
+    )
+    assert found == []
+    assert notes[0].startswith("0 of 2 confirmations fit the time")
+
+
+def test_seeds_are_fresh_for_each_lineage_and_fold() -> None:
+    recipe = Recipe(views=900)
+    seeds = {fresh_recipe(recipe, 0, lineage, fold).seed for lineage in "01" for fold in (1, 2)}
+    assert len(seeds) == 4
+    assert recipe.seed not in seeds
+    assert fresh_recipe(recipe, 0, "0", 1) == fresh_recipe(recipe, 0, "0", 1)
+
+
+def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_label(
+    split: Split, easy_pack: Path
+) -> None:
+    assert confirm_folds(split, 4) == (1, 2, 3, 4)
+    with pytest.raises(StudyError, match=r"--confirm-folds must be at most 4, got 5"):
+        confirm_folds(split, 5)
+    label = np.asarray(open_store(easy_pack).label).copy()
+    label[split.fold == 1] = 0
+    assert confirm_folds(split, 2, label) == (2, 3)
+
+
+def test_a_confirmation_takes_longer_with_more_to_score_and_a_slower_network() -> None:
+    recipe, rungs = Recipe(views=900, schedule="wsd"), (Rung(100, 100), Rung(900, 500))
+    assert expected_seconds(recipe, rungs, 1000, 50.0) == pytest.approx(
+        2 * expected_seconds(recipe, rungs, 1000, 100.0)
+    )
+    assert expected_seconds(recipe, rungs, 1000, 50.0) > expected_seconds(recipe, rungs, 500, 50.0)
+    assert n_scored(90) == 500
+    assert n_scored(90_000) == 25_000
+
+
+def study_of(values: list[float | None], direction: str = "maximize") -> optuna.Study:
+    """Complete trials with these values; None is a failed one."""
+    study = optuna.create_study(direction=direction)
+    for value in values:
+        state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
+        study.add_trial(optuna.create_trial(state=state, value=value, user_attrs={"recipe": "{}"}))
+    return study
+
+
+def test_the_best_by_the_studys_direction_come_first_and_equals_by_age() -> None:
+    values = [0.7, 0.9, None, 0.9, 0.8]
+    assert [one.trial.number for one in top_candidates(study_of(values), 3)] == [1, 3, 4]
+    assert [one.trial.number for one in top_candidates(study_of(values, "minimize"), 2)] == [0, 4]
+    assert top_candidates(study_of([]), 3) == []
+
+
+def test_two_rows_of_a_lineage_are_one_candidate() -> None:
+    study = study_of([0.7])
+    for number, value in enumerate((0.8, 0.9)):
+        attrs = {"recipe": "{}", "lineage": "a", **({"thawed_from": 1} if number else {})}
+        study.add_trial(optuna.create_trial(value=value, user_attrs=attrs))
+    assert [(one.lineage, one.trial.number) for one in top_candidates(study, 3)] == [("a", 2), ("trial 0", 0)]
+
+
+def confirmation(lineage: str, fold: int, value: float | None, search: float | None = 0.9) -> Confirmation:
+    return Confirmation(lineage, int(lineage), fold, "", search, value, value, 10, 10, 10, 1.0, 1.0)
+
+
+def test_the_mean_of_the_folds_decides_and_the_drop_is_what_the_search_promised_too_much() -> None:
+    found = [
+        confirmation("0", 1, 0.80, 0.95), confirmation("1", 1, 0.84, 0.93),
+        confirmation("0", 2, 0.90, 0.95), confirmation("1", 2, 0.88, 0.93),
+    ]  # fmt: skip
+    best, other = ranked(found)
+    assert (best.lineage, best.values, best.mean) == ("1", (0.84, 0.88), pytest.approx(0.86))
+    assert best.drop == pytest.approx(0.07)
+    assert other.drop == pytest.approx(0.10)
+    assert mean_drop([best, other]) == pytest.approx(0.085)
+    assert ranked(found, maximise=False)[0].lineage == "0"
+    assert ranked(found, maximise=False)[0].drop == pytest.approx(-0.10)
+
+
+def test_a_fold_that_not_all_were_confirmed_on_does_not_count() -> None:
+    found = [confirmation("0", 1, 0.8), confirmation("1", 1, 0.9), confirmation("0", 2, 1.0)]
+    assert [(one.lineage, one.values) for one in ranked(found)] == [("1", (0.9,)), ("0", (0.8,))]
+
+
+def test_equals_go_to_the_better_search_score_then_to_the_earlier() -> None:
+    found = [confirmation("2", 1, 0.8, 0.9), confirmation("1", 1, 0.8, 0.9), confirmation("0", 1, 0.8, 0.8)]
+    assert [one.lineage for one in ranked(found)] == ["1", "2", "0"]
+
+
+def test_one_that_diverges_with_a_fresh_seed_comes_last() -> None:
+    diverged = replace(confirmation("0", 1, None), diverged="NaN")
+    best, last = ranked([diverged, confirmation("1", 1, 0.6)])
+    assert (best.lineage, last.lineage) == ("1", "0")
+    assert math.isnan(last.mean)
+    assert last.drop is None
+    assert json.dumps(last.to_json(), allow_nan=False)
+
+
+def test_a_row_that_did_not_complete_has_no_search_score() -> None:
+    trial = optuna.create_trial(state=optuna.trial.TrialState.PRUNED, value=0.9, user_attrs={"recipe": "{}"})
+    assert Candidate("0", trial).search is None

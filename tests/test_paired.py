@@ -1,0 +1,61 @@
+"""Gains with intervals over slides, against drawing slide by slide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pcam_automl.errors import DataError
+from pcam_automl.metrics import auc, log_loss
+from pcam_automl.paired import auc_gain, loss_gain
+
+
+def scorings(n: int = 400, n_slides: int = 20, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Label, a noisy scoring, a less noisy one, slides; every slide has a shift of its own that both scorings share."""
+    rng = np.random.default_rng(seed)
+    label, group = np.arange(n) % 2, np.arange(n) // 2 % n_slides
+    shift = rng.normal(0, 1, n_slides)[group]
+    base = label + shift
+    noisy, better = (1 / (1 + np.exp(-(base + rng.normal(0, s, n)))) for s in (2.0, 1.0))
+    return label, noisy, better, group
+
+
+def test_gains_are_differences_and_change_sign_with_the_order() -> None:
+    label, noisy, better, group = scorings()
+    there, back = auc_gain(label, noisy, better, group), auc_gain(label, better, noisy, group)
+    assert there.value == pytest.approx(auc(label, better) - auc(label, noisy))
+    assert back.value == -there.value
+    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))  # type: ignore[index]
+    assert there.sure == pytest.approx(1 - back.sure)  # type: ignore[operator]
+    saved = loss_gain(label, noisy, better, group)
+    assert saved.value == pytest.approx(log_loss(label, noisy) - log_loss(label, better))
+
+
+@pytest.mark.parametrize("gain", [auc_gain, loss_gain])
+def test_intervals_agree_with_drawing_slide_by_slide(gain: object) -> None:
+    label, noisy, better, group = scorings()
+    rng, slides = np.random.default_rng(5), [np.flatnonzero(group == g) for g in range(20)]
+    values = []
+    for _ in range(600):
+        rows = np.concatenate([slides[g] for g in rng.integers(0, 20, 20)])
+        one, other = ((auc(label[rows], p[rows]), log_loss(label[rows], p[rows])) for p in (noisy, better))
+        values.append(other[0] - one[0] if gain is auc_gain else one[1] - other[1])
+    found = gain(label, noisy, better, group)  # type: ignore[operator]
+    assert found.interval == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.012)
+    assert found.sure == pytest.approx((np.array(values) > 0).mean(), abs=0.05)
+
+
+def test_equal_scorings_gain_nothing_for_sure() -> None:
+    label, noisy, _, group = scorings()
+    for gain in (auc_gain, loss_gain):
+        found = gain(label, noisy, noisy, group)
+        assert (found.value, found.interval, found.sure) == (0.0, (0.0, 0.0), 0.5)
+
+
+def test_one_slide_says_nothing_of_others_and_unknown_slides_are_drawn_one_by_one() -> None:
+    label, noisy, better, _ = scorings()
+    for gain in (auc_gain, loss_gain):
+        assert gain(label, noisy, better, np.zeros(400, np.int64)).interval is None
+        assert gain(label, noisy, better, np.full(400, -1)).interval is not None
+    with pytest.raises(DataError, match=r"groups must be \(400,\)"):
+        loss_gain(label, noisy, better, np.zeros(3, np.int64))
