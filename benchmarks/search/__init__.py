@@ -1,1 +1,1 @@
-"""Proofs of the search: cells of a matrix, one run each, kept in results.jsonl; see benchmarks/README.md."""
+"""Proofs of the search: cells of a matrix kept in results.jsonl, tables of real rung results, simulations on them."""

@@ -20,11 +20,13 @@ from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, Interrupted
+from pcam_automl.finalizing.patches import OOF
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import stop_signal
+from pcam_automl.operating import Operating
 from pcam_automl.predict import Predictor, build_predictor, compute_of
 from pcam_automl.recipe import Recipe, build_recipe
-from pcam_automl.report.content import MapFigures, RateCurve, ReportContent
+from pcam_automl.report.content import FinalFigures, MapFigures, RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
@@ -89,6 +91,7 @@ def report_of_training(
         strips=_strips(folder),
         maps=maps_of(bundle, card),
         test_maps=maps_on_test(card),
+        final=final_figures(card),
         **training_parts(bundle),
     )
     return draw(content, out or folder, predictor_of(bundle, device))
@@ -111,6 +114,55 @@ def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Sco
     """The holdout's, which `finalize` keeps beside the bundle; None where there is none."""
     file = folder.parent / SCORES
     return read_scores(file, store.ids, store.part) if card and file.is_file() else None
+
+
+def out_of_fold_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
+    """Those of the confirmations that chose the bundle, which `finalize` keeps beside it; None where there are none."""
+    file = folder.parent / OOF
+    return read_scores(file, store.ids, store.part) if card.get("oof_auc") is not None and file.is_file() else None
+
+
+def final_figures(card: dict[str, Any]) -> FinalFigures:
+    """What `finalize` measured beside the scores; empty for a bundle of before it did.
+
+    Raises:
+        DataError: the card was changed by another hand.
+    """
+    try:
+        return FinalFigures(
+            tuple(Operating.from_json(one) for one in card.get("operating", ())),
+            tuple(card.get("confirmed") or ()),
+            card.get("mean_drop"),
+            tuple(_final_notes(card)),
+            tuple(card.get("compare", ())),
+        )
+    except (KeyError, TypeError, ValueError) as fault:
+        raise DataError(
+            f"submission.json holds other figures than `pcam-automl finalize` writes ({type(fault).__name__}: {fault}); run it again"
+        ) from None
+
+
+def _final_notes(card: dict[str, Any]) -> list[str]:
+    """The blend's judgement and what the temperature changed, a sentence each."""
+    notes = []
+    if blend := card.get("ensemble"):
+        parts = zip(card["weights"], card["members"], strict=True)
+        shares = " + ".join(f"{weight:.2f} x trial {number}" for weight, number in parts)
+        notes.append(f"{f'Together judge {shares}' if blend['used'] else 'One network judges'}: {blend['why']}.")
+    if fitted := card.get("calibration"):
+        (loss, loss_after), (error, error_after) = fitted["log_loss"], fitted["error"]
+        text = (
+            f"Logits are divided by {fitted['temperature']:.2f}, which was fitted to {fitted['on']}: log-loss {loss:.4f} -> "
+            f"{loss_after:.4f}, mean error of the probabilities {100 * error:.1f} % -> {100 * error_after:.1f} %. It belongs to the "
+            "recipe, not to these weights, which were trained longer and on more"
+        )
+        if held := card.get("calibration_on_holdout"):
+            text += (
+                f"; on the holdout log-loss {held['log_loss'][0]:.4f} -> {held['log_loss'][1]:.4f}, "
+                f"mean error {100 * held['error'][0]:.1f} % -> {100 * held['error'][1]:.1f} %"
+            )
+        notes.append(f"{text}.")
+    return notes
 
 
 def maps_of(bundle: ModelBundle, card: dict[str, Any]) -> MapFigures | None:
@@ -181,6 +233,8 @@ def report_of_study(
     if scores is None:
         scores = holdout_scores(folder, card, opened.store)
     scores_before = scores is None
+    if scores is None:
+        scores = out_of_fold_scores(folder, card, opened.store)
     if scores is None and trial is not None:
         file = opened.folder / "trials" / str(trial.number) / SCORES
         scores = read_scores(file, opened.store.ids, opened.store.part) if file.is_file() else None
@@ -205,6 +259,7 @@ def report_of_study(
         reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
+        final=final_figures(card),
         **(training_parts(bundle) if bundle is not None else {}),
     )
     written = draw(content, out or opened.folder, None if bundle is None else predictor_of(bundle, device))
@@ -260,6 +315,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--objective", settings.objective] if settings.objective != "auc" else []
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
+    words += ["--cost-aware"] if settings.cost_aware else []
     words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])
 

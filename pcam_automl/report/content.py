@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,7 @@ from pcam_automl.config import StudySettings
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.metrics import accuracy, dice
+from pcam_automl.operating import Operating
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores, clusters_of_rows
 from pcam_automl.training.engine import RungResult
@@ -78,6 +80,25 @@ class MapFigures:
 
 
 @dataclass(frozen=True)
+class FinalFigures:
+    """What finalize measured beside the scores, as ``submission.json`` holds it; empty where it did not.
+
+    Attributes:
+        operating: thresholds and reject curves, out of fold, then on the holdout.
+        confirmed: the confirmed trials, the best first: trial, search, values, mean, drop.
+        mean_drop: of them.
+        notes: sentences on the blend and the temperature.
+        steps: ingredients on the holdout: name, auc, log_loss, auc_gain, loss_gain.
+    """
+
+    operating: tuple[Operating, ...] = ()
+    confirmed: tuple[Mapping[str, Any], ...] = ()
+    mean_drop: float | None = None
+    notes: tuple[str, ...] = ()
+    steps: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class ReportContent:
     """Everything a report may show; what is None or empty is left out with a sentence that says why.
 
@@ -100,6 +121,7 @@ class ReportContent:
         stages: (name, scores) behind each stage.
         maps: a dense network's figures over every pixel of the images behind the scores; else the scores' own are shown.
         test_maps: the same of the test images that came with masks.
+        final: what finalize measured beside the scores.
     """
 
     title: str
@@ -120,6 +142,7 @@ class ReportContent:
     stages: tuple[tuple[str, Scores], ...] = ()
     maps: MapFigures | None = None
     test_maps: MapFigures | None = None
+    final: FinalFigures = FinalFigures()
 
     @property
     def trained(self) -> Recipe | None:

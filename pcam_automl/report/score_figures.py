@@ -13,6 +13,7 @@ from pcam_automl.calibration import reliability
 from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Text, left_out
 from pcam_automl.report.content import PATCH, MapFigures, Noun, ReportContent, both_labels, clusters_of
+from pcam_automl.report.decision_figures import decision_blocks
 from pcam_automl.report.group_figures import group_blocks
 from pcam_automl.report.style import (
     BLUE,
@@ -54,7 +55,7 @@ def score_section(content: ReportContent) -> Section:
         blocks.append(left_out(f"ROC and precision-recall, since all scored {noun.many} have the same label."))
     counts = confusion(scores.label, scores.prob, content.threshold)
     blocks.append(confusion_figure(counts, content.threshold, "confusion.png", scores.on, noun))
-    blocks += [calibration_figure(scores, noun), *stage_blocks(content)]
+    blocks += [calibration_figure(scores, noun), *stage_blocks(content), *decision_blocks(content)]
     blocks += group_blocks(content.store, scores, content.of_store)
     return Section("scores", title, tuple(blocks))
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pcam_automl.batches import Patches, open_patches
-from pcam_automl.config import Enqueued
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import RecipeError
 from pcam_automl.models.factory import smallest_input
@@ -28,8 +27,6 @@ from pcam_automl.training.start import Rows
 MODES = ("auto", "on", "off")
 LIMIT_S = 20.0
 """Of a whole probe: what half a typical trial takes."""
-BUDGET_SHARE = 0.05
-"""Of a study's ``--budget`` that a probe may take."""
 N_FOLLOWED = 2
 """Backbones whose other views are judged, too."""
 _MOST_VALUES = 5  # of a dimension: the ends and what lies evenly between
@@ -79,12 +76,6 @@ def check_mode(mode: str, weights: Weights, *, deterministic: bool) -> bool:
     return mode != "off" and weights.pretrained and not deterministic
 
 
-def probe_entries(record: Mapping[str, Any] | None) -> list[Enqueued]:
-    """The starts that a probe found, for the study's list of first trials."""
-    starts = [] if record is None else record["starts"]
-    return [Enqueued(origin=f"probe, place {place}", params=params) for place, params in enumerate(starts, 1)]
-
-
 def probe_study(
     space: SearchSpace,
     start: Recipe,
@@ -95,7 +86,7 @@ def probe_study(
     weights: Weights,
     device: torch.device,
     say: Say,
-    budget_s: float | None = None,
+    seconds: float = LIMIT_S,
 ) -> tuple[SearchSpace, dict[str, Any] | None]:
     """Probe, leave out what is hopeless, and say with what to begin.
 
@@ -108,7 +99,7 @@ def probe_study(
         weights: pretrained.
         device: where the trials run.
         say: told what was found, a line each.
-        budget_s: of the study, of which the probe takes a small share at most; None where it has none.
+        seconds: limit of the whole probe.
 
     Returns:
         The space without hopeless backbones, and the record for ``settings.plan["probe"]``: ``results``, ``skipped``,
@@ -121,7 +112,6 @@ def probe_study(
     if len(first) * len(views) < 2:
         return space, None
     began = time.perf_counter()
-    seconds = LIMIT_S if budget_s is None else min(LIMIT_S, BUDGET_SHARE * budget_s)
     ranking = _Ranking(fields, plan, store, rows, weights, device, began + seconds)
     for cell in first:
         ranking.add(cell)

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_skipped_and_named(easy_pack: Path, folder: Path, m
 
 def test_the_limit_ends_a_running_cell(easy_pack: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Ranking, "_expected", lambda self, recipe: -1e6)  # it thinks that everything fits
-    record = probed(easy_pack, folder, {}, budget_s=0.0)
+    record = probed(easy_pack, folder, {}, seconds=0.0)
     assert record is not None
     assert record["results"] == []
     assert set(record["skipped"].values()) == {"it ran into the limit"}
