@@ -6,10 +6,14 @@ import math
 from collections.abc import Iterator
 
 import optuna
+from optuna.study import StudyDirection
 
 from pcam_automl import terminal
+from pcam_automl.config import StudySettings
 from pcam_automl.errors import first_few
 from pcam_automl.search.audit import READ_ATTRS, Audit, RungAudit, audit_study, first_rung_advice
+from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.probe_decisions import ProbeFidelity, probe_fidelity, results_of
 from pcam_automl.search.ranking import Ranking
 from pcam_automl.search.reading import load_study_to_read
 
@@ -17,11 +21,19 @@ from pcam_automl.search.reading import load_study_to_read
 def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
     """Print how far each rung's order holds, what pruning there cost, and what to do."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study, settings = load_study_to_read(name, url, READ_ATTRS)
+    study, settings = load_study_to_read(name, url, (*READ_ATTRS, "recipe"))
     audit = audit_study(study, settings)
+    probe = probe_audit(study, settings)
     advised = first_rung_advice(audit, settings.rungs)
     if as_json:
-        terminal.print_json({"study": name, **audit.to_json(), "advised_rungs": advised})
+        terminal.print_json(
+            {
+                "study": name,
+                **audit.to_json(),
+                "advised_rungs": advised,
+                "probe": None if probe is None else probe.to_json(),
+            }
+        )
         return
     terminal.result(f"study {name}: {audit.n_lineages} recipes with a score; an order is judged by Kendall's tau-b")
     rows = [_row(number, rung) for number, rung in enumerate(audit.rungs, 1)]
@@ -30,6 +42,18 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
     for line in audit_notes(audit):
         terminal.result(line)
     terminal.result(advice(advised, settings.rungs))
+    if probe is not None:
+        terminal.result(str(probe))
+
+
+def probe_audit(study: optuna.Study, settings: StudySettings) -> ProbeFidelity | None:
+    """Whether the study's probe ranked as its whole trainings did; None where it had none."""
+    results = results_of(settings.plan.get("probe") or {})
+    if not results:
+        return None
+    lineages = lineages_of(study.get_trials(deepcopy=False))
+    maximise = study.direction != StudyDirection.MINIMIZE
+    return probe_fidelity(lineages, results, whole_step=settings.rungs[-1][0], maximise=maximise, seed=settings.seed)
 
 
 def _row(number: int, rung: RungAudit) -> tuple[str, ...]:

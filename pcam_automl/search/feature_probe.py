@@ -23,6 +23,7 @@ from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.models.factory import build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.probe_decisions import ProbeResult
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.scoring import EVAL_BATCH, Averaging, Views, logits_of_rows, probs_of_logits
 from pcam_automl.training.start import Rows
@@ -65,29 +66,6 @@ class Probe:
         """Probabilities (n,) of store rows, in their order; logits are averaged over the views."""
         views = Views(self.views.recipe, self.views.normalisation, averaging)
         return probs_of_logits(logits_of_rows(self.network, patches, rows, views, self.compute, stop=stop))
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """How well frozen features tell the labels apart, at one backbone and one way to show it a patch.
-
-    Attributes:
-        backbone: a timm name.
-        crop_size: px.
-        upscale: as the space names it; what the network needs at least may raise ``input_px`` over it.
-        input_px: side of what the network sees.
-        auc: on validation rows.
-        auc_95: its interval over slides.
-        seconds: of features, fit and scoring.
-    """
-
-    backbone: str
-    crop_size: int
-    upscale: float
-    input_px: int
-    auc: float
-    auc_95: tuple[float, float]
-    seconds: float
 
 
 def fit_probe(

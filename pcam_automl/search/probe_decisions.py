@@ -1,4 +1,4 @@
-"""What follows from a probe's ranking: starts, hopeless backbones, whether the study bears it out. Trains and reads nothing."""
+"""What follows from a probe's ranking: starts, hopeless backbones, whether the study bears it out. Trains nothing, imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pcam_automl.search.feature_probe import ProbeResult
 from pcam_automl.search.lineages import Lineage
 
 MARGIN = 0.02
@@ -25,6 +24,29 @@ LEAST_TAU = 0.2
 _DRAWS = 1_000
 
 Verdict = Literal["holds", "unclear", "misleads"]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How well frozen features tell the labels apart, at one backbone and one way to show it a patch.
+
+    Attributes:
+        backbone: a timm name.
+        crop_size: px.
+        upscale: as the space names it; what the network needs at least may raise ``input_px`` over it.
+        input_px: side of what the network sees.
+        auc: on validation rows.
+        auc_95: its interval over slides.
+        seconds: of features, fit and scoring.
+    """
+
+    backbone: str
+    crop_size: int
+    upscale: float
+    input_px: int
+    auc: float
+    auc_95: tuple[float, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -113,7 +135,12 @@ def ranked_starts(
 
 
 def probe_fidelity(
-    lineages: Sequence[Lineage], results: Sequence[ProbeResult], *, whole_step: int, seed: int = 0
+    lineages: Sequence[Lineage],
+    results: Sequence[ProbeResult],
+    *,
+    whole_step: int,
+    maximise: bool = True,
+    seed: int = 0,
 ) -> ProbeFidelity:
     """Compare the probe's ranking with that of the trainings that ran through; each lineage counts once.
 
@@ -125,6 +152,7 @@ def probe_fidelity(
         lineages: of the study.
         results: of its probe.
         whole_step: the last rung's step, as trials report it.
+        maximise: whether a higher value of a trial is better.
         seed: of the bootstrap.
     """
     cells, probed, trained = [], [], []
@@ -134,7 +162,7 @@ def probe_fidelity(
         if cell is not None and value is not None:
             cells.append(cell)
             probed.append(results[cell].auc)
-            trained.append(value)
+            trained.append(value if maximise else -value)
     n_cells = len(set(cells))
     if len(cells) < LEAST_LINEAGES or n_cells < LEAST_CELLS:
         return ProbeFidelity(None, None, len(cells), n_cells, "unclear")

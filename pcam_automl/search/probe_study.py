@@ -17,9 +17,9 @@ from pcam_automl.models.factory import smallest_input
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
 from pcam_automl.search.dimension import UPSCALE, Parameter
-from pcam_automl.search.feature_probe import N_SCORE, N_TRAIN, ProbeResult, check_probed, probe_result
+from pcam_automl.search.feature_probe import N_SCORE, N_TRAIN, check_probed, probe_result
 from pcam_automl.search.plan import EVAL_SPEEDUP, Plan
-from pcam_automl.search.probe_decisions import hopeless_backbones, ranked_starts
+from pcam_automl.search.probe_decisions import ProbeResult, hopeless_backbones, ranked_starts
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.compute import fixed_variant
 from pcam_automl.training.start import Rows

@@ -12,9 +12,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from pcam_automl.search import probe_decisions
-from pcam_automl.search.feature_probe import ProbeResult
 from pcam_automl.search.lineages import Lineage, lineages_of
 from pcam_automl.search.probe_decisions import (
+    ProbeResult,
     _tau,
     hopeless_backbones,
     probe_fidelity,

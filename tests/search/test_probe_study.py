@@ -18,8 +18,8 @@ from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import build_recipe
 from pcam_automl.search import probe_study as module
 from pcam_automl.search.create import create_or_open_study
-from pcam_automl.search.feature_probe import ProbeResult
 from pcam_automl.search.plan import Plan
+from pcam_automl.search.probe_decisions import ProbeResult
 from pcam_automl.search.probe_study import Cell, check_mode, following_cells, probe_study, values_of, views_of
 from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.study import Asked
@@ -59,6 +59,9 @@ def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path:
     assert cells == {(name, crop) for name in ("test_resnet", "test_vit") for crop in (32, 48)}
     assert record["starts"][0]["backbone"] == max(record["results"], key=lambda r: r["auc"])["backbone"]
     assert {"crop_size", "lr"} <= set(record["starts"][0])
+    enqueued = opened.settings.enqueued
+    assert enqueued[0].origin == "recipe default"
+    assert any(one.origin.startswith("probe") and one.params in record["starts"] for one in enqueued[1:])
     assert any(line.startswith("probe of frozen features") for line in said)
     assert opened.space.choices("backbone") == ("test_resnet", "test_vit")  # three stay at least
     again = create_or_open_study("s", url_of(tmp_path), replace(asked, probe="auto"), say=said.append)
