@@ -18,6 +18,7 @@ NAMES = (
     "study-size",
     "keras-cnn",
     "recipes",
+    "replay",
 )
 NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 """Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""

@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pcam_automl import __version__
+from pcam_automl import (
+    __version__,
+    clock,  # noqa: F401 - first: a budget counts from here
+)
 from pcam_automl.errors import Interrupted, PcamError
 from pcam_automl.waiting import choose_waiting
 
@@ -147,7 +150,7 @@ def prepare(
 @app.command()
 def search(
     trials: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--trials",
             "-n",
@@ -155,7 +158,15 @@ def search(
             help="Total of finished trials (complete and pruned); the same command again does only what is missing.",
             metavar="N",
         ),
-    ],
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Wall clock for the search and finalize together: 30m, 2h. Give it, or --trials, or both.",
+            metavar="TIME",
+        ),
+    ] = None,
     data: Data = None,
     study: StudyName = "pcam",
     storage: Storage = None,
@@ -194,13 +205,44 @@ def search(
             metavar="N",
         ),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", help="auc (default), worst_domain_auc or log_loss, on the validation fold."),
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            "--warm-start",
+            help="The first trials take the diverse best of another study: its name, or URL#NAME of another storage.",
+            metavar="STUDY|URL",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            "--prior",
+            help="The first trials take the recipes of a prior (`export-prior` makes one): a shipped name, a YAML file, or none.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
     pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")
     ] = None,
     groups: Groups = None,
-    domains: Domains = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(
+            "--domains",
+            help="CSV id,domain: the scanner or centre of each patch; or estimate, by the stains of the slides.",
+            metavar="CSV|estimate",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="slides (default): five folds of whole slides; domains: leave one domain out."),
+    ] = None,
     device: Device = "auto",
     workers: Annotated[
         int | None,
@@ -215,21 +257,39 @@ def search(
         ),
     ] = None,
     deterministic: Deterministic = False,
+    checkpoint_quota: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint-quota",
+            help="What paused trials' checkpoints may take; the least promising go first.",
+            metavar="SIZE",
+        ),
+    ] = "5GB",
+    finalize_: Annotated[
+        bool, typer.Option("--finalize", help="Run finalize right after the search, with its defaults.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Search training recipes with Optuna; every result is stored as it comes."""
-    from pcam_automl.config import parse_duration
+    from pcam_automl.config import parse_bytes, parse_duration
+    from pcam_automl.errors import InputError
     from pcam_automl.recipe import parse_assignments
 
     pins = parse_assignments(set_ or [])
     timeout_s = None if timeout is None else parse_duration(timeout)
+    budget_s = None if budget is None else parse_duration(budget)
+    quota_bytes = parse_bytes(checkpoint_quota)
+    if trials is None and budget_s is None:
+        raise InputError("search needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m")
     from pcam_automl.commands.search import run_search
     from pcam_automl.search.study import Asked
 
     asked = Asked(
         data=data,
         groups=groups,
-        domains=domains,
+        domains=None if domains in (None, "estimate") else Path(domains),
+        estimate_domains=domains == "estimate",
+        split_by=split,
         recipe=recipe,
         space=space,
         pins=pins,
@@ -241,6 +301,10 @@ def search(
         views=views,
         device=device,
         deterministic=deterministic,
+        budget_s=budget_s,
+        objective=objective,
+        warm_start=warm_start,
+        prior=prior,
     )
     run_search(
         study,
@@ -248,18 +312,66 @@ def search(
         asked,
         n_trials=trials,
         timeout_s=timeout_s,
-        as_json=json,
+        as_json=json and not finalize_,
         n_workers=workers,
         per_device=workers_per_device,
+        quota_bytes=quota_bytes,
     )
+    if finalize_:
+        finalize(study=study, storage=storage, data=data, device=device, json=json)
 
 
 @app.command()
 def status(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
-    """Trials by state, the best trial and its recipe, what mattered, seconds spent."""
+    """Trials by state, the best trial, its interval and its equals, what mattered, seconds spent."""
     from pcam_automl.commands.search import run_status
 
     run_status(study, storage, as_json=json)
+
+
+@app.command()
+def audit(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
+    """Whether small rungs mislead: how far each rung's order of the trials holds at the next, and what pruning cost."""
+    from pcam_automl.commands.audit import run_audit
+
+    run_audit(study, storage, as_json=json)
+
+
+@app.command()
+def replay(
+    trial: Annotated[str, typer.Argument(help="A trial's number, or best.", metavar="TRIAL")],
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    data: Data = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train a stored trial again from its database row alone and compare every rung."""
+    from pcam_automl.commands.replay import run_replay
+
+    if not run_replay(trial, study, storage, data=data, device=device, as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command("export-prior")
+def export_prior(
+    out: Annotated[Path, typer.Option("--out", help="YAML file to make.", metavar="FILE")],
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--data-name", help="What to call the data; their folder's name by default.", metavar="NAME"),
+    ] = None,
+    command: Annotated[
+        str | None, typer.Option("--command", help="That made the study, where the study does not say.", metavar="TEXT")
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=1, max=12, help="Recipes at most.", metavar="K")] = 5,
+    json: Json = False,
+) -> None:
+    """Write the diverse best recipes of a study for `search --prior`, with where they come from."""
+    from pcam_automl.commands.prior import run_export_prior
+
+    run_export_prior(study, storage, out, data=name, command=command, k=most, as_json=json)
 
 
 @app.command()
@@ -277,7 +389,22 @@ def dashboard(
 @app.command()
 def finalize(
     study: StudyName = "pcam",
-    trial: Annotated[str, typer.Option("--trial", help="best, or a trial's number.", metavar="best|N")] = "best",
+    trial: Annotated[
+        str,
+        typer.Option(
+            "--trial",
+            help="best (of those as good as the highest the cheapest), highest, or a trial's number.",
+            metavar="best|highest|N",
+        ),
+    ] = "best",
+    pick: Annotated[
+        str,
+        typer.Option(
+            "--pick",
+            help="What best means: the best value, or the knee of value against latency.",
+            metavar="best|knee",
+        ),
+    ] = "best",
     data: Data = None,
     out: Annotated[
         Path | None,
@@ -318,6 +445,10 @@ def finalize(
     compare: Annotated[
         bool, typer.Option("--compare", help="What each ingredient was worth on the holdout (needs one).")
     ] = False,
+    no_budget: Annotated[
+        bool,
+        typer.Option("--no-budget", help="Do not hold the final training within what the study's --budget has left."),
+    ] = False,
     storage: Storage = None,
     report: WithReport = True,
     device: Device = "auto",
@@ -338,7 +469,9 @@ def finalize(
         device=device,
         as_json=json,
         with_report=report,
+        pick=pick,
         options=FinalOptions(confirm, confirm_folds, ensemble, compare),
+        within_budget=not no_budget,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pcam_automl.errors import DataError, InputError, StudyError
+from pcam_automl.goals import Goal, ObjectiveName, goal_of
 
+SplitBy = Literal["slides", "domains"]
 DEFAULT_STUDY = "pcam"
 DEFAULT_STORAGE = "sqlite:///studies/pcam.db"
 DATA_PLACES = ("data/pack", "histopathologic-cancer-detection")
@@ -84,6 +86,33 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def parse_bytes(text: str, option: str = "--checkpoint-quota") -> int:
+    """``5GB``, ``800 MB``, ``0``: decimal units, in any case; a plain number is bytes.
+
+    Raises:
+        InputError: anything else.
+    """
+    plain = text.strip().lower().removesuffix("b").strip()
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    number, unit = (plain[:-1], units[plain[-1]]) if plain[-1:] in units else (plain, 1)
+    try:
+        size = float(number) * unit
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < 1e18:
+        raise InputError(f"{option} must be a size like 5GB or 800MB, got {text!r}")
+    return int(size)
+
+
+class Enqueued(BaseModel):
+    """Parameters that the trial of one of the first slots takes, and where they come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    origin: str
+    params: dict[str, Any]
+
+
 class StudySettings(BaseModel):
     """What a study remembers, written once when it is created; every worker and later command reads it."""
 
@@ -110,6 +139,19 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    enqueued: tuple[Enqueued, ...] = ()
+    warm_start: str | None = None
+    prior: str | None = None
+    command: str = ""
+    objective: ObjectiveName = "auc"
+    split_by: SplitBy = "slides"
+    domains_hash: str | None = None
+    """Of the domains that were estimated for this study; None where it takes those of its data."""
+
+    @property
+    def goal(self) -> Goal:
+        """What the study optimises."""
+        return goal_of(self.objective)
 
 
 def check_unchanged(remembered: dict[str, Any], asked: dict[str, Any], study: str) -> None:

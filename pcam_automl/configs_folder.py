@@ -1,4 +1,4 @@
-"""Where the shipped search spaces and recipes lie, and how a name finds its file. Reads no YAML."""
+"""Where the shipped search spaces, recipes and priors lie, and how a name finds its file. Reads no YAML."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal
 
 from pcam_automl.errors import RecipeError, did_you_mean
 
-Kind = Literal["space", "recipes"]
+Kind = Literal["space", "recipes", "priors"]
 
-_WORDS: dict[Kind, str] = {"space": "search space", "recipes": "recipe"}
+_WORDS: dict[Kind, str] = {"space": "search space", "recipes": "recipe", "priors": "prior"}
 _SUFFIXES = (".yaml", ".yml")
 
 

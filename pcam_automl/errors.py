@@ -8,6 +8,7 @@ PcamError                    everything this package raises on purpose
 │   └── BundleError          a model bundle or checkpoint that cannot be trusted or read
 ├── SearchFailed             too many trials failed: exit code 1
 ├── TrainingDiverged         NaN or runaway loss; ends a trial as pruned
+├── OutOfTime                the search's part of a budget is over; pauses a trial
 └── Interrupted              Ctrl-C or SIGTERM after everything was put in order: exit code 130 or 143
 """
 
@@ -51,6 +52,10 @@ class SearchFailed(PcamError):
 
 class TrainingDiverged(PcamError):
     """The training loss became NaN or infinite."""
+
+
+class OutOfTime(PcamError):
+    """The search's part of a budget is over while a rung is being trained."""
 
 
 class Interrupted(PcamError):

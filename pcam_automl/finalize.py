@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import torch
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
@@ -30,29 +30,35 @@ from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
-from pcam_automl.search.confirmations import Candidate, top_candidates
+from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.pareto import Pick, pick_knee
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
+from pcam_automl.search.ranking import rank_study
+from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
 from pcam_automl.train import train_to_bundle
 from pcam_automl.training.engine import Training
+from pcam_automl.training.pace import Pace
 from pcam_automl.training.start import choose_rows, data_key
 
-__all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize"]
+__all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
 
 CONFIRM_SHARE = 1 / 3
 """Of finalize's seconds, where they are limited: what the confirmations may take."""
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
-    """``best`` or a trial's number; only complete trials can be chosen.
+    """``best`` or ``highest``, the complete trial of the best value, or a finished trial's number.
+
+    What ``finalize`` takes for ``best`` is settled before by :func:`settle_ties`.
 
     Raises:
         StudyError: no finished trial, no such number, or a trial that did not complete.
     """
     trials = study.get_trials(deepcopy=False)
-    if which == "best":
+    if which in ("best", "highest"):
         best = top_candidates(study, 1)
         if not best:
             raise StudyError(
@@ -60,7 +66,7 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
             )
         return best[0].trial
     if not which.isdigit():
-        raise StudyError(f"--trial must be best or a trial's number, got {which!r}")
+        raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")
     if int(which) >= len(trials):
         raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
     trial = trials[int(which)]
@@ -69,6 +75,32 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
             f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best"
         )
     return trial
+
+
+def settle_ties(opened: OpenStudy, which: str, note: Callable[[str], None] = lambda text: None) -> str:
+    """For ``best`` the number of the cheapest trial among those that the best does not beat; any other word as it is.
+
+    Where the trials' scores cannot be compared, ``best`` stays, and ``note`` is told why.
+    """
+    if which != "best":
+        return which
+    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
+    if not ranking.n_complete:
+        return which
+    if ranking.picked is None:
+        note(f"ties are not looked for: {first_few(ranking.notes)}")
+        return which
+    note(f"trial {ranking.picked} is taken: {ranking.why}")
+    return str(ranking.picked)
+
+
+def _chosen(opened: OpenStudy, which: str, pick: Pick, confirms: bool, note: Callable[[str], None]) -> FrozenTrial:
+    """The trial that is retrained unless its confirmation speaks against it. Ties are settled by confirmations where there are some."""
+    if which == "best" and pick == "knee":
+        picked = pick_knee(opened.study.get_trials(deepcopy=False), opened.settings.goal)
+        note(picked.why)
+        return picked.trial
+    return choose_trial(opened.study, which if confirms else settle_ties(opened, which, note))
 
 
 def check_test_set(store: PatchStore) -> None:
@@ -93,6 +125,7 @@ def finalize(
     threshold: float | None = None,
     epochs: float | None = None,
     device: torch.device,
+    pick: Pick = "best",
     watch: FinalWatch | None = None,
     options: FinalOptions | None = None,
 ) -> FinalResult:
@@ -100,11 +133,12 @@ def finalize(
 
     Args:
         opened: the study with its data.
-        which: ``best`` or a trial's number.
+        which: ``best``, ``highest`` or a trial's number.
         out: folder to fill; ``studies/<study>/final`` by default.
         threshold: also write 0/1 labels at this probability.
         epochs: passes over the training patches; None derives them from the trial.
         device: where to train and to predict.
+        pick: what ``best`` means: the best value, or the knee of value against latency.
         watch: progress.
         options: confirmations, ensemble, comparison, seconds; by default three trials are confirmed on one fold.
 
@@ -114,7 +148,8 @@ def finalize(
     """
     watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
-    trial = choose_trial(opened.study, which)
+    trial = _chosen(opened, which, pick, options.confirm > 1, watch.train.note)
+    which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
     check_test_set(opened.store)
@@ -123,7 +158,11 @@ def finalize(
     watch.decided(decision)
     (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
     for number, member in enumerate(decision.members):
-        _train_member(opened, member, number, out, decision, epochs, device, watch)
+        pace = None
+        if options.seconds is not None and epochs is None:
+            left_s = options.seconds - (time.perf_counter() - began)
+            pace = _pace(opened, member, left_s, len(decision.members) - number, device)
+        _train_member(opened, member, number, out, decision, epochs, device, watch, pace)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
@@ -174,7 +213,8 @@ def _decided(
         opened.store,
         most_members=_most_members(opened, candidates, epochs, device, options.ensemble, left),
         seed=opened.settings.seed,
-        maximise=opened.study.direction != StudyDirection.MINIMIZE,
+        value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
+        maximise=opened.settings.goal.maximize,
     )
 
 
@@ -197,6 +237,15 @@ def _most_members(
     return max(1, min(wanted, int(left / slowest)))
 
 
+def _pace(opened: OpenStudy, member: Candidate, left_s: float, n_left: int, device: torch.device) -> Pace:
+    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction fit into ``left_s``."""
+    recipe, _ = recipe_of_study(opened, member.trial, None)
+    rate = images_per_s(opened, member, recipe, device)
+    n_shown = 8 * (len(opened.store.test_rows()) + len(opened.split.holdout_rows()))
+    predict_s = OVERHEAD * n_shown / (EVAL_SPEEDUP * rate)  # of each network
+    return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
+
+
 def _train_member(
     opened: OpenStudy,
     member: Candidate,
@@ -206,6 +255,7 @@ def _train_member(
     epochs: float | None,
     device: torch.device,
     watch: FinalWatch,
+    pace: Pace | None,
 ) -> None:
     """One of the networks on everything, as a bundle with its calibration; nothing where it lies there already."""
     trial, folder, rows = member.trial, member_folder(out, number), opened.split.order
@@ -216,7 +266,9 @@ def _train_member(
         provenance = {
             "study": opened.name,
             "trial": trial.number,
-            "trial_auc": trial.value,
+            "trial_auc": auc_of(trial, opened.settings.goal),
+            "objective": opened.settings.goal.name,
+            "trial_value": trial.value,
             "confirmed": None if confirmed is None else confirmed.to_json(),
             "split_hash": opened.split.hash,
             "holdout": opened.settings.holdout,
@@ -234,6 +286,7 @@ def _train_member(
             speed=opened.speed_book,
             out=folder,
             provenance=provenance,
+            pace=pace,
             watch=replace(watch.train, trained=lambda training: last.update(_weights_of(training)))
             if keeps
             else watch.train,

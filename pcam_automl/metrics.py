@@ -45,6 +45,50 @@ def auc(label: ArrayLike, prob: ArrayLike) -> float:
     return float((rank[code][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
+LEAST_OF_A_LABEL = 5
+"""Patches of either label that a domain needs to be scored by itself: the AUC of fewer is mostly luck."""
+
+
+def domain_aucs(label: ArrayLike, prob: ArrayLike, domain: ArrayLike) -> dict[int, float]:
+    """:func:`auc` of each domain that has at least 5 patches of either label, by its code.
+
+    Args:
+        label: (N,) 0 or 1.
+        prob: (N,) finite scores.
+        domain: (N,) integer code, negative where unknown: those patches are not looked at.
+
+    Raises:
+        DataError: as :func:`auc`, or a domain per patch that is not an integer code.
+    """
+    positive, scores = _checked(label, prob)
+    code = np.asarray(domain)
+    return {value: auc(positive[code == value], scores[code == value]) for value in scorable_domains(positive, code)}
+
+
+def scorable_domains(label: ArrayLike, domain: ArrayLike) -> list[int]:
+    """Codes of the domains that :func:`domain_aucs` scores, ascending.
+
+    Raises:
+        DataError: a domain per patch that is not an integer code.
+    """
+    labels, code = np.asarray(label), np.asarray(domain)
+    if code.shape != labels.shape or not np.issubdtype(code.dtype, np.integer):
+        raise DataError(f"domains must be {labels.shape} integer codes, got {code.shape} of {code.dtype}")
+    known = np.unique(code[code >= 0])
+    counts = [[int(((code == value) & (labels == one)).sum()) for one in (0, 1)] for value in known]
+    return [int(value) for value, n in zip(known, counts, strict=True) if min(n) >= LEAST_OF_A_LABEL]
+
+
+def worst_domain_auc(label: ArrayLike, prob: ArrayLike, domain: ArrayLike) -> float | None:
+    """The least of :func:`domain_aucs`; None where fewer than two domains can be scored.
+
+    Raises:
+        DataError: as :func:`domain_aucs`.
+    """
+    found = domain_aucs(label, prob, domain)
+    return min(found.values()) if len(found) >= 2 else None
+
+
 def auc_interval(
     label: ArrayLike, prob: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -75,7 +119,9 @@ def auc_interval(
     return percentile_interval(_drawn_aucs(positive, scores[None], code, n, seed)[:, 0], otherwise=(0.0, 1.0))
 
 
-def auc_draws(label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0) -> Floats:
+def auc_draws(
+    label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0
+) -> Floats:
     """AUCs of several scorers on the same bootstrap draws of slides, those that :func:`auc_interval` takes.
 
     The difference of two columns is a *paired* bootstrap: a draw of hard slides lowers both scorers, which says nothing
@@ -97,7 +143,7 @@ def auc_draws(label: ArrayLike, probs: ArrayLike, group: ArrayLike | None = None
     scores = np.asarray(probs, np.float64)
     if scores.ndim != 2 or not len(scores):
         raise DataError(f"probabilities of several scorers must be (M, N), got {scores.shape}")
-    positive = [_checked(label, row)[0] for row in scores][0]
+    positive = [_checked(label, row)[0] for row in scores].pop()
     _check_both(positive)
     _check_draws(n)
     return _drawn_aucs(positive, scores, _group_codes(group, len(positive)), n, seed)

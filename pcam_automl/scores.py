@@ -114,7 +114,7 @@ def rows_of(names: list[str], ids: NDArray[np.str_], part: NDArray[np.int8] | No
     if len(wanted) and not np.array_equal(ids[rows], wanted):
         strange = wanted[ids[rows] != wanted][0]
         raise DataError(f"{of} holds ids that the data do not have, e.g. {strange}; give its own --data")
-    return rows.astype(np.int64)
+    return np.asarray(rows, np.int64)
 
 
 def clusters_of_rows(store: PatchStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:

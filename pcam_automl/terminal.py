@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+
+from pcam_automl.search.storage_url import safe_url
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -59,6 +62,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         grid.add_row(*map(escape, row))
     Console(highlight=False, emoji=False, width=None if out.is_terminal else FILE_COLUMNS).print(grid)
+
+
+def this_command() -> str:
+    """What the user typed, to be shown under "how to reproduce" and kept; a storage's password is left out."""
+    return shlex.join(["pcam-automl", *map(safe_url, sys.argv[1:])])
 
 
 def duration(seconds: float) -> str:

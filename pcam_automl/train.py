@@ -30,6 +30,7 @@ from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
+from pcam_automl.training.pace import Pace, fit_paced
 from pcam_automl.training.schedule import phase_ends
 from pcam_automl.training.scoring import Views, inference_precision
 from pcam_automl.training.speed import SpeedBook
@@ -84,9 +85,12 @@ def train_to_bundle(
     speed: SpeedBook,
     out: Path,
     provenance: dict[str, Any],
+    pace: Pace | None = None,
     watch: TrainWatch | None = None,
 ) -> Trained:
     """Train, write the bundle into ``out``, remove the checkpoints. The same call after a kill goes on.
+
+    With a ``pace`` the training ends by the clock instead of after the recipe's epochs, and nothing is scored on its way.
 
     Each epoch leaves a checkpoint beside ``out`` (``.<name>.checkpoints``); the variant (precision, layout) is the
     checkpoint's, so that a resumed training ends in the same weights as an uninterrupted one on a CPU.
@@ -104,7 +108,8 @@ def train_to_bundle(
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
         rungs = epoch_rungs(recipe, len(rows.train))
-        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows), rungs[-1].views)
+        views = rungs[-1].views if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
+        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows), views)
         training = start_training(
             recipe,
             store,
@@ -116,25 +121,26 @@ def train_to_bundle(
         )
         ends = stage_ends(recipe, rungs[-1].views)[:-1]
         strip = _strip(training, rows, out)
-        watch.begins(recipe, compute, rungs[-1].views)
-        for result in fit(
-            training,
-            rows.train,
-            rungs,
-            scored=len(rows.score) > 0,
-            checkpoints=checkpoints,
-            keep_final=recipe.schedule != "wsd",
-            note=watch.note,
-            stop=watch.stop,
-            progress=watch.views,
-        ):
+        watch.begins(recipe, compute, views)
+        calls: dict[str, Any] = {
+            "checkpoints": checkpoints,
+            "note": watch.note,
+            "stop": watch.stop,
+            "progress": watch.views,
+        }
+        if pace is not None:
+            results = fit_paced(training, rows.train, pace, **calls)
+        else:
+            scored, keep_final = len(rows.score) > 0, recipe.schedule != "wsd"
+            results = fit(training, rows.train, rungs, scored=scored, keep_final=keep_final, **calls)
+        for result in results:
             watch.epoch(result)
             if result.rung != len(training.results) - 1:  # a resumed training repeats what it has behind it
                 continue
             if strip is not None:
                 with training.averaged() as network:
                     strip.add(network, result.rung)
-            if result.views in ends:
+            if pace is None and result.views in ends:
                 write_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
@@ -199,6 +205,7 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
         "compute": training.compute.to_json(),
         "device": device_name(torch.device(training.compute.device)),
         "micro_batch": training.micro_batch,
+        "views_seen": training.views,
         "peak_memory_bytes": peak_memory_bytes(torch.device(training.compute.device)),
         "train_s": round(time.perf_counter() - began, 3),
         "versions": versions(),

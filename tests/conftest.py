@@ -1,8 +1,11 @@
-"""Shared fixtures: an easy tiny set in the Kaggle layout, its pack, and threads that two test workers can share."""
+"""Shared fixtures: an easy tiny set in the Kaggle layout, its pack, short probes, threads that two test workers can share."""
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_studies() -> Iterator[None]:
+    """A hundred studies are made here. What repeats itself in each of them is done once, and timed by a step, not for seconds.
+
+    Every variant of a network is still timed before it trains. Only modules that the run's tests have imported are touched.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            from pcam_automl.training import compute
+
+            patch.setattr(compute, "_PROBE_ROUNDS", 1)
+            patch.setattr(compute, "_PROBE_S", 0.0)
+        if (plan := sys.modules.get("pcam_automl.search.plan")) is not None:
+            patch.setattr(plan, "training_cost", functools.cache(plan.training_cost))  # 0.3 s a network
+        if (storage := sys.modules.get("optuna.storages._rdb.storage")) is not None:
+            build = storage._VersionManager._create_alembic_script
+            made: list[object] = []  # Optuna reads its ten migration scripts at every opening, twice or more: 0.1 s
+
+            def script(self: object) -> object:
+                if not made:
+                    made.append(build(self))
+                return made[0]
+
+            patch.setattr(storage._VersionManager, "_create_alembic_script", script)
+        yield
 
 
 @pytest.fixture(scope="session")

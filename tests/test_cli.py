@@ -424,7 +424,7 @@ def test_class_folders_go_the_whole_path(run: Any, in_tmp: Path) -> None:
     code, _, err = run(*search)
     assert code == 0, err
     assert "validation will be optimistic" in err
-    code, out, _ = run("finalize", "--epochs", 2, "--json")
+    code, out, _ = run("finalize", "--epochs", 2, "--no-report", "--json")
     assert code == 0
     assert json.loads(out)["submission"] is None
 
@@ -439,7 +439,7 @@ def test_one_class_only_is_one_line(run: Any, in_tmp: Path) -> None:
 def test_unreadable_files_are_named_and_left_out_of_a_prediction(
     run: Any, easy_raw: Path, easy_pack: Path, in_tmp: Path
 ) -> None:
-    assert run("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=1")[0] == 0
+    assert run("train", "recipe.yaml", "--data", easy_pack, "--out", "m", "--set", "epochs=1", "--no-report")[0] == 0
     folder = in_tmp / "images"
     folder.mkdir()
     good = sorted((easy_raw / "test").iterdir())[0]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -15,16 +19,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted_study import probs_of, scored_trial, settings_of, study_with
 from safetensors.torch import load_file
+from warm_processes import run_warm
 
+from pcam_automl import cli
 from pcam_automl.data.splits import make_split
+from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
-from pcam_automl.finalize import FinalOptions, FinalWatch, choose_trial, final_recipe, finalize
+from pcam_automl.finalize import FinalOptions, FinalWatch, choose_trial, final_recipe, finalize, settle_ties
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
-from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.storage import engine_of
+from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.worker import run_worker
 from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
 from pcam_automl.training.schedule import rates_at
@@ -34,38 +43,63 @@ ONE = FinalOptions(confirm=0)
 SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
 
 
-@pytest.fixture
-def opened(easy_pack: Path, in_tmp: Path) -> OpenStudy:
-    """A study with one finished trial of a tiny network."""
+@pytest.fixture(scope="module")
+def made(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study with one finished trial of a tiny network, to be copied."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
-    (in_tmp / "tiny.yaml").write_text(SPACE)
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "tiny.yaml").write_text(SPACE)
     asked = Asked(
         data=easy_pack, space="tiny.yaml", weights="none", views=96, pins={"backbone": "test_resnet"}, device="cpu"
     )
-    study = create_or_open_study("pcam", None, asked, say=lambda text: None)
-    run_worker(Objective(study, CPU), n_trials=1)
-    return study
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("PCAM_AUTOML_STORAGE", raising=False)
+        study = create_or_open_study("pcam", None, asked, say=lambda text: None)
+        run_worker(Objective(study, CPU), n_trials=1)
+        engine_of(study.study).dispose()
+    return folder / "studies"
 
 
-KILLED = """
-import os, signal, sys
-from pcam_automl.training import fit
-write, calls = fit.write_checkpoint, []
-def dying(folder, **options):
-    calls.append(1)
-    if len(calls) == {at}:
-        if {inside}:
-            import pcam_automl.training.checkpoint as c  # dies between the first file of the checkpoint and the second
-            c.sha256_of_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return write(folder, **options)
-fit.write_checkpoint = dying
-from pcam_automl.cli import main
-sys.argv = ["pcam-automl", "finalize", "--confirm", "0", "--epochs", "4", "--device", "cpu"]
-main()
-"""
+@pytest.fixture
+def opened(made: Path, in_tmp: Path) -> OpenStudy:
+    """A study with one finished trial, in the working folder."""
+    torch.set_num_threads(1)
+    shutil.copytree(made, in_tmp / "studies")
+    return open_study("pcam", None)
+
+
+def finalize_and_die(at: int, inside: bool) -> None:
+    """`finalize` that is killed at its checkpoint number ``at``: before it, or between its first file and the second."""
+    import pcam_automl.training.checkpoint as checkpoint
+    from pcam_automl.training import fit
+
+    write, calls = fit.write_checkpoint, []
+
+    def die(*_: object) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("a killed process went on")
+
+    def dying(folder: Path, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == at:
+            if not inside:
+                die()
+            checkpoint.xxhash = SimpleNamespace(xxh3_128_hexdigest=die)
+        write(folder, **options)
+
+    fit.write_checkpoint = dying
+    sys.argv = ["pcam-automl", "finalize", "--confirm", "0", "--epochs", "4", "--device", "cpu"]
+    cli.main()
+
+
+def finalize_on_a_full_disk() -> None:
+    """RLIMIT_FSIZE below a checkpoint's size: every write of weights fails as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    sys.argv = ["pcam-automl", "finalize", "--confirm", "0", "--epochs", "2", "--device", "cpu"]
+    cli.main()
 
 
 @pytest.mark.parametrize(("at", "inside"), [(1, False), (3, False), (2, True)])
@@ -73,10 +107,8 @@ def test_killed_and_repeated_ends_in_the_weights_of_an_uninterrupted_run(
     opened: OpenStudy, in_tmp: Path, at: int, inside: bool
 ) -> None:
     whole = finalize(opened, out=in_tmp / "whole", epochs=4.0, device=CPU, options=ONE)
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED.format(at=at, inside=inside)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    code, errors = run_warm(in_tmp, finalize_and_die, at, inside)
+    assert code == -signal.SIGKILL, errors
     assert not (opened.folder / "final" / "model").exists()
     again = finalize(opened, epochs=4.0, device=CPU, options=ONE)
     one, two = (load_file(result.out / "model" / "model.safetensors") for result in (whole, again))
@@ -95,17 +127,11 @@ def test_a_second_finalize_into_one_folder_is_refused(opened: OpenStudy, in_tmp:
         finalize(opened, out=out, epochs=1.0, device=CPU, options=ONE)
 
 
-def test_disk_full_while_finalizing_is_one_line_and_resumes(opened: OpenStudy) -> None:
-    """RLIMIT_FSIZE below a checkpoint's size: every write of weights fails as on a full disk."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-        "from pcam_automl.cli import main; sys.argv = ['pcam-automl', 'finalize', '--confirm', '0', '--epochs', '2', '--device', 'cpu']; main()"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 2, run.stderr
-    assert "no space left to write" in run.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in run.stderr
+def test_disk_full_while_finalizing_is_one_line_and_resumes(opened: OpenStudy, in_tmp: Path) -> None:
+    code, errors = run_warm(in_tmp, finalize_on_a_full_disk)
+    assert code == 2, errors
+    assert "no space left to write" in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
     assert finalize(opened, epochs=2.0, device=CPU, options=ONE).submission is not None
 
 
@@ -211,3 +237,19 @@ def test_a_bundle_of_another_holdout_is_not_taken_for_done(opened: OpenStudy) ->
     assert len(again.holdout_rows())
     finalize(replace(opened, split=again), epochs=1.0, device=CPU, watch=watch, options=ONE)
     assert len(trained) == 2
+
+
+def test_best_is_the_cheapest_trial_that_the_best_does_not_beat(easy_pack: Path, tmp_path: Path) -> None:
+    store, said = open_store(easy_pack), list[str]()
+    prob = probs_of(store, 0.1)
+    trials = [scored_trial(store, tmp_path, 0, prob), scored_trial(store, tmp_path, 1, prob, images_per_s=300.0)]
+    study = study_with(trials)
+    opened = cast(OpenStudy, SimpleNamespace(study=study, settings=settings_of(store), folder=tmp_path, store=store))
+    assert settle_ties(opened, "best", said.append) == "1"
+    assert said[-1].startswith("trial 1 is taken: trial 0 scored 0.0000 higher")
+    assert settle_ties(opened, "highest", said.append) == "highest"
+    assert choose_trial(study, "highest").number == choose_trial(study, "best").number == 0
+    assert settle_ties(opened, "0", said.append) == "0"
+    (tmp_path / "trials" / "0" / "scores.csv").unlink()
+    assert settle_ties(opened, "best", said.append) == "best"
+    assert said[-1].startswith("ties are not looked for: no interval can be drawn")

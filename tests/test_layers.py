@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__", "waiting", "heap"},
     {
-        *("files", "recipe", "config", "metrics", "counter", "configs_folder", "versions", "interrupt"),
-        *("calibration", "operating", "paired"),
+        *("files", "recipe", "config", "goals", "metrics", "counter", "configs_folder", "versions", "interrupt"),
+        *("calibration", "operating", "paired", "clock"),
     },
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},

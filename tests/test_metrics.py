@@ -8,8 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
+from pcam_automl import metrics
 from pcam_automl.errors import DataError
-from pcam_automl.metrics import Confusion, accuracy, accuracy_of, auc, auc_interval, confusion, dice, dice_of, log_loss
+from pcam_automl.metrics import (
+    Confusion,
+    accuracy,
+    accuracy_of,
+    auc,
+    auc_draws,
+    auc_interval,
+    confusion,
+    dice,
+    dice_of,
+    log_loss,
+    percentile_interval,
+)
 
 few_levels = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])  # ties are common
 scored = st.lists(st.tuples(st.integers(0, 1), few_levels), min_size=2, max_size=40).filter(
@@ -172,3 +185,33 @@ def test_accuracy_of_counts_needs_some() -> None:
     assert accuracy_of(Confusion(5, 1, 2, 2)) == 0.7
     with pytest.raises(DataError, match="at least one patch or pixel"):
         accuracy_of(Confusion(0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("most_paired", [0, 500], ids=["through the patches", "by pairs of slides"])
+def test_paired_draws_are_aucs_of_repeated_slides(most_paired: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MOST_PAIRED_GROUPS", most_paired)
+    label, prob, group = slides(5, 7, 6)
+    probs = np.stack([prob.round(1), (prob - label).round(1)])  # ties
+    drawn = auc_draws(label, probs, group, n=20, seed=9)
+    assert drawn.shape == (20, 2)
+    for row, members in zip(drawn, np.random.default_rng(9).integers(0, 5, (20, 5)), strict=True):
+        patches = np.concatenate([np.flatnonzero(group == member) for member in members])
+        want = [pair_counting(label[patches], own[patches]) for own in probs]
+        np.testing.assert_allclose(row, want, atol=1e-12)
+    assert auc_interval(label, probs[0], group, n=20, seed=9) == percentile_interval(drawn[:, 0])
+
+
+def test_draws_do_not_depend_on_how_many_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    label, prob, group = slides(9, 10, 7)
+    whole = auc_draws(label, prob[None], group, n=50)
+    monkeypatch.setattr(metrics, "_BLOCK_ROWS", 30)
+    np.testing.assert_array_equal(auc_draws(label, prob[None], group, n=50), whole)
+
+
+def test_draws_of_one_label_are_no_number_and_bad_shapes_are_refused() -> None:
+    drawn = auc_draws([0, 1], [[0.1, 0.9]], [0, 1], n=40)
+    assert set(drawn[~np.isnan(drawn)]) == {1.0}
+    assert np.isnan(drawn).any()
+    assert percentile_interval([np.nan], otherwise=(0.0, 1.0)) == (0.0, 1.0)
+    with pytest.raises(DataError, match=r"must be \(M, N\), got \(2,\)"):
+        auc_draws([0, 1], [0.1, 0.9])

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, check_bundle_target, load_bundle
+from pcam_automl.clock import process_age_s
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
-from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training, this_command
+from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training
 from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.data.images import PatchFault, read_patch
 from pcam_automl.ensemble import member_folder, open_judge
-from pcam_automl.errors import DataError, InputError, first_few
+from pcam_automl.errors import DataError, InputError, StudyError, did_you_mean, first_few
 from pcam_automl.explain import explain_image
 from pcam_automl.files import write_png
 from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
@@ -31,16 +33,20 @@ from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.budget import Ledger, budget_of, intervals_of, spent_s, spent_with
 from pcam_automl.search.confirm import ConfirmWatch
 from pcam_automl.search.confirmations import Candidate
+from pcam_automl.search.pareto import PICKS, Pick
 from pcam_automl.search.storage import storage_faults
-from pcam_automl.search.study import Asked, open_study
+from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.submission import check_threshold, write_probabilities
 from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
 from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
 
 EXPLANATIONS = "explanations.csv"
+REPORT_S = 12.0
+"""Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
 
 
 @contextmanager
@@ -79,10 +85,13 @@ def run_finalize(
     device: str,
     as_json: bool,
     with_report: bool = True,
+    pick: str = "best",
     options: FinalOptions | None = None,
+    within_budget: bool = True,
 ) -> FinalResult:
     """Confirm the best trials, retrain the chosen one, write the bundle and the submission."""
     options = options or FinalOptions()
+    chosen = check_pick(pick, which)
     go_on = "every epoch that ended is stored; the same command goes on after the last of them"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
@@ -91,11 +100,15 @@ def run_finalize(
             folder = member_folder(out or opened.folder / "final", number)
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
+        ledger = Ledger(opened.study, "finalize")
+        if options.seconds is None and epochs is None and within_budget:
+            options = replace(options, seconds=_seconds_left(opened, with_report))
+        paced = options.seconds is not None and epochs is None
 
         def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
-            value = f" (validation AUC {trial.value:.4f})" if trial.value is not None else ""
+            value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
             terminal.say(
-                f"trial {trial.number}{value}: {recipe.backbone}, {recipe.epochs:g} epochs of {n_train:,} patches -> {folder}"
+                f"trial {trial.number}{value}: {recipe.backbone}, {'as many epochs as fit the budget' if paced else f'{recipe.epochs:g} epochs'} of {n_train:,} patches -> {folder}"
             )
 
         with stop.deferred(), _training_bar(stop.check) as train, terminal.Bars() as bars:
@@ -115,6 +128,7 @@ def run_finalize(
                 threshold=threshold,
                 epochs=epochs,
                 device=place,
+                pick=chosen,
                 watch=watch,
                 options=options,
             )
@@ -134,10 +148,54 @@ def run_finalize(
                 if out is None
                 else _report_again(final.out / "model", opened.store.root),
             )
+        ledger.note()
+        if paced:
+            _say_spent(opened)
     for note in final.notes:
         terminal.say(note)
     print_final(final, as_json)
     return final
+
+
+def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
+    """What is left of the study's budget for confirming, training and predicting; None where it has none.
+
+    Raises:
+        StudyError: it is used up.
+    """
+    total_s = budget_of(opened.study)
+    if total_s is None:
+        return None
+    left_s = total_s - spent_with(opened.study, process_age_s()) - (REPORT_S if with_report else 0.0)
+    if left_s <= 0:
+        raise StudyError(
+            f"study {opened.name!r} has used up its budget of {terminal.duration(total_s)}; give finalize --epochs E, or --no-budget"
+        )
+    terminal.say(f"{terminal.duration(left_s)} of the budget of {terminal.duration(total_s)} are left for finalize")
+    return left_s
+
+
+def _say_spent(opened: OpenStudy) -> None:
+    """The budget's parts as planned, and what was spent of it."""
+    total_s, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
+    terminal.say(
+        f"budget {terminal.duration(total_s)}: {terminal.duration(spent)} spent ({spent / total_s - 1.0:+.1%}); "
+        + ", ".join(f"{one.command} {terminal.duration(one.seconds)}" for one in intervals_of(opened.study))
+    )
+
+
+def check_pick(pick: str, which: str) -> Pick:
+    """``--pick``, judged.
+
+    Raises:
+        InputError: an unknown one, or ``--trial`` names the trial already.
+    """
+    chosen = next((known for known in PICKS if known == pick), None)
+    if chosen is None:
+        raise InputError(f"--pick must be one of {', '.join(PICKS)}, got {pick!r}{did_you_mean(pick, PICKS)}")
+    if chosen != "best" and which != "best":
+        raise InputError(f"--pick {pick} and --trial {which} both name a trial; keep one")
+    return chosen
 
 
 def _confirm_watch(train: TrainWatch) -> ConfirmWatch:
@@ -187,7 +245,7 @@ def run_train(
                     "recipe_name": recipe,
                     "split_hash": setup.split.hash,
                     "fold": options.fold,
-                    "command": this_command(),
+                    "command": terminal.this_command(),
                 },
                 watch=watch,
             )

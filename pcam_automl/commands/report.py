@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,24 @@ import yaml
 
 from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, load_bundle
+from pcam_automl.commands.final_card import (
+    final_card,
+    final_figures,
+    holdout_scores,
+    maps_of,
+    maps_on_test,
+    out_of_fold_scores,
+)
 from pcam_automl.config import StudySettings, find_data, storage_url, studies_folder
 from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, Interrupted
-from pcam_automl.finalizing.patches import OOF
+from pcam_automl.goals import Goal
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.operating import Operating
 from pcam_automl.predict import Predictor, build_predictor, compute_of
 from pcam_automl.recipe import Recipe, build_recipe
-from pcam_automl.report.content import FinalFigures, MapFigures, RateCurve, ReportContent
+from pcam_automl.report.content import RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
@@ -36,11 +42,6 @@ from pcam_automl.training.engine import RungResult
 from pcam_automl.training.schedule import rates_at
 
 LR_POINTS = 400
-
-
-def this_command() -> str:
-    """What the user typed, to be shown under "how to reproduce"."""
-    return shlex.join(["pcam-automl", *sys.argv[1:]])
 
 
 def bundle_folder(path: Path) -> Path:
@@ -102,92 +103,6 @@ def report_of_training(
     return draw(content, out or folder, predictor_of(bundle, device))
 
 
-def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
-    """What `finalize` wrote of this bundle into ``submission.json`` beside it; empty where it wrote none, or of another one."""
-    file = folder.parent / "submission.json"
-    if not file.is_file():
-        return {}
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise DataError(f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` writes it anew") from None
-    same = isinstance(card, dict) and card.get("recipe") == bundle.recipe.model_dump(mode="json")
-    return card if same else {}  # a finalize that was cut off leaves an older trial's beside the new model
-
-
-def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
-    """The holdout's, which `finalize` keeps beside the bundle; None where there is none."""
-    file = folder.parent / SCORES
-    return read_scores(file, store.ids, store.part) if card and file.is_file() else None
-
-
-def out_of_fold_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
-    """Those of the confirmations that chose the bundle, which `finalize` keeps beside it; None where there are none."""
-    file = folder.parent / OOF
-    return read_scores(file, store.ids, store.part) if card.get("oof_auc") is not None and file.is_file() else None
-
-
-def final_figures(card: dict[str, Any]) -> FinalFigures:
-    """What `finalize` measured beside the scores; empty for a bundle of before it did.
-
-    Raises:
-        DataError: the card was changed by another hand.
-    """
-    try:
-        return FinalFigures(
-            tuple(Operating.from_json(one) for one in card.get("operating", ())),
-            tuple(card.get("confirmed") or ()),
-            card.get("mean_drop"),
-            tuple(_final_notes(card)),
-            tuple(card.get("compare", ())),
-        )
-    except (KeyError, TypeError, ValueError) as fault:
-        raise DataError(
-            f"submission.json holds other figures than `pcam-automl finalize` writes ({type(fault).__name__}: {fault}); run it again"
-        ) from None
-
-
-def _final_notes(card: dict[str, Any]) -> list[str]:
-    """The blend's judgement and what the temperature changed, a sentence each."""
-    notes = []
-    if blend := card.get("ensemble"):
-        parts = zip(card["weights"], card["members"], strict=True)
-        shares = " + ".join(f"{weight:.2f} x trial {number}" for weight, number in parts)
-        notes.append(f"{f'Together judge {shares}' if blend['used'] else 'One network judges'}: {blend['why']}.")
-    if fitted := card.get("calibration"):
-        (loss, loss_after), (error, error_after) = fitted["log_loss"], fitted["error"]
-        text = (
-            f"Logits are divided by {fitted['temperature']:.2f}, which was fitted to {fitted['on']}: log-loss {loss:.4f} -> "
-            f"{loss_after:.4f}, mean error of the probabilities {100 * error:.1f} % -> {100 * error_after:.1f} %. It belongs to the "
-            "recipe, not to these weights, which were trained longer and on more"
-        )
-        if held := card.get("calibration_on_holdout"):
-            text += (
-                f"; on the holdout log-loss {held['log_loss'][0]:.4f} -> {held['log_loss'][1]:.4f}, "
-                f"mean error {100 * held['error'][0]:.1f} % -> {100 * held['error'][1]:.1f} %"
-            )
-        notes.append(f"{text}.")
-    return notes
-
-
-def maps_of(bundle: ModelBundle, card: dict[str, Any]) -> MapFigures | None:
-    """Dice and accuracy over every pixel of the validation images, of a final network those of the holdout."""
-    known = card if "dice" in card else bundle.metrics
-    if not {"dice", "accuracy", "always_negative_accuracy"} <= set(known):
-        return None
-    return MapFigures(
-        str(known["auc_on"]), known["dice"], known["accuracy"], known["always_negative_accuracy"], known["auc"]
-    )
-
-
-def maps_on_test(card: dict[str, Any]) -> MapFigures | None:
-    """The same of the test images that came with masks."""
-    if not (test := card.get("test")):
-        return None
-    on = f"every pixel of the {test['n']:,} test images that came with masks"
-    return MapFigures(on, test["dice"], test["accuracy"], test["always_negative_accuracy"], test["auc"])
-
-
 def _strips(folder: Path) -> tuple[tuple[str, Path | np.ndarray], ...]:
     strip = strip_file(folder)
     return (
@@ -223,6 +138,7 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
+    from pcam_automl.search.ranking import rank_study
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -232,7 +148,7 @@ def report_of_study(
     if bundle is not None and model is None and bundle.provenance.get("split_hash") != opened.split.hash:
         terminal.say(f"{folder} is not of this study (another split, perhaps of a deleted study): left out")
         bundle = None
-    trial = _trial_of(opened.study, bundle)
+    trial = _trial_of(opened.study, bundle, opened.settings.goal)
     card = {} if bundle is None else final_card(folder, bundle)
     if scores is None:
         scores = holdout_scores(folder, card, opened.store)
@@ -259,6 +175,7 @@ def report_of_study(
         threshold=threshold,
         study=opened.study,
         study_settings=opened.settings,
+        ranking=rank_study(opened.study, opened.settings, opened.folder, store=opened.store),
         reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
@@ -272,27 +189,27 @@ def report_of_study(
     return written
 
 
-def _trial_of(study: Any, bundle: ModelBundle | None) -> Any:
+def _trial_of(study: Any, bundle: ModelBundle | None, goal: Goal) -> Any:
     """The trial that was retrained, else the best one; None before any is complete."""
     from pcam_automl.search.reading import best_of
 
     trials = study.get_trials(deepcopy=False)
     number = None if bundle is None else bundle.provenance.get("trial")
     if isinstance(number, int) and 0 <= number < len(trials) and bundle is not None:
-        return trials[number] if bundle.provenance.get("study") == study.study_name else best_of(trials)
-    return best_of(trials)
+        return trials[number] if bundle.provenance.get("study") == study.study_name else best_of(trials, goal)
+    return best_of(trials, goal)
 
 
 def study_commands(name: str, url: str | None, settings: StudySettings, trials: list[Any]) -> tuple[str, ...]:
     """The two commands that repeat a study with as many finished trials, from what it remembers; at least one trial."""
     from pcam_automl.commands.search import command_options
-    from pcam_automl.search.reading import FINISHED, best_of
+    from pcam_automl.search.reading import best_of, n_finished_in
 
     options = command_options(name, url)
-    n = max(1, sum(trial.state in FINISHED for trial in trials))
+    n = max(1, n_finished_in(trials))
     words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n), *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
-    if best_of(trials) is None:
+    if best_of(trials, settings.goal) is None:
         return (search, "# no trial is complete yet; once one is:", f"pcam-automl finalize{options}")
     return (search, f"pcam-automl finalize{options}")
 
@@ -310,9 +227,12 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--weights", settings.weights]
     words += ["--groups", settings.groups] if settings.groups else []
     words += ["--domains", settings.domains] if settings.domains else []
+    words += ["--domains", "estimate"] if settings.domains_hash else []
+    words += ["--split", settings.split_by] if settings.split_by != "slides" else []
     words += ["--holdout", f"{settings.holdout:g}"] if settings.holdout else []
     if settings.cap_s is None and not {"views", "epochs"} & set(settings.pins):
         words += ["--views", str(settings.rungs[-1][0])]
+    words += ["--objective", settings.objective] if settings.objective != "auc" else []
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
     words += ["--deterministic"] if settings.deterministic else []

@@ -11,17 +11,24 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl import terminal
+from pcam_automl.clock import process_age_s
+from pcam_automl.commands.audit import audit_warning, ranking_lines
 from pcam_automl.config import storage_url, studies_folder
+from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.search.reading import FINISHED, best_of, load_study_to_read, n_finished_of
+from pcam_automl.search.audit import Audit, audit_study
+from pcam_automl.search.ranking import Ranking, rank_study
+from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
+    from pcam_automl.goals import Goal
     from pcam_automl.recipe import Recipe
+    from pcam_automl.search.budget import BudgetClock, Ledger
     from pcam_automl.search.objective import Watch
     from pcam_automl.search.study import Asked, OpenStudy
-    from pcam_automl.search.worker import SearchEnd
+    from pcam_automl.search.worker import Limits, SearchEnd
     from pcam_automl.training.engine import RungResult
 
 
@@ -30,47 +37,90 @@ def run_search(
     url: str | None,
     asked: Asked,
     *,
-    n_trials: int,
+    n_trials: int | None,
     timeout_s: float | None,
     as_json: bool,
     n_workers: int | None = None,
     per_device: str | None = None,
+    quota_bytes: int | None = None,
 ) -> None:
-    """Create or open the study and run trials until it has ``n_trials`` finished ones, in this process or in several."""
+    """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
+    over; in this process or in several.
+    """
     from pcam_automl.commands.workers import devices_for, run_many
     from pcam_automl.search.create import create_or_open_study
     from pcam_automl.search.objective import Objective
+    from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
     from pcam_automl.search.storage import storage_faults
-    from pcam_automl.search.worker import run_worker
+    from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
     from pcam_automl.training.compute import use_device
 
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     devices = devices_for(asked, n_workers, per_device, studies_folder(storage_url(url)))
-    asked = replace(asked, n_workers=len(devices))
+    asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
     go_on = "every finished trial is stored; the same command goes on"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        print_plan(opened, n_trials)
-        if len(devices) > 1:
-            end = run_many(opened, url, asked, devices, n_trials=n_trials, timeout_s=timeout_s, stop=stop)
-        else:
-            device = use_device(asked.device, deterministic=opened.settings.deterministic)
-            with terminal.Bars() as bars:
-                show = _SearchShow(bars, opened, n_trials)
-                objective = Objective(opened, device, stop=stop.check, watch=show.watch())
-                with stop.deferred():
-                    end = run_worker(objective, n_trials=n_trials, timeout_s=timeout_s, finished=show.finished)
+        clock, ledger = _budget(opened, asked.budget_s)
+        limits = Limits(n_trials or NEVER_ENDS, timeout_s, clock, quota_bytes or DEFAULT_QUOTA_BYTES)
+        print_plan(opened, n_trials, clock)
+        try:
+            if len(devices) > 1:
+                end = run_many(opened, url, asked, devices, limits, stop=stop, finished=ledger.note)
+            else:
+                device = use_device(asked.device, deterministic=opened.settings.deterministic)
+                with terminal.Bars() as bars:
+                    show = _SearchShow(bars, opened, limits, ledger)
+                    objective = Objective(opened, device, stop=stop.check, watch=show.watch())
+                    with stop.deferred():
+                        end = run_worker(
+                            objective,
+                            n_trials=limits.n_trials,
+                            timeout_s=timeout_s,
+                            clock=clock,
+                            quota_bytes=limits.quota_bytes,
+                            finished=show.finished,
+                        )
+        finally:
+            ledger.note()
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 
-def print_plan(opened: OpenStudy, n_trials: int) -> None:
+def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | None, Ledger]:
+    """The clock of the budget that was asked for, and this command's entry among what is spent.
+
+    Raises:
+        StudyError: the study has a larger budget already.
+    """
+    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, set_budget, spent_s
+
+    ledger = Ledger(opened.study, "search")
+    if budget_s is None:
+        return None, ledger
+    held = budget_of(opened.study)
+    if held is not None and budget_s < held:
+        raise StudyError(
+            f"--budget is {terminal.duration(budget_s)}, study {opened.name!r} has {terminal.duration(held)}; give as much or more, or take another --study name"
+        )
+    spent = spent_s(opened.study)
+    set_budget(opened.study, budget_s)
+    began = time.monotonic() - process_age_s()
+    return BudgetClock(budget_s, spent, began, len(opened.split.order)), ledger
+
+
+def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
     """What a trial will do, before the first one starts."""
+    from pcam_automl.search.start import n_prescribed
+
     settings, plan = opened.settings, opened.settings.plan
+    of = "" if n_trials is None else f" of {n_trials}"
     rungs = " -> ".join(f"{views:,} views of {subset:,} patches" for views, subset in settings.rungs)
     done = n_finished_of(opened.study)
-    terminal.say(f"study {opened.name}: {done} of {n_trials} trials finished; data {opened.store.root}")
+    terminal.say(f"study {opened.name}: {done}{of} trials finished; data {opened.store.root}")
+    if clock is not None:
+        _print_budget(clock, plan.get("budget"), len(settings.rungs))
     terminal.say(
         f"  split: {plan['n_train']:,} patches train, {plan['n_valid']:,} validate ({settings.n_score:,} of them at each rung)"
         + (f", holdout {settings.holdout:.0%}" if settings.holdout else "")
@@ -86,51 +136,81 @@ def print_plan(opened: OpenStudy, n_trials: int) -> None:
     )
     estimated = " (~ estimated from its layers; a trial measures)" if about else ""
     terminal.say(f"  training images/s at {plan['planned_px']} px{estimated}: {speeds}")
+    expected = n_trials or int((plan.get("budget") or {}).get("n_started", 1))
+    if n_first := n_prescribed(len(settings.enqueued), expected):
+        terminal.say(
+            f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}; then {settings.sampler}"
+        )
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
+
+
+def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int) -> None:
+    """How the budget is split, and what the search's part should do; of a study that was planned by it."""
+    from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE
+
+    say, total = terminal.duration, clock.total_s
+    terminal.say(
+        f"  budget {say(total)}, {say(clock.spent_s)} of it spent: search {say(total * (1 - CONFIRM_SHARE - FINAL_SHARE))} (start-up included), "
+        f"confirmation {say(total * CONFIRM_SHARE)}, final training and prediction {say(total * FINAL_SHARE)}; search has {say(max(0.0, clock.left_s()))} left"
+    )
+    if planned is not None and planned["total_s"] == total:
+        starts = [max(1, round(planned["n_started"] / 3**rung)) for rung in range(n_rungs)]
+        terminal.say(
+            f"  planned: about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, a whole one takes about {say(planned['trial_s'])}"
+        )
 
 
 class _SearchShow:
     """One line a trial, and two bars: the study and the running trial."""
 
-    def __init__(self, bars: terminal.Bars, opened: OpenStudy, n_trials: int) -> None:
-        self.bars, self.opened = bars, opened
-        self.total = bars.add("trials", n_trials)
-        bars.set(self.total, done=n_finished_of(opened.study))
+    def __init__(self, bars: terminal.Bars, opened: OpenStudy, limits: Limits, ledger: Ledger) -> None:
+        from pcam_automl.commands.workers import StudyBar
+
+        self.bars, self.opened, self.ledger = bars, opened, ledger
+        self.total = StudyBar(bars, limits, n_finished_of(opened.study))
         self.trial = bars.add("preparing", None)
         self._score = ""
 
     def watch(self) -> Watch:
         from pcam_automl.search.objective import Watch
 
-        return Watch(
-            begins=self._begins, views=lambda n: self.bars.step(self.trial, n), rung=self._rung, note=terminal.say
-        )
+        return Watch(begins=self._begins, views=self._views, rung=self._rung, note=terminal.say)
 
     def _begins(self, number: int, recipe: Recipe, views: int) -> None:
         self._name = f"trial {number} {recipe.backbone}"
         self.bars.restart(self.trial, f"{self._name} views", views)
 
+    def _views(self, n: int) -> None:
+        self.bars.step(self.trial, n)
+        self.total.tick()
+
     def _rung(self, number: int, result: RungResult) -> None:
-        self.bars.set(self.trial, text=f"{self._name} AUC {result.auc:.4f} views")
+        self.ledger.note()
+        goal = self.opened.settings.goal
+        self.bars.set(self.trial, text=f"{self._name} {goal.short} {goal.value_of(result):.4f} views")
 
     def finished(self, trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
-        best = best_of(trials)
-        self.bars.set(self.total, done=sum(t.state in FINISHED for t in trials))
-        terminal.say(finished_line(trial, best))
+        goal = self.opened.settings.goal
+        best = best_of(trials, goal)
+        self.total.set(n_finished_in(trials))
+        self.ledger.note()
+        terminal.say(finished_line(trial, best, goal))
 
 
-def finished_line(trial: FrozenTrial, best: FrozenTrial | None) -> str:
+def finished_line(trial: FrozenTrial, best: FrozenTrial | None, goal: Goal) -> str:
     """A trial that has just ended, and the best one so far."""
-    return trial_line(trial) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
+    return trial_line(trial, goal) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
 
 
-def trial_line(trial: FrozenTrial) -> str:
+def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     """One trial in one line."""
     attrs, params = trial.user_attrs, trial.params
     state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
     score = list(trial.intermediate_values.values())[-1] if trial.intermediate_values else None
-    text = f"trial {trial.number:>3} {state:<8} " + (f"AUC {score:.4f}" if score is not None else "AUC   -   ")
+    text = f"trial {trial.number:>3} {state:<8} " + (
+        f"{goal.short} {score:.4f}" if score is not None else f"{goal.short}   -   "
+    )
     text += f"  {params.get('backbone', ''):<24}" + (f" crop {params['crop_size']}" if "crop_size" in params else "")
     text += f"  {terminal.duration(float(attrs.get('seconds', 0.0)))}"
     if trial.state != TrialState.COMPLETE:
@@ -139,27 +219,50 @@ def trial_line(trial: FrozenTrial) -> str:
 
 
 def _print_end(
-    opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int, url: str | None, as_json: bool
+    opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int | None, url: str | None, as_json: bool
 ) -> None:
     summary = summarise(opened.study, opened.settings)
+    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
+    audit = audit_study(opened.study, opened.settings)
     if as_json:
-        terminal.print_json({**summary.to_json(), "wall_s": round(seconds, 1), "ended": end.why})
+        terminal.print_json(
+            {**summary.to_json(), **_judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
+        )
         return
     done = n_finished_of(opened.study)
     if end.n_finished == 0 and end.why == "done":
         terminal.say(f"study {opened.name} has its {done} finished trials already; a larger --trials adds more")
     elif end.why == "timeout":
         terminal.say(f"time is up: {done} of {n_trials} trials finished; the same command goes on")
+    elif end.why == "budget":
+        _print_spent(opened, done)
     elif end.why != "done":
         terminal.say(f"{done} of {n_trials} trials finished; other processes hold the rest")
     if summary.best is not None:
         options = command_options(opened.name, url)
         terminal.result(
-            f"best: trial {summary.best['number']}, validation AUC {summary.best['auc']:.4f} ({terminal.duration(seconds)})"
+            f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} ({terminal.duration(seconds)})"
         )
+        _print_judged(ranking, audit)
         terminal.say(
             f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission"
         )
+
+
+def _print_spent(opened: OpenStudy, done: int) -> None:
+    """The plan beside what happened."""
+    from pcam_automl.search.budget import budget_of, spent_s
+    from pcam_automl.search.lineages import lineages_of
+
+    steps = [views for views, _ in opened.settings.rungs]
+    lineages = lineages_of(opened.study.get_trials(deepcopy=False))
+    reached = [sum(step in lineage.values for lineage in lineages) for step in steps]
+    n_thawed = sum(len(lineage.rows) > 1 for lineage in lineages)
+    total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
+    terminal.say(
+        f"the search's part of the budget is over: {done} trials, {' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, {n_thawed} went on after a pause; "
+        f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
+    )
 
 
 def command_options(name: str | None, url: str | None) -> str:
@@ -173,13 +276,24 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study, settings = load_study_to_read(name, url, READ_ATTRS)
     summary = summarise(study, settings)
+    ranking = rank_study(study, settings, studies_folder(storage_url(url)) / name)
+    audit = audit_study(study, settings)
     if as_json:
-        terminal.print_json(summary.to_json())
+        terminal.print_json({**summary.to_json(), **_judged(ranking, audit)})
         return
-    _print_summary(summary)
+    _print_summary(summary, ranking, audit)
 
 
-def _print_summary(summary: Summary) -> None:
+def _judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:
+    return {"ranking": ranking.to_json(), "audit": audit.to_json()}
+
+
+def _print_judged(ranking: Ranking, audit: Audit) -> None:
+    for line in (*ranking_lines(ranking), *audit_warning(audit)):
+        terminal.result(line)
+
+
+def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
     for reason in sorted(set(summary.errors)):
@@ -189,8 +303,9 @@ def _print_summary(summary: Summary) -> None:
     else:
         best: dict[str, Any] = summary.best
         terminal.result(
-            f"best: trial {best['number']}, validation AUC {best['auc']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
+            f"best: trial {best['number']}, {summary.settings.goal.label} {best['value']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
         )
+        _print_judged(ranking, audit)
         recipe = best["recipe"] or {}
         varied = [name for name in recipe if name in best["params"] or name in ("pretrained", "views", "input_size")]
         terminal.table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import SearchEnd
+from pcam_automl.search.worker import Limits, SearchEnd
 from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
 
@@ -91,33 +91,75 @@ def run_many(
     url: str | None,
     asked: Asked,
     devices: Sequence[str],
+    limits: Limits,
     *,
-    n_trials: int,
-    timeout_s: float | None,
     stop: StopSignal,
+    finished: Callable[[], None] = lambda: None,
 ) -> SearchEnd:
-    """Run the workers under one bar for the study and one each."""
+    """Run the workers under one bar for the study and one each; ``finished`` is called after each trial."""
     # What is asked agrees with the study by now; a worker needs only where the data are.
-    task = WorkerTask(opened.name, url, Asked(data=opened.store.root), n_trials, timeout_s, len(devices))
+    task = WorkerTask(
+        opened.name,
+        url,
+        Asked(data=opened.store.root),
+        limits.n_trials,
+        limits.timeout_s,
+        len(devices),
+        limits.clock,
+        limits.quota_bytes,
+    )
     with terminal.Bars() as bars:
-        show = _WorkersShow(bars, opened, n_trials, devices)
+        show = _WorkersShow(bars, opened, limits, devices, finished)
         with stop.deferred():
             return run_workers(task, devices, stop=stop, heard=show.heard)
+
+
+class StudyBar:
+    """The bar of the whole study: of trials, or of a budget's seconds."""
+
+    def __init__(self, bars: terminal.Bars, limits: Limits, n_finished: int) -> None:
+        self.bars, self.clock = bars, limits.clock
+        if self.clock is None:
+            self.bar = bars.add("trials", limits.n_trials)
+        else:
+            self.bar = bars.add("search, seconds", round(self.clock.total_s - self.clock.reserve_s))
+        self.set(n_finished)
+
+    def set(self, n_finished: int) -> None:
+        """So many trials are finished."""
+        if self.clock is None:
+            self.bars.set(self.bar, done=n_finished)
+        else:
+            self.bars.set(self.bar, text=f"{n_finished} trials, search's seconds")
+            self.tick()
+
+    def tick(self) -> None:
+        """Time has passed."""
+        if self.clock is not None:
+            whole = self.clock.total_s - self.clock.reserve_s
+            self.bars.set(self.bar, total=round(whole), done=round(min(whole, whole - self.clock.left_s())))
 
 
 class _WorkersShow:
     """One line a finished trial, a bar for the study and one for each worker's running trial."""
 
-    def __init__(self, bars: terminal.Bars, opened: OpenStudy, n_trials: int, devices: Sequence[str]) -> None:
-        self.bars = bars
-        self.total = bars.add("trials", n_trials)
-        bars.set(self.total, done=n_finished_of(opened.study))
+    def __init__(
+        self,
+        bars: terminal.Bars,
+        opened: OpenStudy,
+        limits: Limits,
+        devices: Sequence[str],
+        finished: Callable[[], None],
+    ) -> None:
+        self.bars, self.finished, self.goal = bars, finished, opened.settings.goal
+        self.total = StudyBar(bars, limits, n_finished_of(opened.study))
         self.bar = [bars.add(f"worker {number} on {device} starting", None) for number, device in enumerate(devices)]
         self.name = [""] * len(devices)
 
     def heard(self, said: Heard) -> None:
         from pcam_automl.commands.search import finished_line
 
+        self.total.tick()
         worker, values = said.worker, said.values
         if said.kind == "begins":
             number, backbone, views = values
@@ -126,10 +168,11 @@ class _WorkersShow:
         elif said.kind == "views":
             self.bars.step(self.bar[worker], values[0])
         elif said.kind == "rung":
-            self.bars.set(self.bar[worker], text=f"{self.name[worker]} AUC {values[1]:.4f} views")
+            self.bars.set(self.bar[worker], text=f"{self.name[worker]} {self.goal.short} {values[1]:.4f} views")
         elif said.kind == "note":
             terminal.say(values[0])
         elif said.kind == "finished":
             trial, n_finished, best = values
-            self.bars.set(self.total, done=n_finished)
-            terminal.say(finished_line(trial, best))
+            self.total.set(n_finished)
+            self.finished()
+            terminal.say(finished_line(trial, best, self.goal))

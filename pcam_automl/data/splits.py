@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pcam_automl.config import SplitBy
+from pcam_automl.data.domain_folds import domain_folds
 from pcam_automl.data.store import VALID, PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.files import written_whole
@@ -43,6 +45,8 @@ class Split:
     """Whether slides were known at all."""
     notes: tuple[str, ...]
     """What the user should be told, one line each."""
+    domains: str = ""
+    """Hash of the estimated domains that it was made with; empty where it was made with the data's own, or none."""
 
     def train_order(self, fold: int) -> Ints:
         """Rows to train on when ``fold`` validates; the first k are the subsample of size k."""
@@ -58,7 +62,14 @@ class Split:
 
 
 def make_split(
-    store: PatchStore, *, seed: int = 0, n_folds: int = N_FOLDS, holdout: float = 0.0, holdout_name: str = "--holdout"
+    store: PatchStore,
+    *,
+    seed: int = 0,
+    n_folds: int = N_FOLDS,
+    holdout: float = 0.0,
+    holdout_name: str = "--holdout",
+    by: SplitBy = "slides",
+    domains: str = "",
 ) -> Split:
     """Stratified folds that share no slide and no identical patch; the same arguments give the same split.
 
@@ -74,9 +85,12 @@ def make_split(
         n_folds: 2 to 100.
         holdout: share of the (training) patches set aside first, in whole slides, 0 to 0.5 inclusive.
         holdout_name: what the user set it by, for the messages.
+        by: ``domains``: every fold is a domain, whatever ``n_folds`` and the official parts say (leave one domain out);
+            fold 0 is the smallest that has a tenth of the patches and both labels.
+        domains: hash of the store's domains where they were estimated.
 
     Raises:
-        DataError: one label only, fewer slides than folds, a fold or holdout that would lack a label, or an argument
+        DataError: one label only, fewer than two domains with both labels where folds are domains, fewer slides than folds, a fold or holdout that would lack a label, or an argument
             out of range.
     """
     _check_arguments(seed, n_folds, holdout, holdout_name)
@@ -90,7 +104,7 @@ def make_split(
         _check_labels(label, "the labelled patches")
     joined, notes = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
     fold = np.full(len(rows), UNUSED, np.int64)
-    official = np.asarray(store.part)[rows] == VALID
+    official = (np.asarray(store.part)[rows] == VALID) & (by == "slides")
     free = ~np.isin(joined, joined[official])
     if official.any():
         fold[official] = 0
@@ -114,13 +128,18 @@ def make_split(
     else:
         _check_labels(label[part], "the patches left for the folds")
     first = int(official.any())
-    fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed, both=not by_load)
+    if by == "domains":
+        fold[part], of_domains = domain_folds(
+            joined[part], domain[part], label[part], store.domain_names, both=not by_load
+        )
+    else:
+        fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed, both=not by_load)
     kept = fold >= 0
-    notes += _domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
+    notes += of_domains if by == "domains" else _domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
     all_folds = np.full(len(store.label), UNUSED, np.int8)
     all_folds[rows] = fold
     place = _nested_order(_code(fold[kept], label[kept]), domain[kept], slide[kept], np.random.default_rng([seed, 2]))
-    return _sealed(all_folds, rows[kept][place], seed, bool((slide >= 0).any()), tuple(notes))
+    return _sealed(all_folds, rows[kept][place], seed, bool((slide >= 0).any()), tuple(notes), domains)
 
 
 def write_split(split: Split, path: Path) -> None:
@@ -135,6 +154,7 @@ def write_split(split: Split, path: Path) -> None:
             grouped=np.array(split.grouped),
             notes=np.array(json.dumps(split.notes)),
             hash=np.array(split.hash),
+            domains=np.array(split.domains),
         )
 
 
@@ -151,23 +171,27 @@ def load_split(path: Path) -> Split:
             fold, order = stored["fold"], stored["order"]
             seed, grouped = int(stored["seed"]), bool(stored["grouped"])
             notes, expected = tuple(json.loads(str(stored["notes"]))), str(stored["hash"])
+            domains = str(stored["domains"]) if "domains" in stored else ""  # splits of earlier releases have none
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; the split is written when the study is created") from None
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as fault:
         raise DataError(f"{path} cannot be read as a split ({fault}); make the study anew") from None
-    split = _sealed(fold, order, seed, grouped, notes)
+    split = _sealed(fold, order, seed, grouped, notes, domains)
     if split.hash != expected or fold.dtype != np.int8 or order.dtype != np.int64:
         raise DataError(f"{path} is corrupt: its contents do not give its hash; make the study anew")
     return split
 
 
-def _sealed(fold: NDArray[np.int8], order: Ints, seed: int, grouped: bool, notes: tuple[str, ...]) -> Split:
+def _sealed(
+    fold: NDArray[np.int8], order: Ints, seed: int, grouped: bool, notes: tuple[str, ...], domains: str
+) -> Split:
     """The split with its hash, its arrays read-only."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, seed, grouped, notes, fold.shape, order.shape]).encode())
+    about = [_FORMAT, seed, grouped, notes, fold.shape, order.shape, *([domains] if domains else [])]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for values in (fold, order):
         digest.update(np.ascontiguousarray(values).tobytes())
         values.setflags(write=False)
-    return Split(fold, order, seed, digest.hexdigest(), grouped, notes)
+    return Split(fold, order, seed, digest.hexdigest(), grouped, notes, domains)
 
 
 def _check_arguments(seed: int, n_folds: int, holdout: float, holdout_name: str) -> None:

@@ -18,6 +18,7 @@ from pcam_automl.predict import compute_of
 from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import write_scores
+from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.dense import always_negative_accuracy
 from pcam_automl.training.start import without_excluded
@@ -38,7 +39,7 @@ def finish_maps(
     predictor = build_map_predictor(bundle, compute_of(bundle, device))
     holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
     test = store.test_rows()
-    pixel_auc, on, scores = float(trial.value or float("nan")), f"validation pixels of trial {trial.number}", None
+    pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
     maps: Path | None = None
     notes: list[str] = []

@@ -28,6 +28,7 @@ from pcam_automl.operating import Operating, operate
 from pcam_automl.predict import Judge, Predictor, build_predictor
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
+from pcam_automl.search.reading import auc_of as trial_auc
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import write_submission
 from pcam_automl.training.start import without_excluded
@@ -140,7 +141,7 @@ def _on_holdout(
     if not len(holdout):
         if decision.oof is not None and decision.oof_auc is not None:
             return {"auc": decision.oof_auc, "auc_on": decision.oof.on, "auc_95": decision.oof_auc_95}, None, ()
-        value = float(trial.value) if trial.value is not None else float("nan")
+        value = trial_auc(trial, end.opened.settings.goal)
         return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
     label, group = np.asarray(store.label)[holdout].astype(np.int64), np.asarray(store.group)[holdout].astype(np.int64)
     logits = end.logits(holdout, "holdout")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from pcam_automl.operating import Operating
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores, clusters_of_rows
 from pcam_automl.training.engine import RungResult
+
+if TYPE_CHECKING:  # it reads Optuna's trials, which reports of a training do without
+    from pcam_automl.search.ranking import Ranking
 
 
 class StudyTrials(Protocol):
@@ -111,6 +114,7 @@ class ReportContent:
         threshold: a probability of at least this is called tumour, in [0, 1].
         study: of a search.
         study_settings: what it remembers.
+        ranking: its best trials with their intervals.
         reproduce: shell commands, in order.
         strips: (caption, PNG file or (H, W, 3) uint8) of a dense training: original, truth, epochs.
         lr_curve: the schedule; else the rates at the ends of the epochs are drawn.
@@ -131,6 +135,7 @@ class ReportContent:
     threshold: float = 0.5
     study: StudyTrials | None = None
     study_settings: StudySettings | None = None
+    ranking: Ranking | None = None
     reproduce: tuple[str, ...] = ()
     strips: tuple[tuple[str, Path | NDArray[np.uint8]], ...] = ()
     lr_curve: RateCurve | None = None

@@ -16,8 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, left_out
+from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, Text, left_out
 from pcam_automl.report.content import ReportContent
+from pcam_automl.report.ranking_figures import fidelity_figure, ranking_blocks
 from pcam_automl.report.style import (
     BLUE,
     GREEN,
@@ -32,6 +33,8 @@ from pcam_automl.report.style import (
     picture,
     shortened,
 )
+from pcam_automl.search.audit import audit_study, rung_table
+from pcam_automl.search.lineages import lineages_of
 
 _MOST_LINES, _MOST_AXES, _MOST_BARS = 200, 8, 12
 _SHOWN_TRIALS = 10
@@ -48,6 +51,8 @@ def search_section(content: ReportContent) -> Section:
         return Section("search", title, (left_out(f"study {content.study.study_name} has no complete trial yet."),))
     importance, why_not = _importance(content)
     blocks: list[Block] = [_facts(trials, complete), history_figure(trials)]
+    blocks += ranking_blocks(content.ranking, {t.number: str(_field(t, "backbone") or "") for t in complete})
+    blocks += _fidelity(content, trials)
     blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
     cut = "tile_size" if content.dense else "crop_size"
     blocks += _varied(complete, importance, cut)
@@ -62,6 +67,21 @@ def _importance(content: ReportContent) -> tuple[dict[str, float], str]:
         return {}, "the study's settings were not given to this report"
     found = summarise(cast(optuna.Study, content.study), content.study_settings)
     return found.importances, found.importances_note or "no parameter has any"
+
+
+def _fidelity(content: ReportContent, trials: list[FrozenTrial]) -> Iterator[Block]:
+    """How far small rungs can be trusted, a warning where they cannot."""
+    if content.study_settings is None:
+        yield left_out("rungs against rungs: the study's settings were not given to this report.")
+        return
+    audit = audit_study(cast(optuna.Study, content.study), content.study_settings)
+    steps = [views for views, _ in content.study_settings.rungs]
+    drawn = fidelity_figure(audit, rung_table(lineages_of(trials), steps))
+    yield drawn if drawn is not None else left_out("rungs against rungs: no recipe was scored at two rungs.")
+    for rung in audit.misleading:
+        yield Text(
+            f"Warning: after {rung.step:,} views the scores mislead; {rung.why}. A larger first rung is advised."
+        )
 
 
 def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial]) -> Facts:

@@ -9,16 +9,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.files import folder_written_whole, write_json
+from pcam_automl.goals import Goal
+from pcam_automl.metrics import log_loss, worst_domain_auc
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores, write_scores
+from pcam_automl.search.budget import budget_of
 from pcam_automl.search.lineages import current_rows, lineage_of
 
 FOLDER = "confirmations"
@@ -97,6 +102,26 @@ def auc_of(confirmation: Confirmation) -> float:
     return float("nan") if confirmation.auc is None else confirmation.auc
 
 
+def value_of_goal(goal: Goal, domain: NDArray[np.integer]) -> ValueOf:
+    """The figure of a confirmation that the study's value is; NaN where the training diverged or has none.
+
+    Args:
+        goal: the study's objective.
+        domain: (N,) by store row.
+    """
+
+    def value_of(confirmation: Confirmation) -> float:
+        scores = confirmation.one_view
+        if scores is None or confirmation.auc is None:
+            return auc_of(confirmation)
+        if goal.name == "log_loss":
+            return log_loss(scores.label, scores.prob)
+        found = worst_domain_auc(scores.label, scores.prob, np.asarray(domain)[scores.rows])
+        return float("nan") if found is None else found
+
+    return auc_of if goal.name == "auc" else value_of
+
+
 def folder_of(study_folder: Path, lineage: str, fold: int) -> Path:
     """Where a confirmation lies: ``<study>/confirmations/<lineage>/fold<f>``."""
     return study_folder / FOLDER / lineage.replace(" ", "-") / f"fold{fold}"
@@ -134,14 +159,18 @@ def read_confirmation(folder: Path, store: PatchStore, key: str | None = None) -
 
 
 def top_candidates(study: optuna.Study, k: int) -> list[Candidate]:
-    """The ``k`` best complete lineages by the study's value and direction, the best first; earlier ones of equals."""
+    """The ``k`` best complete lineages by the study's value and direction, the best first; earlier ones of equals.
+
+    Of a study whose budget ended before any trial was complete, the lineages that came furthest.
+    """
     sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
-    rows = [
-        row
-        for row in current_rows(study.get_trials(deepcopy=False))
-        if row.state == TrialState.COMPLETE and row.value is not None and "recipe" in row.user_attrs
-    ]
-    rows.sort(key=lambda row: (-sign * float(row.value or 0.0), row.number))
+    trials = study.get_trials(deepcopy=False)
+    rows = [row for row in current_rows(trials) if row.value is not None and "recipe" in row.user_attrs]
+    complete = [row for row in rows if row.state == TrialState.COMPLETE]
+    if not complete and budget_of(study) is not None:
+        furthest = max((len(row.intermediate_values) for row in rows), default=0)
+        complete = [row for row in rows if 0 < len(row.intermediate_values) == furthest]
+    rows = sorted(complete, key=lambda row: (-sign * float(row.value or 0.0), row.number))
     return [Candidate(lineage_of(row), row) for row in rows[:k]]
 
 

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import optuna
 
-from pcam_automl.config import StudySettings, check_study_name, find_data, storage_url, studies_folder
-from pcam_automl.configs_folder import find_config
+from pcam_automl.clock import process_age_s
+from pcam_automl.config import (
+    Enqueued,
+    SplitBy,
+    StudySettings,
+    check_study_name,
+    find_data,
+    storage_url,
+    studies_folder,
+)
+from pcam_automl.configs_folder import find_config, list_configs
+from pcam_automl.data.domains import Domains, estimate_domains, knows_domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, RecipeError, first_few
+from pcam_automl.errors import DataError, InputError, RecipeError, did_you_mean, first_few
 from pcam_automl.files import write_json
+from pcam_automl.goals import AUC, Goal, goal_of
+from pcam_automl.metrics import LEAST_OF_A_LABEL
 from pcam_automl.models.factory import backbone_fault, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
+from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
+from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
+from pcam_automl.search.start import start_list
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
-from pcam_automl.search.storage_url import normalised_url, sqlite_path
+from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
 from pcam_automl.search.study import (
     DEFAULT_SPACE,
+    DOMAINS,
+    ESTIMATE,
     VALIDATION_FOLD,
     Asked,
     OpenStudy,
     Say,
+    as_searched,
     check_pins,
     open_study,
     start_recipe,
 )
+from pcam_automl.search.warm_start import check_holdout, open_source_study, warm_entries, weights_warning
 from pcam_automl.training.compute import choose_device, use_device
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import absent_ids, check_task, choose_rows
@@ -67,22 +86,26 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     folder = studies_folder(url) / name
-    settings, split = _decide(name, asked, folder, say, pack_call)
+    settings, split, domains = _decide(name, url, asked, folder, say, pack_call)
     try:
-        study = optuna.create_study(study_name=name, storage=storage, direction="maximize")
+        study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
     Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
     with quiet_experimental():
-        study.set_metric_names(["validation ROC AUC"])
+        study.set_metric_names([settings.goal.metric])
     write_split(split, folder / "split.npz")
+    if domains is not None:
+        write_domains(domains, folder / DOMAINS)
     write_json(folder / "settings.json", settings.model_dump(mode="json"))
     study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
     return open_study(name, url, say=say, pack_call=pack_call)
 
 
-def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> tuple[StudySettings, Split]:
+def _decide(
+    name: str, url: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
+) -> tuple[StudySettings, Split, Domains | None]:
     """Everything a new study remembers."""
     device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
     pins = dict(asked.pins or {})
@@ -97,7 +120,11 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         path, folder.parent / "packs", groups=asked.groups, domains=asked.domains, say=say, call=pack_call
     )
     seed = asked.seed if asked.seed is not None else 0
-    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0)
+    goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
+    domains = study_domains(store, asked, goal, split_by, seed=seed, say=say)
+    store = store if domains is None else with_domains(store, domains)
+    domains_hash = None if domains is None else domains.hash
+    split = make_split(store, seed=seed, holdout=asked.holdout or 0.0, by=split_by, domains=domains_hash or "")
     for note in split.notes:
         say(note)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
@@ -112,6 +139,7 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
     folds = split.train_order(VALIDATION_FOLD), split.score_rows(VALIDATION_FOLD)
     rows = choose_rows(store, common, *folds)
     n_train, n_valid = len(rows.train), len(rows.score)
+    budget = None if asked.budget_s is None else plan_budget(asked.budget_s, used_s=process_age_s())
     plan = make_plan(
         space,
         start,
@@ -119,12 +147,17 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
         n_valid=n_valid,
         device=device,
         views=asked.views,
-        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic),
+        trial_s=None if budget is None else budget.trial_s,
+        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True),
         progress=say,
     )
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    if goal.name == "worst_domain_auc":
+        check_domains(store, rows.score[: plan.n_score], common)
+    asked_for = asked_entries(asked, url, space, store, split, say)
+    first = start_list(space, start, asked_for, shipped_recipes(), plan, name=asked.recipe or DEFAULT_RECIPE)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
     settings = StudySettings(
@@ -153,10 +186,19 @@ def _decide(name: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall
             "recipe_name": asked.recipe or DEFAULT_RECIPE,
             "n_train": n_train,
             "n_valid": n_valid,
+            "trial_s": None if budget is None else budget.trial_s,
+            "budget": None if budget is None else asdict(budget),
         },
         versions=versions(),
+        objective=goal.name,
+        split_by=split_by,
+        domains_hash=domains_hash,
+        enqueued=first.entries,
+        warm_start=None if asked.warm_start is None else safe_url(asked.warm_start),
+        prior=None if asked.prior in (None, NONE) else asked.prior,
+        command=asked.command,
     )
-    return settings, split
+    return settings, split, domains
 
 
 def _full(path: Path | None) -> str | None:
@@ -166,6 +208,43 @@ def _full(path: Path | None) -> str | None:
 def _load_asked_space(asked: Asked) -> SearchSpace:
     """The space that is asked for, with ``--set`` applied and every backbone's name looked up in timm."""
     return load_space(asked.space or default_space(asked), pins=asked.pins, backbone_fault=backbone_fault)
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """Every shipped recipe by name, as a search starts from it: with the weights that its file names."""
+    return {name: as_searched(load_recipe(find_config("recipes", name))) for name in list_configs("recipes")}
+
+
+def asked_entries(
+    asked: Asked, url: str, space: SearchSpace, store: PatchStore, split: Split, say: Say
+) -> list[Enqueued]:
+    """What ``--warm-start`` and ``--prior`` give the first trials, the warm start first.
+
+    Raises:
+        StudyError, RecipeError: no such study or prior, or nothing in it fits the space.
+        DataError: they were searched on this study's holdout.
+    """
+    entries: list[Enqueued] = []
+    here = bool(space.base["pretrained"])
+    if asked.warm_start is not None:
+        source = open_source_study(asked.warm_start, url)
+        notes = [
+            check_holdout(store, split, source),
+            weights_warning(source.shown, pretrained=source.settings.weights != "none", here=here),
+        ]
+        entries += warm_entries(source, space)
+        for note in filter(None, notes):
+            say(note)
+    if asked.prior not in (None, NONE):
+        prior = load_prior(asked.prior)
+        notes = [
+            check_prior_holdout(prior, asked.prior, store, split),
+            weights_warning(asked.prior, pretrained=prior.weights != "none", here=here),
+        ]
+        entries += prior_entries(prior, asked.prior, space)
+        for note in filter(None, notes):
+            say(note)
+    return entries
 
 
 def default_space(asked: Asked) -> str:
@@ -235,6 +314,65 @@ def check_masks(recipe: Recipe, store: PatchStore, split: Split) -> None:
             raise DataError(f"the masks of the {what}'s {len(rows)} images hold {held}; {remedy}, or add images")
 
 
+def split_of(name: str | None) -> SplitBy:
+    """``--split``, slides by default.
+
+    Raises:
+        InputError: an unknown one.
+    """
+    found = next((known for known in get_args(SplitBy) if known == (name or "slides")), None)
+    if found is None:
+        known = get_args(SplitBy)
+        raise InputError(f"--split must be one of {', '.join(known)}, got {name!r}{did_you_mean(str(name), known)}")
+    return cast(SplitBy, found)
+
+
+def study_domains(
+    store: PatchStore, asked: Asked, goal: Goal, split_by: SplitBy, *, seed: int, say: Say
+) -> Domains | None:
+    """Domains estimated for the study where they are asked for, or needed and not known; None where the data's own hold."""
+    needs = [f"--objective {goal.name}"] if goal.name == "worst_domain_auc" else []
+    needs += ["--split domains"] if split_by == "domains" else []
+    if not asked.estimate_domains and (not needs or knows_domains(store)):
+        return None
+    if not asked.estimate_domains:
+        say(f"{' and '.join(needs)} needs domains, the data name none (--domains CSV would): they are estimated")
+    domains = estimate_domains(store, seed=seed)
+    say(domains.line())
+    return domains
+
+
+def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> None:
+    """Whether a worst domain can be told: two domains at least, each with enough patches of either label.
+
+    Args:
+        store: its domains.
+        rows: those that each rung is scored on.
+        recipe: of a dense task pixels are counted, by the masks.
+
+    Raises:
+        DataError: names what each domain holds.
+    """
+    domain = np.asarray(store.domain)[rows]
+    n_positive, n_all = np.asarray(store.label)[rows].clip(min=0).astype(np.int64), np.ones(len(rows), np.int64)
+    what = "patches"
+    if recipe.task == "dense" and store.masks is not None:
+        n_positive = np.array([int(np.count_nonzero(store.masks[row])) for row in rows.tolist()])
+        n_all, what = n_all * int(np.prod(store.masks.shape[1:])), "pixels"
+    counts = {
+        store.domain_names[code]: (int(n_positive[own].sum()), int((n_all - n_positive)[own].sum()))
+        for code in np.unique(domain[domain >= 0]).tolist()
+        if (own := domain == code).any()
+    }
+    if sum(min(n) >= LEAST_OF_A_LABEL for n in counts.values()) < 2:
+        held = ", ".join(f"{name} {positive} and {negative}" for name, (positive, negative) in counts.items())
+        raise DataError(
+            f"--objective worst_domain_auc needs at least 2 domains with {LEAST_OF_A_LABEL} {what} of either label among the "
+            f"{len(rows)} that a rung is scored on, got (positive and negative) {held or 'no domain'}; give --domains CSV with "
+            "more domains, more slides of the rare one, another --seed, or --objective auc"
+        )
+
+
 def without_stage_fields(space: SearchSpace, common: Recipe, asked: Asked, say: Say) -> SearchSpace:
     """A recipe with stages has its rates in them: what the space varies of them would have no effect.
 
@@ -268,11 +406,21 @@ def check_options(asked: Asked) -> None:
     choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
+    goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
+    if goal.name == "worst_domain_auc" and split_by == "domains":
+        raise InputError(
+            "--objective worst_domain_auc compares domains, but with --split domains the validation fold is a single one; "
+            "take --objective auc, which is then the AUC of a domain that training has not seen"
+        )
+    if asked.estimate_domains and asked.domains is not None:
+        raise InputError(f"--domains {asked.domains} and --domains {ESTIMATE} exclude each other; keep one")
     if asked.holdout is not None and not 0.0 <= asked.holdout <= LARGEST_HOLDOUT:
         raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.prior not in (None, NONE):
+        load_prior(asked.prior)
     if asked.deterministic and asked.views is None and not {"views", "epochs"} & set(asked.pins or {}):
         raise RecipeError(
             "--deterministic needs --views (or --set epochs): by default the measured speed decides how much a trial trains"

@@ -15,19 +15,25 @@ from optuna.trial import Trial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import Interrupted, TrainingDiverged
+from pcam_automl.errors import DataError, Interrupted, OutOfTime, TrainingDiverged
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import write_scores
+from pcam_automl.search.budget import BudgetClock
+from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
+from pcam_automl.search.promotion import rung_ratio
+from pcam_automl.search.reading import FIGURES
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
-from pcam_automl.training.compute import Compute, device_name
+from pcam_automl.training.checkpoint import CheckpointWriter
+from pcam_automl.training.compute import Compute, cpu_name, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit, total_views
+from pcam_automl.training.latency import latency_ms
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
@@ -51,9 +57,14 @@ class Objective:
         opened: the study and its data.
         device: where to train.
         slot: the claimed slot, set by the worker before each trial.
+        origin: where the slot's prescribed parameters come from; None where the sampler chooses them all.
         stop: called at every step; raises :class:`Interrupted`.
         interrupted: the interruption that ended the last trial, for the worker.
         begun: called once the trial's number and lineage are known.
+        clock: of a budget, None without one.
+        thawed_from: the paused row that the next trial goes on from, set by the worker.
+        goes_on: whether the last trial, which failed, left a lineage to go on with.
+        writer: of the checkpoints; the worker flushes it.
     """
 
     opened: OpenStudy
@@ -62,25 +73,30 @@ class Objective:
     watch: Watch = field(default_factory=Watch)
     begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
+    origin: str | None = None
     interrupted: Interrupted | None = None
+    clock: BudgetClock | None = None
+    thawed_from: int | None = None
+    goes_on: bool = False
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     def __post_init__(self) -> None:
         self._patches: Patches = open_patches(self.opened.store, self.device)
         dense = self.opened.start.task == "dense" or self.opened.space.base.get("task") == "dense"
         self._masks = open_masks(self.opened.store, self.device) if dense else None
-        self._speed: SpeedBook = self.opened.speed_book
+        self._speed: SpeedBook = self.opened.quick_speed_book
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
 
     def __call__(self, trial: Trial) -> float:
-        """Train, report every rung at its planned views, return the last AUC.
+        """Train, report every rung at its planned views, return the last value of the study's objective.
 
         Raises:
             optuna.TrialPruned: the pruner said so, or the training diverged.
         """
         assert self.slot is not None
-        self.interrupted = None
+        self.interrupted, self.goes_on = None, False
         lineage = self.slot.lineage or f"{trial.number}"
         self.begun(self.slot, trial.number, lineage)
         began = time.perf_counter()
@@ -91,6 +107,8 @@ class Objective:
             split_hash=self.opened.split.hash,
             device=device_name(self.device),
             versions=versions(),
+            **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
+            **({} if self.origin is None else {"origin": self.origin}),
         )
         reason = "complete"
         try:
@@ -101,8 +119,14 @@ class Objective:
         except TrainingDiverged as fault:
             reason = f"diverged: {fault}"
             raise optuna.TrialPruned(reason) from fault
+        except OutOfTime as fault:
+            if (n_rungs := len(trial.storage.get_trial(trial._trial_id).intermediate_values)) == 0:
+                reason, self.goes_on = f"interrupted: {fault}", True
+                raise
+            reason = f"paused at rung {n_rungs} of {len(self.opened.rungs)}: {fault}"
+            raise optuna.TrialPruned(reason) from fault
         except Interrupted as fault:
-            reason, self.interrupted = "interrupted", fault
+            reason, self.interrupted, self.goes_on = "interrupted", fault, True
             raise
         except Exception as fault:
             reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
@@ -114,39 +138,72 @@ class Objective:
 
     def _train(self, trial: Trial, lineage: str) -> float:
         recipe, compute, rungs = self._settle(trial, lineage)
-        training, rows = self._build(recipe, compute)
-        trial.set_user_attr("n_parameters", n_parameters(training.network))
+        training, rows = self.build(recipe, compute)
+        forward_ms = latency_ms(training.network, recipe.network_px, compute)
+        set_user_attrs(trial, n_parameters=n_parameters(training.network), latency_ms=round(forward_ms, 3))
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
-        folder = self.opened.folder / "checkpoints" / lineage
+        self.writer.flush()  # the lineage may be one that was just paused
         planned = self.opened.rungs
         for result in fit(
             training,
             rows.train,
             rungs,
-            checkpoints=folder,
+            checkpoints=self.opened.checkpoints / lineage,
+            writer=self.writer,
             note=self.watch.note,
-            stop=self.stop,
+            stop=self._check,
             progress=self.watch.views,
         ):
-            assert result.auc is not None
-            trial.report(result.auc, step=planned[result.rung].views)
+            trial.report(self._value(result), step=planned[result.rung].views)
             set_user_attrs(
                 trial,
                 rungs=[asdict(done) for done in training.results],
+                **{FIGURES: figures_of(best_result(training.results, recipe))},
                 images_per_s=round(result.images_per_s, 1),
                 micro_batch=training.micro_batch,
+                micro_batches=training.micro_batches,
             )
             self.watch.rung(trial.number, result)
-            if result.rung < len(rungs) - 1 and trial.should_prune():
-                raise optuna.TrialPruned(f"pruned at rung {result.rung + 1} of {len(rungs)}")
+            self._judge(trial, training, rungs, result)
         self._speed.note_micro_batch(recipe, self.device, training.micro_batch)
         if training.scores is not None:
             write_scores(
                 self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids
             )
-        kept = best_result(training.results, recipe)
-        assert kept.auc is not None
-        return kept.auc
+        return self._value(best_result(training.results, recipe))
+
+    def _value(self, result: RungResult) -> float:
+        """The objective's.
+
+        Raises:
+            DataError: it has none, which no study may come to whose creation was checked.
+        """
+        value = self.opened.settings.goal.value_of(result)
+        if value is None:
+            raise DataError(f"objective {self.opened.settings.objective} has no value on the scored patches")
+        return value
+
+    def _check(self) -> None:
+        self.stop()
+        if self.clock is not None:
+            self.clock.check()
+
+    def _judge(self, trial: Trial, training: Training, rungs: tuple[Rung, ...], result: RungResult) -> None:
+        """Whether the trial goes on behind a rung.
+
+        Raises:
+            optuna.TrialPruned: it is not among the best, or its next rung would not end in time.
+        """
+        if result.rung == len(rungs) - 1 or result.rung < training.n_resumed - (self.thawed_from is None):
+            return  # done; or judged before: a thawed lineage's last rung, too, which is why it was thawed
+        where = f"at rung {result.rung + 1} of {len(rungs)}"
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"pruned {where}")
+        assert self.slot is not None
+        if self.clock is not None and self.slot.number > 0:  # the first one runs through: a search needs a winner
+            next_s = result.seconds * rung_ratio([rung.views for rung in rungs], result.rung, _decay(training.recipe))
+            if next_s > self.clock.left_s():
+                raise optuna.TrialPruned(f"paused {where}: the next one would not end in the search's time")
 
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""
@@ -168,6 +225,9 @@ class Objective:
             recipe=recipe.model_dump_json(),
             compute=compute.to_json(),
             views_share=round(rungs[-1].views / opened.rungs[-1].views, 4),
+            rung_plan=[(rung.views, rung.subset) for rung in rungs],
+            threads=torch.get_num_threads(),
+            cpu=cpu_name(),
         )
         return recipe, compute, rungs
 
@@ -189,7 +249,8 @@ class Objective:
                 return attrs
         return None
 
-    def _build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
+    def build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
+        """The recipe's training at its start on the study's validation fold, and its rows; a replay starts here, too."""
         rows = choose_rows(self.opened.store, recipe, self._train_rows, self._score_rows)
         training = start_training(
             recipe,
@@ -210,3 +271,14 @@ class Objective:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _decay(recipe: Recipe) -> float:
+    """Share of a rung's views in the decay branch."""
+    return recipe.decay if recipe.schedule == "wsd" else 0.0
+
+
+def figures_of(result: RungResult) -> dict[str, float]:
+    """Every objective's value at a rung, those that it has."""
+    figures = {"auc": result.auc, "worst_domain_auc": result.worst_domain_auc, "log_loss": result.loss}
+    return {name: value for name, value in figures.items() if value is not None}

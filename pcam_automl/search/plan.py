@@ -22,7 +22,8 @@ from pcam_automl.training.speed import SpeedBook
 ETA = 3
 N_RUNGS = 3
 TYPICAL_TRIAL_S = 30.0
-"""A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views."""
+"""A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views. A
+budget sets both by itself (budget.py)."""
 CAP_S = 60.0
 SLOWEST_SHARE = 0.2
 """A backbone that could see less than this share of the planned views within CAP_S is left out of the search."""
@@ -100,6 +101,7 @@ def make_plan(
     device: torch.device,
     speed: SpeedBook,
     views: int | None = None,
+    trial_s: float | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Set the rungs by the speeds of the space's backbones.
@@ -116,6 +118,8 @@ def make_plan(
         speed: remembered measurements.
         views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
             space, lifts the limit on a trial's seconds.
+        trial_s: seconds of a whole trial of the median backbone; by default ``TYPICAL_TRIAL_S``. No trial takes more
+            than twice as many.
         progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
@@ -123,13 +127,13 @@ def make_plan(
     planned_px = planned_side(fields, space)
     recipes, dropped = _recipes_that_run(fields, space, planned_px)
     rates, estimated = _speeds(recipes, default.backbone, device, speed, progress)
-    typical = statistics.median(rates.values())
-    whole = asked or max(LEAST_VIEWS, min(int(TYPICAL_TRIAL_S * typical), MOST_EPOCHS * n_train))
+    typical, typical_s = statistics.median(rates.values()), trial_s or TYPICAL_TRIAL_S
+    whole = asked or max(LEAST_VIEWS, min(int(typical_s * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
-    affordable = limit if speed.deterministic else int(SCORE_SHARE * TYPICAL_TRIAL_S * typical * EVAL_SPEEDUP)
+    affordable = limit if speed.deterministic else int(SCORE_SHARE * typical_s * typical * EVAL_SPEEDUP)
     n_score = min(n_valid, limit, max(500, affordable))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
-    cap_s = CAP_S if asked is None else None
+    cap_s = (CAP_S if trial_s is None else 2.0 * trial_s) if asked is None else None
     if cap_s is not None:
         for name, rate in rates.items():
             seconds = trial_seconds(default, rungs, n_score, rate)

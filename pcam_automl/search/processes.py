@@ -18,9 +18,12 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import errors
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
+from pcam_automl.goals import Goal
 from pcam_automl.interrupt import StopSignal, stop_signal
+from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.objective import Objective, Watch
-from pcam_automl.search.reading import FINISHED, best_of
+from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
+from pcam_automl.search.reading import best_of, n_finished_in
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.search.worker import SearchEnd, run_worker
 from pcam_automl.training.compute import use_device
@@ -36,7 +39,7 @@ class Heard:
 
     Attributes:
         worker: its number, from 0.
-        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, AUC), ``note`` (text),
+        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, objective), ``note`` (text),
             ``finished`` (trial, number of finished trials, best trial or None), ``ended`` (:class:`SearchEnd`), ``fault`` (name of the error, text).
         values: as above.
     """
@@ -56,6 +59,8 @@ class WorkerTask:
     n_trials: int
     timeout_s: float | None
     n_workers: int
+    clock: BudgetClock | None = None
+    quota_bytes: int = DEFAULT_QUOTA_BYTES
 
 
 def run_workers(
@@ -133,7 +138,7 @@ def _listen(
     if not ends:
         raise SearchFailed("every worker was killed; finished trials are stored, the same command goes on")
     whys = {end.why for end in ends.values()}
-    why = next(why for why in ("done", "timeout", "claimed elsewhere") if why in whys)
+    why = next(why for why in ("done", "timeout", "budget", "claimed elsewhere") if why in whys)
     return SearchEnd(sum(end.n_finished for end in ends.values()), why)
 
 
@@ -163,13 +168,22 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
         try:
             opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
-            objective = Objective(opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell))
+            objective = Objective(
+                opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal)
+            )
 
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
-                tell("finished", trial, sum(t.state in FINISHED for t in trials), best_of(trials))
+                tell("finished", trial, n_finished_in(trials), best_of(trials, opened.settings.goal))
 
             with stop.deferred():
-                end = run_worker(objective, n_trials=task.n_trials, timeout_s=task.timeout_s, finished=finished)
+                end = run_worker(
+                    objective,
+                    n_trials=task.n_trials,
+                    timeout_s=task.timeout_s,
+                    clock=task.clock,
+                    quota_bytes=task.quota_bytes,
+                    finished=finished,
+                )
             tell("ended", end)
         except Interrupted as fault:
             code = fault.exit_code
@@ -190,7 +204,7 @@ def _check(stop: StopSignal, parent: int) -> None:
     stop.check()
 
 
-def _watch(tell: Callable[..., None]) -> Watch:
+def _watch(tell: Callable[..., None], goal: Goal) -> Watch:
     waiting, told = [0], [0.0]
 
     def views(n: int) -> None:
@@ -202,6 +216,6 @@ def _watch(tell: Callable[..., None]) -> Watch:
     return Watch(
         begins=lambda number, recipe, views: tell("begins", number, recipe.backbone, views),
         views=views,
-        rung=lambda number, result: tell("rung", number, result.auc),
+        rung=lambda number, result: tell("rung", number, goal.value_of(result)),
         note=lambda text: tell("note", text),
     )

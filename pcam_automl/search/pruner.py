@@ -12,14 +12,15 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
+from pcam_automl.search.lineages import lineage_of
 
 PrunerName = Literal["asha", "hyperband", "median", "none"]
-LINEAGE = "lineage"
-"""The trial's user attribute that names its lineage: retries of one recipe share it."""
 
 
 class SuccessiveHalving(BasePruner):
-    """Asynchronous successive halving with one bracket (ASHA, Li et al. 2020, arXiv:1810.05934), without promotion.
+    """Asynchronous successive halving with one bracket (ASHA, Li et al. 2020, arXiv:1810.05934).
+
+    Promotion of what stopped here earlier is in promotion.py; it takes the time of a budget.
 
     At the step it reported last, a trial goes on if its value is among the best ``max(1, floor(n / eta))`` of the
     ``n`` values reported there, one a lineage. Trials that run, were pruned, failed or finished all count; NaN is
@@ -30,13 +31,15 @@ class SuccessiveHalving(BasePruner):
     Args:
         rungs: the steps at which trials report, ascending, at least one.
         eta: one in ``eta`` goes on, at least 2.
+        pauses: a pruned trial may be promoted later. Then a trial that has fewer than ``eta`` values beside it waits,
+            the study's first lineage excepted: without promotion it would be lost, so that it goes on.
     """
 
-    def __init__(self, rungs: Sequence[int], eta: int = 3) -> None:
+    def __init__(self, rungs: Sequence[int], eta: int = 3, *, pauses: bool = False) -> None:
         self.rungs = _checked_rungs(rungs)
         if eta < 2:
             raise ValueError(f"eta must be at least 2, got {eta}")
-        self.eta = eta
+        self.eta, self.pauses = eta, pauses
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial ends here; see the class."""
@@ -48,7 +51,7 @@ class SuccessiveHalving(BasePruner):
         others = values_at(step, study.get_trials(deepcopy=False), trial)
         scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)
         if len(scores) < self.eta:
-            return False
+            return self.pauses and trial.user_attrs.get("slot") != 0
         n_kept = max(1, len(scores) // self.eta)
         return own == -math.inf or own < scores[n_kept - 1]
 
@@ -56,19 +59,14 @@ class SuccessiveHalving(BasePruner):
 def values_at(step: int, trials: Sequence[FrozenTrial], own: FrozenTrial) -> list[float]:
     """The values that other lineages than ``own``'s reported at ``step``; of each lineage its latest trial's."""
     latest: dict[str, tuple[int, float]] = {}
-    mine = _lineage(own)
+    mine = lineage_of(own)
     for trial in trials:
         value = trial.intermediate_values.get(step)
-        if value is None or (lineage := _lineage(trial)) == mine:
+        if value is None or (lineage := lineage_of(trial)) == mine:
             continue
         if lineage not in latest or latest[lineage] < (trial.number, value):
             latest[lineage] = trial.number, value
     return [value for _, value in latest.values()]
-
-
-def _lineage(trial: FrozenTrial) -> str:
-    lineage = trial.user_attrs.get(LINEAGE)
-    return f"trial {trial.number}" if lineage is None else str(lineage)
 
 
 def _score(value: float, sign: float) -> float:
@@ -97,17 +95,17 @@ class _FinishingMedian(MedianPruner):
         return (trial.last_step or 0) < self._last_rung and bool(super().prune(study, trial))
 
 
-def build_pruner(name: str, *, rungs: Sequence[int]) -> BasePruner:
+def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False) -> BasePruner:
     """The pruner of that name for trials that report at ``rungs`` (ascending steps, the last one the whole budget).
 
-    ``hyperband`` spends at least 40 trials on start-up and is for studies far beyond 50.
+    ``pauses`` is for asha, see :class:`SuccessiveHalving`. ``hyperband`` spends at least 40 trials on start-up and is for studies far beyond 50.
 
     Raises:
         RecipeError: an unknown name.
     """
     steps = _checked_rungs(rungs)
     if name == "asha":
-        return SuccessiveHalving(steps)
+        return SuccessiveHalving(steps, pauses=pauses)
     if name == "hyperband":
         return _FinishingHyperband(steps)
     if name == "median":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -12,11 +12,14 @@ from pydantic import ValidationError
 
 from pcam_automl.config import StudySettings, check_study_name, storage_url
 from pcam_automl.errors import StudyError, did_you_mean, first_few
+from pcam_automl.goals import Goal
+from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.sqlite_reader import read_study
 from pcam_automl.search.storage_url import plain_sqlite_path, safe_url
 
 SETTINGS_KEY = "pcam_automl"
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FIGURES = "figures"
+"""The user attribute of a trial that holds every objective's value at its last rung: {"auc": 0.98, "log_loss": 0.2}."""
 _WAIT_FOR_CREATOR_S = 60.0
 
 
@@ -73,10 +76,17 @@ def _settings_of(study: optuna.Study) -> StudySettings:
         ) from None
 
 
-def best_of(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The complete trial with the highest value, the earliest of equals."""
+def best_of(trials: list[FrozenTrial], goal: Goal) -> FrozenTrial | None:
+    """The complete trial with the best value, the earliest of equals."""
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    return max(complete, key=lambda t: (t.value, -t.number), default=None)
+    return max(complete, key=lambda t: (goal.sign * float(t.value or 0.0), -t.number), default=None)
+
+
+def auc_of(trial: FrozenTrial, goal: Goal) -> float:
+    """The trial's validation AUC, whatever the study optimises; NaN where nothing was scored."""
+    if goal.name == "auc":
+        return float("nan") if trial.value is None else float(trial.value)
+    return float(trial.user_attrs.get(FIGURES, {}).get("auc", "nan"))
 
 
 def errors_of(trials: list[FrozenTrial]) -> list[str]:
@@ -89,5 +99,10 @@ def errors_of(trials: list[FrozenTrial]) -> list[str]:
 
 
 def n_finished_of(study: optuna.Study) -> int:
-    """Complete and pruned trials of the study."""
-    return len(study.get_trials(deepcopy=False, states=FINISHED))
+    """Lineages of the study with a complete or pruned row: a thawed one counts once."""
+    return n_finished_in(study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def n_finished_in(trials: Iterable[FrozenTrial]) -> int:
+    """Of these trials, the lineages with a complete or pruned row."""
+    return len({lineage_of(trial) for trial in trials if trial.state in FINISHED})

@@ -21,7 +21,8 @@ import sqlalchemy as sa
 from pcam_automl.errors import StudyError
 from pcam_automl.search.storage import retry_transient
 
-State = Literal["claimed", "done", "open"]
+State = Literal["claimed", "done", "open", "thawing"]
+"""``thawing`` is the moment between the claim of a paused lineage's slot and the row that goes on with it."""
 
 _METADATA = sa.MetaData()
 _TABLE = sa.Table(
@@ -123,7 +124,8 @@ class Slots:
     def claim(self, n_total: int, owner: str) -> Slot | None:
         """A slot for the caller, or None when ``n_total`` slots are claimed or done.
 
-        Open slots come first, lowest number first, with the lineage to be continued where they have one.
+        Open slots come first, lowest number first, with the lineage to be continued where they have one. A thawing slot
+        counts as claimed.
         """
         while True:
             # One statement, for one moment of the table. The done slots below the total, thousands, decide nothing.
@@ -147,10 +149,25 @@ class Slots:
             if found is not None and found.owner == owner:
                 return found
 
+    def thaw(self, lineage: str, owner: str) -> Slot | None:
+        """The slot of a paused lineage, for the caller to go on with; None if it is not done, or another was quicker."""
+        slot = next(iter(self._select(_C.lineage == lineage, _C.state == "done")), None)
+        if slot is None:
+            return None
+        values = {"state": "thawing", "owner": owner, "attempts": _C.attempts + 1}
+        if not self._update(slot.number, values, _C.state == "done", _C.attempts == slot.attempts):
+            return None
+        return self._read(slot.number)
+
+    def leave_paused(self, slot: Slot) -> bool:
+        """Give back a thawing slot whose row never began: its lineage is paused as before."""
+        return self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot, "thawing"))
+
     def started(self, slot: Slot, trial_number: int, lineage: str) -> bool:
         """Note which trial and lineage fill the caller's slot; False if the slot is no longer the caller's."""
         self._trial_of[slot.number] = trial_number
-        return self._update(slot.number, {"trial_number": trial_number, "lineage": lineage}, *_held_by(slot))
+        values = {"trial_number": trial_number, "lineage": lineage, "state": "claimed"}
+        return self._update(slot.number, values, *_held_by(slot, "claimed", "thawing"))
 
     def finish(self, slot: Slot) -> bool:
         """The slot's lineage is complete or pruned. False if the slot is no longer the caller's."""
@@ -171,9 +188,18 @@ class Slots:
         return self._update(slot.number, values, *_held_by(slot))
 
     def reap(self, is_alive: Callable[[str], bool | None] = owner_alive) -> list[Slot]:
-        """Reopen, with their lineage, the claims whose owner is certainly dead; those slots as they were before."""
+        """Reopen, with their lineage, the claims whose owner is certainly dead; those slots as they were before.
+
+        A thaw that had not begun is undone.
+        """
         dead = [s for s in self.claimed() if s.owner and is_alive(s.owner) is False]
-        return [slot for slot in dead if self.reopen(slot, keep_lineage=True)]
+        given_back = []
+        for slot in dead:
+            if slot.state == "thawing":
+                self.leave_paused(slot)
+            elif self.reopen(slot, keep_lineage=True):
+                given_back.append(slot)
+        return given_back
 
     def adopt(self, done_trial_numbers: Iterable[int]) -> int:
         """Reconcile with trials that finished without their slot being told: made elsewhere, or killed just after.
@@ -203,7 +229,8 @@ class Slots:
             done = slot.state == "done"
             if not done:
                 values = {"state": "done", "owner": None}
-                done = self._update(slot.number, values, _C.state != "done", _C.trial_number == trial_number)
+                unsettled = _C.state.in_(("claimed", "open"))  # a thawing slot still names the row that it goes on from
+                done = self._update(slot.number, values, unsettled, _C.trial_number == trial_number)
                 n_adopted += done
             if done:  # for good
                 self._seen_done.add(trial_number)
@@ -217,15 +244,16 @@ class Slots:
     def counts(self) -> dict[State, int]:
         """Number of slots in each state."""
         states = [slot.state for slot in self.all()]
-        return {"claimed": states.count("claimed"), "done": states.count("done"), "open": states.count("open")}
+        n_claimed = states.count("claimed") + states.count("thawing")
+        return {"claimed": n_claimed, "done": states.count("done"), "open": states.count("open")}
 
     def all(self) -> list[Slot]:
         """Every slot, by number."""
         return self._select()
 
     def claimed(self) -> list[Slot]:
-        """The claimed slots, by number."""
-        return self._select(_C.state == "claimed")
+        """The claimed and the thawing slots, by number."""
+        return self._select(_C.state.in_(("claimed", "thawing")))
 
     def _last(self) -> sa.ScalarSelect[int]:
         last = _TABLE.alias()
@@ -267,5 +295,5 @@ class Slots:
         return retry_transient(changed)
 
 
-def _held_by(slot: Slot) -> tuple[sa.ColumnElement[bool], ...]:
-    return (_C.state == "claimed", _C.owner == slot.owner, _C.attempts == slot.attempts)
+def _held_by(slot: Slot, *states: State) -> tuple[sa.ColumnElement[bool], ...]:
+    return (_C.state.in_(states or ("claimed",)), _C.owner == slot.owner, _C.attempts == slot.attempts)

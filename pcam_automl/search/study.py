@@ -11,6 +11,7 @@ import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
+from pcam_automl.data.domains import Domains, estimate_domains, load_domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, open_store
@@ -21,10 +22,15 @@ from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, 
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
+from pcam_automl.search.storage_url import safe_url
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 
 VALIDATION_FOLD = 0
+DOMAINS = "domains.npz"
+"""In the study's folder, where its domains were estimated."""
+ESTIMATE = "estimate"
+"""What ``--domains`` takes instead of a CSV."""
 DEFAULT_SPACE = "default"
 
 Say = Callable[[str], None]
@@ -49,6 +55,13 @@ class Asked:
     device: str = "auto"
     deterministic: bool = False
     n_workers: int = 1
+    budget_s: float | None = None
+    objective: str | None = None
+    split_by: str | None = None
+    estimate_domains: bool = False
+    warm_start: str | None = None
+    prior: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,11 @@ class OpenStudy:
     url: str
 
     @property
+    def checkpoints(self) -> Path:
+        """Where lineages leave theirs: ``<lineage>/<rung>/``."""
+        return self.folder / "checkpoints"
+
+    @property
     def name(self) -> str:
         return self.study.study_name
 
@@ -92,19 +110,29 @@ class OpenStudy:
 
     @property
     def speed_book(self) -> SpeedBook:
+        """For trainings of minutes; a trial of seconds takes :attr:`quick_speed_book`."""
         return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic)
+
+    @property
+    def quick_speed_book(self) -> SpeedBook:
+        return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic, quick=True)
 
 
 def start_recipe(name: str, pretrained: bool) -> Recipe:
     """A shipped or own recipe as a search starts from it: its trial 0, and what the space leaves open.
 
-    One cycle over everything becomes warm-up, stable, decay, so that every rung has the score of a finished training;
-    stages and early ends need their own schedule and keep it.
-
     Raises:
         RecipeError: no such recipe, or faults in it.
     """
-    recipe = load_recipe(find_config("recipes", name), overrides={"pretrained": pretrained})
+    return as_searched(load_recipe(find_config("recipes", name), overrides={"pretrained": pretrained}))
+
+
+def as_searched(recipe: Recipe) -> Recipe:
+    """The recipe with the schedule that a search gives it.
+
+    One cycle over everything becomes warm-up, stable, decay, so that every rung has the score of a finished training;
+    stages and early ends need their own schedule and keep it.
+    """
     planned = {"schedule": "wsd"} if recipe.schedule == "one_cycle" and not recipe.stages else {}
     return recipe.model_copy(update=planned)
 
@@ -127,12 +155,10 @@ def open_study(
     _check_asked(settings, asked, name)
     folder = studies_folder(storage_url(url)) / name
     store = _open_store(settings, asked, folder, say, pack_call)
+    if settings.domains_hash is not None:
+        store = with_domains(store, _estimated(store, settings, folder, name))
     split_file = folder / "split.npz"
-    split = (
-        load_split(split_file)
-        if split_file.is_file()
-        else make_split(store, seed=settings.seed, holdout=settings.holdout)
-    )
+    split = load_split(split_file) if split_file.is_file() else split_as(store, settings)
     if split.hash != settings.split_hash:
         raise StudyError(
             f"the split of study {name!r} changed: {split.hash[:12]} here, {settings.split_hash[:12]} in the study; restore {split_file}"
@@ -142,9 +168,36 @@ def open_study(
     return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url))
 
 
+def split_as(store: PatchStore, settings: StudySettings) -> Split:
+    """The split of a study, over a store under the study's domains."""
+    return make_split(
+        store, seed=settings.seed, holdout=settings.holdout, by=settings.split_by, domains=settings.domains_hash or ""
+    )
+
+
+def _estimated(store: PatchStore, settings: StudySettings, folder: Path, name: str) -> Domains:
+    """The domains that were estimated for the study, estimated again where their file is gone.
+
+    Raises:
+        StudyError: they are not the ones that the study began with.
+    """
+    file = folder / DOMAINS
+    found = load_domains(file) if file.is_file() else estimate_domains(store, seed=settings.seed)
+    if found.hash != settings.domains_hash:
+        raise StudyError(
+            f"the estimated domains of study {name!r} changed: {found.hash[:12]} here, {str(settings.domains_hash)[:12]} in the study; restore {file}"
+        )
+    if not file.is_file():
+        write_domains(found, file)
+    return found
+
+
 def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     remembered = settings.model_dump()
-    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner")}
+    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner", "objective")}
+    given["split"], remembered["split"] = asked.split_by, settings.split_by
+    if asked.estimate_domains:
+        given["domains"], remembered["domains"] = ESTIMATE, settings.domains_hash and ESTIMATE
     if asked.views is not None:
         given["views"], remembered["views"] = asked.views, settings.rungs[-1][0]
     if asked.weights not in (None, "auto"):
@@ -158,6 +211,10 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["deterministic"] = True
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
+    if asked.warm_start is not None:
+        given["warm-start"], remembered["warm-start"] = safe_url(asked.warm_start), settings.warm_start
+    if asked.prior is not None:
+        given["prior"], remembered["prior"] = asked.prior, settings.prior or "none"
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
     check_unchanged(remembered, given, name)

@@ -11,11 +11,12 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.config import StudySettings
+from pcam_automl.goals import Goal
 from pcam_automl.search.importances import ped_anova
-from pcam_automl.search.reading import best_of, errors_of
+from pcam_automl.search.reading import FIGURES, auc_of, best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
-READ_ATTRS = ("reason", "seconds", "recipe", "images_per_s", "device")
+READ_ATTRS = ("reason", "seconds", "recipe", "images_per_s", "device", "lineage", FIGURES)
 """The trials' user attributes that a summary is made of."""
 
 
@@ -25,7 +26,7 @@ class Summary:
 
     Attributes:
         states: state name to number of trials.
-        best: number, auc, params and recipe of the best complete trial; None before there is one.
+        best: number, value of the objective, auc, params and recipe of the best complete trial; None before there is one.
         importances: parameter to share in [0, 1]; empty with the reason in ``importances_note``.
         seconds: training and scoring seconds of all trials.
         errors: reasons of the trials that failed by an error.
@@ -59,11 +60,11 @@ def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     trials = study.get_trials(deepcopy=False)
     states = {state.name.lower(): n for state in TrialState if (n := sum(t.state == state for t in trials))}
     importances, note = _importances(study, trials)
-    best = best_of(trials)
+    best = best_of(trials, settings.goal)
     return Summary(
         study.study_name,
         states,
-        None if best is None else _best(best),
+        None if best is None else _best(best, settings.goal),
         importances,
         note,
         round(sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials), 1),
@@ -72,11 +73,13 @@ def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     )
 
 
-def _best(trial: FrozenTrial) -> dict[str, Any]:
+def _best(trial: FrozenTrial, goal: Goal) -> dict[str, Any]:
     attrs = trial.user_attrs
     return {
         "number": trial.number,
-        "auc": trial.value,
+        "objective": goal.name,
+        "value": trial.value,
+        "auc": auc_of(trial, goal),
         "params": trial.params,
         "recipe": json.loads(attrs["recipe"]) if "recipe" in attrs else None,
         "seconds": attrs.get("seconds"),

@@ -1,9 +1,10 @@
-"""A worker: claims slots and runs trials until the study has its total. Suggests and trains through others."""
+"""A worker: claims slots and runs trials until the study has its total, or its time is up. Suggests and trains through others."""
 
 from __future__ import annotations
 
 import collections
 import gc
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,28 +12,53 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
+from pcam_automl.search.budget import BudgetClock, typical_trial_s
+from pcam_automl.search.lineages import FINISHED, Lineage, lineage_of, lineages_of
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
+from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
 from pcam_automl.search.pruner import build_pruner
-from pcam_automl.search.reading import FINISHED, errors_of, n_finished_of
+from pcam_automl.search.reading import best_of, errors_of, n_finished_in
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
+from pcam_automl.search.start import enqueued_for
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy
 
 LEAST_FAILURES_ALLOWED = 10
+NEVER_ENDS = 1_000_000
+"""Total of a search that only its budget limits."""
 
 Finished = Callable[[FrozenTrial, list[FrozenTrial]], None]
 
 
 @dataclass(frozen=True)
 class SearchEnd:
-    """How a worker's run ended: trials it finished, and why it stopped (``done``, ``timeout``, ``claimed elsewhere``)."""
+    """How a worker's run ended: trials it finished, and why it stopped (``done``, ``timeout``, ``budget``, ``claimed elsewhere``)."""
 
     n_finished: int
     why: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a worker stops.
+
+    Attributes:
+        n_trials: the study's total of finished lineages.
+        timeout_s: no new trial starts after this many seconds; the running one finishes.
+        clock: of a budget. While it lasts, paused lineages go on, too.
+        quota_bytes: what the checkpoints of paused lineages may take.
+    """
+
+    n_trials: int
+    timeout_s: float | None = None
+    clock: BudgetClock | None = None
+    quota_bytes: int = DEFAULT_QUOTA_BYTES
 
 
 def run_worker(
@@ -40,6 +66,8 @@ def run_worker(
     *,
     n_trials: int,
     timeout_s: float | None = None,
+    clock: BudgetClock | None = None,
+    quota_bytes: int = DEFAULT_QUOTA_BYTES,
     finished: Finished = lambda trial, trials: None,
 ) -> SearchEnd:
     """Run trials until ``n_trials`` of the study are finished (complete or pruned), by whichever worker.
@@ -48,21 +76,30 @@ def run_worker(
         objective: over the open study; its ``stop`` ends the run by raising.
         n_trials: the study's total.
         timeout_s: no new trial starts after this many seconds; the running one finishes.
+        clock: of a budget; see :class:`Limits`.
+        quota_bytes: what the checkpoints of paused lineages may take.
         finished: called with each trial that this worker ended, and with all trials of the study.
 
     Raises:
         SearchFailed: max(10, n_trials) trials failed.
         Interrupted: after the running trial's slot was given back with its lineage.
+        DataError: a checkpoint could not be written (a full disk).
     """
     opened = objective.opened
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
-    study.pruner = build_pruner(opened.settings.pruner, rungs=[views for views, _ in opened.settings.rungs])
+    steps = [views for views, _ in opened.settings.rungs]
+    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None)
     sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
     study.sampler = sampler
+    objective.clock = clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
-    with long_lived_left_alone():
-        return _run_trials(objective, study, slots, sampler, n_trials, timeout_s, finished)
+    limits = Limits(n_trials, timeout_s, clock, quota_bytes)
+    try:
+        with long_lived_left_alone():
+            return _run_trials(objective, study, slots, sampler, limits, finished)
+    finally:
+        objective.writer.flush()
 
 
 def _run_trials(
@@ -70,30 +107,113 @@ def _run_trials(
     study: optuna.Study,
     slots: Slots,
     sampler: PerTrialSampler,
-    n_trials: int,
-    timeout_s: float | None,
+    limits: Limits,
     finished: Finished,
 ) -> SearchEnd:
     opened = objective.opened
     began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
+    n_expected = n_expected_of(opened, limits.n_trials)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     while True:
         objective.stop()
-        if timeout_s is not None and time.monotonic() - began >= timeout_s:
+        if limits.timeout_s is not None and time.monotonic() - began >= limits.timeout_s:
             return SearchEnd(n_finished, "timeout")
         settle_lost(study, slots, trials)
-        slot = slots.claim(n_trials, owner)
-        if slot is None:
-            return SearchEnd(n_finished, "done" if n_finished_of(study) >= n_trials else "claimed elsewhere")
-        objective.slot = slot
-        sampler.prescribed = prescribed(opened, slot)
+        if limits.clock is not None:
+            limits.clock.learn(best_of(trials, opened.settings.goal))
+        turn = next_turn(opened, slots, trials, limits, owner)
+        if isinstance(turn, str):
+            return SearchEnd(n_finished, turn)
+        objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
+        entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
+        objective.origin = None if entry is None else entry.origin
+        sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
-        n_finished += _settle_slot(slots, slot, trial, objective)
+        n_finished += _settle_slot(slots, turn.slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
+        keep_within(
+            opened.checkpoints,
+            trials,
+            [views for views, _ in opened.settings.rungs],
+            quota_bytes=limits.quota_bytes,
+            sign=sign_of(study),
+        )
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
-        check_failures(trials, n_trials)
+        check_failures(trials, limits.n_trials)
+
+
+# --- what comes next -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A claimed slot; ``thawed_from`` is the number of the paused row that goes on in it, None for any other."""
+
+    slot: Slot
+    thawed_from: int | None = None
+
+
+def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits: Limits, owner: str) -> Turn | str:
+    """What the worker does next, or why it ends.
+
+    Without a budget: the next slot of the total. With one: a paused lineage that is by now among the best third of its rung;
+    else, while a whole trial would still fit, an interrupted or a new one; else the most promising paused lineage whose next
+    rung fits.
+    """
+    clock = limits.clock
+    if clock is None:
+        slot = slots.claim(limits.n_trials, owner)
+        return Turn(slot) if slot is not None else _end(opened.study, limits)
+    lineages, sign = lineages_of(trials), sign_of(opened.study)
+    steps = [views for views, _ in opened.settings.rungs]
+    waiting = [one for one in paused_of(lineages, steps) if is_held(opened.checkpoints, one.lineage.name)]
+    decay, left_s = opened.start.decay, clock.left_s()
+    fitting = [one for one in waiting if seconds_to_next_rung(one, steps, decay) <= left_s]
+    for one in promotable(fitting, lineages, steps, sign=sign):
+        if (turn := _thawed(slots, one.lineage, owner)) is not None:
+            return turn
+    if left_s >= whole_trial_s(opened, lineages) or not n_finished_in(trials):
+        slot = slots.claim(limits.n_trials, owner)
+        if slot is not None:
+            return Turn(slot)
+    for one in by_promise(fitting, sign=sign):
+        if (turn := _thawed(slots, one.lineage, owner)) is not None:
+            return turn
+    return "budget"
+
+
+def n_expected_of(opened: OpenStudy, n_trials: int) -> int:
+    """Lineages that the study will have: its total, or what its budget was planned for."""
+    planned = (opened.settings.plan.get("budget") or {}).get("n_started", n_trials)
+    return min(n_trials, int(planned))
+
+
+def whole_trial_s(opened: OpenStudy, lineages: list[Lineage]) -> float:
+    """Expected seconds of a trial through all rungs, by the first rungs that have been measured."""
+    steps = [views for views, _ in opened.settings.rungs]
+    decay = opened.start.decay if opened.start.schedule == "wsd" else 0.0
+    first = [float(rungs[0]["seconds"]) for lineage in lineages if (rungs := lineage.attr("rungs"))]
+    ratios = [rung_ratio(steps, rung, decay) for rung in range(len(steps) - 1)]
+    return typical_trial_s(first, ratios, float(opened.settings.plan.get("trial_s") or math.inf))
+
+
+def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
+    slot = slots.thaw(lineage.name, owner)
+    return None if slot is None else Turn(slot, lineage.last.number)
+
+
+def _end(study: optuna.Study, limits: Limits) -> str:
+    return "done" if n_finished_in(study.get_trials(deepcopy=False)) >= limits.n_trials else "claimed elsewhere"
+
+
+def sign_of(study: optuna.Study) -> float:
+    """1 where larger values are better, -1 where smaller ones are."""
+    return -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+
+
+# --- one trial -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -120,18 +240,24 @@ def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
 
 def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
     """Close or give back the slot; 1 if the trial counts."""
-    if trial.state in FINISHED:
-        slots.finish(slot)
-        # a finished lineage never goes on, and fifty of them would fill the disk
-        shutil.rmtree(objective.opened.folder / "checkpoints" / trial.user_attrs["lineage"], ignore_errors=True)
-        return 1
-    slots.reopen(slot, keep_lineage=objective.interrupted is not None)
-    return 0
+    folder = objective.opened.checkpoints
+    if trial.state not in FINISHED:
+        slots.reopen(slot, keep_lineage=objective.goes_on)
+        return 0
+    slots.finish(slot)
+    lineage = trial.user_attrs["lineage"]
+    if trial.state == TrialState.COMPLETE or str(trial.user_attrs.get("reason", "")).startswith("diverged"):
+        objective.writer.flush()
+        shutil.rmtree(folder / lineage, ignore_errors=True)  # it never goes on
+    else:
+        trim(folder, lineage)
+    return 0 if objective.thawed_from is not None else 1
 
 
 def settle_lost(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> None:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back."""
-    slots.adopt([t.number for t in trials if t.state in FINISHED])
+    newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
+    slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
     lost = [slot for slot in slots.claimed() if slot.owner is not None and owner_alive(slot.owner) is False]
     if not lost:
         return
@@ -155,9 +281,10 @@ def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
 
 
 def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:
-    """Raise SearchFailed once max(10, n_trials) trials ended in an error."""
+    """Raise SearchFailed once max(10, n_trials) trials ended in an error; of a search by budget, 10 and as many as finished."""
     errors = errors_of(trials)
-    if len(errors) >= max(LEAST_FAILURES_ALLOWED, n_trials):
+    allowed = n_trials if n_trials < NEVER_ENDS else n_finished_in(trials)
+    if len(errors) >= max(LEAST_FAILURES_ALLOWED, allowed):
         ((commonest, n),) = collections.Counter(errors).most_common(1)
         raise SearchFailed(
             f"{len(errors)} trials failed, so the search stops; {n} times: {commonest.removeprefix('error: ')}"

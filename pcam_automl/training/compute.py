@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import joblib
@@ -19,10 +20,30 @@ from pcam_automl.heap import keep_freed_memory
 from pcam_automl.models.convolution import set_routed
 
 Precision = Literal["bf16", "fp16", "fp32"]
-_PROBE_ROUNDS = 3
-"""Variants take turns, so that a machine that is briefly busy does not decide."""
-_PROBE_S = 0.15
-"""Of steps that a variant takes at its turn, or one step where that is longer: small networks differ by less than one step's noise."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How thoroughly the variants are timed.
+
+    Attributes:
+        rounds: variants take turns, so that a machine that is briefly busy does not decide.
+        turn_s: of steps that a variant takes at its turn, or one step where that is longer: small networks differ by
+            less than one step's noise.
+        n_variants: of the variants, in the order in which they usually win; None is all.
+        largest_batch: images a step at most on a CPU, whose rate depends little on it.
+    """
+
+    rounds: int
+    turn_s: float
+    n_variants: int | None
+    largest_batch: int
+
+
+THOROUGH = Probe(rounds=3, turn_s=0.15, n_variants=None, largest_batch=64)
+"""For trainings of minutes: some 3 to 5 s a network on 2 cores."""
+QUICK = Probe(rounds=1, turn_s=0.0, n_variants=3, largest_batch=32)
+"""For trials of seconds: one step of three variants. The thorough one took a fifth of a search of short trials."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,16 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def cpu_name() -> str:
+    """Model and instruction set of the CPU, on which the last bits of a training depend: ``AMD EPYC 9R45, AVX512``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.processor() or platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _variants(device: torch.device) -> list[Compute]:
     name = str(device)
     if device.type == "cuda":
@@ -154,7 +185,9 @@ def _variants(device: torch.device) -> list[Compute]:
     return variants
 
 
-def measure(build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device) -> Compute:
+def measure(
+    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe = THOROUGH
+) -> Compute:
     """The fastest sensible variant for one network, from a few training steps of each on random images.
 
     On this project's 2-core machines bf16 and channels_last each change the speed by 0.5x to 2x, in either direction.
@@ -164,17 +197,18 @@ def measure(build: Callable[[], nn.Module], px: int, batch_size: int, device: to
         px: side of its input.
         batch_size: images a step.
         device: where it will train.
+        probe: how thoroughly.
 
     Raises:
         torch.OutOfMemoryError: no variant fits at this batch size.
     """
-    network, times = build(), {variant: float("inf") for variant in _variants(device)}
+    network, times = build(), {variant: float("inf") for variant in _variants(device)[: probe.n_variants]}
     with _rng_kept():
-        for round_ in range(_PROBE_ROUNDS):
+        for round_ in range(probe.rounds):
             bar_s = min(times.values())
             for variant, best_s in times.items():
                 if round_ == 0 or best_s <= 1.3 * bar_s:  # clearly slower ones are not measured again
-                    times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size))
+                    times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size, probe.turn_s))
     fastest = min(times, key=times.__getitem__)
     return replace(fastest, step_s=times[fastest])
 
@@ -184,7 +218,9 @@ def fixed_variant(device: torch.device) -> Compute:
     return _variants(device)[0]
 
 
-def measure_fitting(build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device) -> Compute:
+def measure_fitting(
+    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe = THOROUGH
+) -> Compute:
     """As :func:`measure`, at the largest halving of the batch that fits into memory; ``step_s`` is for the whole batch.
 
     Raises:
@@ -193,7 +229,7 @@ def measure_fitting(build: Callable[[], nn.Module], px: int, batch_size: int, de
     fits = batch_size
     while True:
         try:
-            compute = measure(build, px, fits, device)
+            compute = measure(build, px, fits, device, probe)
         except (torch.OutOfMemoryError, RuntimeError) as fault:
             if not is_out_of_memory(fault) or fits <= 2:
                 raise
@@ -216,9 +252,10 @@ def measure_compiled(
     try:
         with _rng_kept():
             network = build()
-            _step_seconds(compiled, network, px, batch_size)
+            _step_seconds(compiled, network, px, batch_size, 0.0)
             ready_s = time.perf_counter() - began
-            step_s = min(_step_seconds(compiled, network, px, batch_size) for _ in range(_PROBE_ROUNDS))
+            turns = range(THOROUGH.rounds)
+            step_s = min(_step_seconds(compiled, network, px, batch_size, THOROUGH.turn_s) for _ in turns)
     except Exception as fault:  # noqa: BLE001 - a compiler of foreign graphs raises anything; the reason is recorded
         return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
     finally:
@@ -243,8 +280,8 @@ def _rng_kept() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int) -> float:
-    """Seconds of the quickest of some training steps; the first one, which allocates, is not counted."""
+def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int, turn_s: float) -> float:
+    """Seconds of the quickest of the training steps of ``turn_s``; the first one, which allocates, is not counted."""
     network = variant.place(network).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     images = variant.layout(torch.randn(batch_size, 3, px, px, device=variant.device))
@@ -262,6 +299,6 @@ def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int
 
     step()
     seconds = [step()]
-    while sum(seconds) < _PROBE_S:
+    while sum(seconds) < turn_s:
         seconds.append(step())
     return min(seconds)

@@ -57,7 +57,7 @@ class RungResult:
     """What is known after a rung. Seconds are wall clock; ``images_per_s`` counts training steps only.
 
     ``auc``, ``loss``, ``accuracy`` and ``dice`` are of the scoring rows, None where there are none; of a dense task they
-    count pixels. ``train_loss`` and ``train_accuracy`` are means over the rung's augmented views.
+    count pixels; ``worst_domain_auc`` is None, too, where fewer than two domains can be scored. ``train_loss`` and ``train_accuracy`` are means over the rung's augmented views.
     """
 
     rung: int
@@ -73,6 +73,7 @@ class RungResult:
     accuracy: float | None = None
     dice: float | None = None
     stage: int = 0
+    worst_domain_auc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,14 @@ class Training:
         self.average = WeightAverage(self.network, recipe.ema) if recipe.ema > 0 else None
         self.views, self.phase = 0, 0
         self.micro_batch = min(recipe.batch_size, compute.micro_batch or recipe.batch_size)
+        self.n_steps = 0  # taken so far, those of dropped decay branches included
+        self.micro_batches = [(0, self.micro_batch)]  # (step, images at a time) from that step on
+        self.given_micro_batches: dict[
+            int, int
+        ] = {}  # step to images at a time, where a replay knows when memory was short
         self.scaler = torch.amp.GradScaler(torch.device(compute.device).type, enabled=compute.precision == "fp16")
         self.results: list[RungResult] = []
+        self.n_resumed = 0  # of the results, those that a checkpoint brought
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.scores: Scores | None = None  # what the last score was of
         self._trainable: float | None = None
@@ -160,6 +167,7 @@ class Training:
             views: (B,) their view numbers.
             following: rows of the next step, if it is known, to be fetched meanwhile.
         """
+        self.micro_batch = self.given_micro_batches.get(self.n_steps, self.micro_batch)
         while True:
             try:
                 figures = self._gradients(rows, views, following)
@@ -169,6 +177,7 @@ class Training:
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
                 self.micro_batch = max(2, self.micro_batch // 2)
+                self.micro_batches.append((self.n_steps, self.micro_batch))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if self.recipe.clip_norm > 0:
@@ -179,6 +188,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
+        self.n_steps += 1
         return figures
 
     def _gradients(self, rows: np.ndarray, views: np.ndarray, following: np.ndarray | None = None) -> Tensor:

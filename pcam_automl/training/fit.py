@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from pcam_automl.batches import ViewStream
+from pcam_automl.metrics import worst_domain_auc
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.checkpoint import keep_newest, newest_checkpoint, write_checkpoint
+from pcam_automl.training.checkpoint import CheckpointWriter, keep_newest, newest_checkpoint, write_checkpoint
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
 
@@ -44,6 +45,7 @@ def fit(
     scored: bool = True,
     checkpoints: Path | None = None,
     keep_final: bool = False,
+    writer: CheckpointWriter | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Stop = lambda: None,
     progress: ProgressCall = lambda n: None,
@@ -57,6 +59,7 @@ def fit(
         scored: whether there are rows to score on.
         checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
         keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
+        writer: writes the checkpoints, which the caller flushes; None writes each before its result is yielded.
         note: told of checkpoints that could not be read.
         stop: called at every step; raises :class:`Interrupted` to end early.
         progress: called with the number of views just seen.
@@ -76,7 +79,7 @@ def fit(
             training.best = (index, training.averaged_state())
         keeps()
         if checkpoints is not None and (not last or keep_final):
-            save(training, checkpoints, index)
+            save(training, checkpoints, index, writer)
         yield result
     if training.best is not None:
         training.keep(training.best[1])
@@ -139,6 +142,15 @@ def _result(
         score.accuracy if score else None,
         score.dice if score else None,
         rates.phase,
+        _worst_domain_auc(training),
+    )
+
+
+def _worst_domain_auc(training: Training) -> float | None:
+    """Of the scores just taken, by the domains of their rows."""
+    scores, domain = training.scores, training.task.data.domain
+    return (
+        None if scores is None or domain is None else worst_domain_auc(scores.label, scores.prob, domain[scores.rows])
     )
 
 
@@ -167,33 +179,39 @@ def _is_over(training: Training) -> bool:
     return len(results) - 1 - best_result(results, training.recipe).rung >= patience
 
 
-def save(training: Training, root: Path, index: int) -> None:
-    """Checkpoint ``<root>/<index>``; the two newest stay."""
+def save(training: Training, root: Path, index: int, writer: CheckpointWriter | None = None) -> None:
+    """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay."""
     parts = training.snapshot()
     if training.best is not None:
         parts["best"] = training.best[1]
-    write_checkpoint(
-        root / str(index),
-        parts=parts,
-        state={
-            "rung": index,
-            "views": training.views,
-            "phase": training.phase,
-            "best": None if training.best is None else training.best[0],
-            "key": training.key,
-            "data": training.data_key,
-            "recipe": training.recipe.hash,
-            "compute": training.compute.to_json(),
-            "micro_batch": training.micro_batch,
-            "ema_updates": training.average.n_updates if training.average else 0,
-            "param_groups": [
-                {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
-                for g in training.optimizer.param_groups
-            ],
-            "results": [asdict(result) for result in training.results],
-        },
-    )
-    keep_newest(root, 2)
+    state = {
+        "rung": index,
+        "views": training.views,
+        "phase": training.phase,
+        "best": None if training.best is None else training.best[0],
+        "key": training.key,
+        "data": training.data_key,
+        "recipe": training.recipe.hash,
+        "compute": training.compute.to_json(),
+        "micro_batch": training.micro_batch,
+        "micro_batches": list(training.micro_batches),
+        "n_steps": training.n_steps,
+        "ema_updates": training.average.n_updates if training.average else 0,
+        "param_groups": [
+            {k: v for k, v in g.items() if k != "params" and isinstance(v, (int, float, str, bool, list, tuple))}
+            for g in training.optimizer.param_groups
+        ],
+        "results": [asdict(result) for result in training.results],
+    }
+
+    def write() -> None:
+        write_checkpoint(root / str(index), parts=parts, state=state)
+        keep_newest(root, 2)
+
+    if writer is None:
+        write()
+    else:
+        writer.submit(write)
 
 
 def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
@@ -208,6 +226,9 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None]) -
         return 0
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]
+    training.n_steps = state.get("n_steps", 0)  # checkpoints of earlier releases have neither
+    training.micro_batches = [(step, n) for step, n in state.get("micro_batches", [(0, training.micro_batch)])]
     training.best = None if state["best"] is None else (state["best"], parts["best"])
     training.results = [RungResult(**result) for result in state["results"]]
-    return int(state["rung"]) + 1
+    training.n_resumed = int(state["rung"]) + 1
+    return training.n_resumed

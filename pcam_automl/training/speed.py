@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import (
+    QUICK,
+    THOROUGH,
     Compute,
     device_name,
     fixed_variant,
@@ -23,8 +26,8 @@ from pcam_automl.training.compute import (
     measure_fitting,
 )
 
-PROBE_BATCH_CPU = 64
-"""Images a probe step takes at most on a CPU, where the rate depends little on it beyond; a GPU is measured at the recipe's own batch."""
+PROBE_BATCH_CPU = THOROUGH.largest_batch
+"""Images that a step's seconds are of on a CPU, at most; a GPU is measured at the recipe's own batch."""
 PROBE = "variants 2"
 """Part of every key: what an earlier release measured, among other variants, is measured again."""
 COMPILE_FROM_S = 600.0
@@ -56,10 +59,12 @@ class SpeedBook:
     Args:
         file: the JSON; made at the first measurement.
         deterministic: no measurement decides how a network runs (see :func:`~pcam_automl.training.compute.fixed_variant`).
+        quick: for trainings of seconds. A network is timed in few steps, and only where nothing is known of it at any
+            side: from another side's measurement its variant is taken, and its seconds by the number of pixels.
     """
 
-    def __init__(self, file: Path, *, deterministic: bool = False) -> None:
-        self.file, self.deterministic = file, deterministic
+    def __init__(self, file: Path, *, deterministic: bool = False, quick: bool = False) -> None:
+        self.file, self.deterministic, self.quick = file, deterministic, quick
         self._known: dict[str, dict[str, Any]] = {}
         self._read()
 
@@ -108,15 +113,45 @@ class SpeedBook:
         return compiled if gain_s > measured["ready_s"] else eager
 
     def _entry(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-        """What is known of the network, measured if nothing is."""
+        """What is known of the network, measured if that is not enough."""
         key = self._key(recipe, device)
-        if key not in self._known:
-            batch = self.probe_batch(recipe, device)
-            compute = measure_fitting(_builder(recipe), recipe.network_px, batch, device)
-            names = ("precision", "channels_last", "routed", "step_s")
-            fields = {name: getattr(compute, name) for name in names}
-            self._note(key, fields | ({} if compute.micro_batch is None else {"micro_batch": compute.micro_batch}))
-        return self._known[key]
+        known = self._known.get(key)
+        if known is not None and (self.quick or not known.get("quick")):
+            return _without_quick(known)
+        if self.quick and (near := self._at_another_side(recipe, device)) is not None:
+            return near
+        self._note(key, self._measured(recipe, device))
+        return _without_quick(self._known[key])
+
+    def _measured(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+        whole = batch = self.probe_batch(recipe, device)
+        how: dict[str, Any] = {}
+        if self.quick:
+            batch = min(batch, QUICK.largest_batch) if device.type == "cpu" else batch
+            how = {"probe": QUICK}
+        compute = measure_fitting(_builder(recipe), recipe.network_px, batch, device, **how)
+        assert compute.step_s is not None
+        entry: dict[str, Any] = {name: getattr(compute, name) for name in ("precision", "channels_last", "routed")}
+        entry["step_s"] = compute.step_s * whole / batch
+        entry |= {} if compute.micro_batch is None else {"micro_batch": compute.micro_batch}
+        return entry | ({"quick": True} if self.quick else {})
+
+    def _at_another_side(self, recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
+        """What is known of the same network at the nearest other side, its step's seconds by the pixels."""
+        px = recipe.network_px
+        before, after = self._key(recipe, device).split(f"/{px}/", 1)
+        sides = [
+            int(side)
+            for key in self._known
+            if key.startswith(f"{before}/")
+            and key.endswith(f"/{after}")
+            and (side := key[len(before) + 1 : -len(after) - 1]).isdigit()
+        ]
+        if not sides:
+            return None
+        near = min(sides, key=lambda side: (abs(math.log(side / px)), side))
+        entry = _without_quick(self._known[f"{before}/{near}/{after}"])
+        return {**entry, "step_s": entry["step_s"] * (px / near) ** 2}
 
     def note_micro_batch(self, recipe: Recipe, device: torch.device, micro_batch: int) -> None:
         """Remember what fitted in the end, where a training needed more memory than the probe's bare steps had."""
@@ -130,8 +165,11 @@ class SpeedBook:
         write_json(self.file, self._known)
 
     def knows(self, recipe: Recipe, device: torch.device) -> bool:
-        """Whether the recipe's network has been measured here, so that nothing need be."""
-        return self._key(recipe, device) in self._known
+        """Whether enough has been measured here of the recipe's network, so that nothing need be."""
+        entry = self._known.get(self._key(recipe, device))
+        if entry is None:
+            return self.quick and self._at_another_side(recipe, device) is not None
+        return self.quick or not entry.get("quick")
 
     def _key(self, recipe: Recipe, device: torch.device) -> str:
         network = [recipe.backbone, *_built_otherwise(recipe)]
@@ -145,6 +183,10 @@ class SpeedBook:
     @staticmethod
     def probe_batch(recipe: Recipe, device: torch.device) -> int:
         return min(recipe.batch_size, PROBE_BATCH_CPU) if device.type == "cpu" else recipe.batch_size
+
+
+def _without_quick(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "quick"}
 
 
 def _builder(recipe: Recipe) -> Callable[[], nn.Module]:

@@ -131,7 +131,8 @@ def start_training(
     norm = normalisation_of(recipe, *channel_moments(np.asarray(store.stats[rows.train])))
     if recipe.task == "dense" and masks is None:
         masks = open_masks(store, patches.device)
-    data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks)
+    domain = np.asarray(store.domain)
+    data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks, domain)
     network = build_network(recipe, weights, seed=recipe.seed)
     task: Task = (DenseTask if recipe.task == "dense" else PatchTask)(recipe, data, compute, key)
     return Training(recipe, network, task, compute, key=key, data_key=data_key(store, rows))

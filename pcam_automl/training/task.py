@@ -36,6 +36,7 @@ class TrainingData:
         score_rows: (m,) store rows that a rung is scored on; empty for a training without validation.
         normalisation: channel means and deviations for the network.
         masks: uint8 batches (B, 1, S, S) of 0/1 by store row; None but for task dense.
+        domain: (N,) code of every store row's domain, negative where unknown; None where none is known.
     """
 
     patches: Patches
@@ -44,6 +45,7 @@ class TrainingData:
     score_rows: np.ndarray
     normalisation: Normalisation
     masks: Patches | None = None
+    domain: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ parameters:
 """
 
 
-@pytest.fixture
-def asked(easy_pack: Path, tmp_path: Path) -> Asked:
-    (tmp_path / "tiny.yaml").write_text(SPACE)
-    return Asked(data=easy_pack, space=str(tmp_path / "tiny.yaml"), weights="none", views=192, device="cpu")
+@pytest.fixture(scope="session")
+def asked(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    space = tmp_path_factory.mktemp("space") / "tiny.yaml"
+    space.write_text(SPACE)
+    return Asked(data=easy_pack, space=str(space), weights="none", views=192, device="cpu")

@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from warm_processes import warm_context
 
 from pcam_automl.errors import Interrupted, StudyError
 from pcam_automl.interrupt import stop_signal
+from pcam_automl.search import processes
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
@@ -31,6 +34,12 @@ def opened(easy_pack: Path, tmp_path: Path) -> OpenStudy:
     asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", n_workers=2)
     url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
     return create_or_open_study("many", url, asked, say=lambda text: None)
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that need not import torch first; the other tests here have spawned ones, as a search has."""
+    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda method: warm_context()))
 
 
 def task_of(opened: OpenStudy, n: int, name: str | None = None) -> WorkerTask:
@@ -52,7 +61,7 @@ def test_two_workers_make_exactly_the_total_and_are_heard(opened: OpenStudy) -> 
         assert trial.user_attrs["device"].endswith("1 threads")  # of this machine's cores each has its share
 
 
-def test_a_killed_worker_is_named_and_its_trial_goes_on_in_another(opened: OpenStudy) -> None:
+def test_a_killed_worker_is_named_and_its_trial_goes_on_in_another(opened: OpenStudy, warm: None) -> None:
     said: list[Heard] = []
     killed: list[int] = []
     slots = Slots(engine_of(opened.study), opened.name)
@@ -77,7 +86,7 @@ def test_a_killed_worker_is_named_and_its_trial_goes_on_in_another(opened: OpenS
     )  # the killed one's row may have been told as failed
 
 
-def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy) -> None:
+def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None) -> None:
     begun = threading.Event()
 
     def heard(event: Heard) -> None:

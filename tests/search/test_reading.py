@@ -11,6 +11,7 @@ import pytest
 
 from pcam_automl.config import StudySettings
 from pcam_automl.errors import StudyError
+from pcam_automl.goals import AUC
 from pcam_automl.search.reading import SETTINGS_KEY, best_of, errors_of, load_study, n_finished_of
 from pcam_automl.search.storage import open_storage
 
@@ -62,10 +63,10 @@ def test_a_study_is_read_with_its_settings_and_counts(url: str) -> None:
     assert settings == SETTINGS
     assert n_finished_of(study) == 13
     assert errors_of(trials) == ["error: OSError: no space"]
-    best = best_of(trials)
+    best = best_of(trials, AUC)
     assert best is not None
     assert best.number == 11
-    assert best_of(trials[12:]) is None
+    assert best_of(trials[12:], AUC) is None
     with pytest.raises(StudyError, match=r"there is no study 'pcan' .*did you mean 'pcam'"):
         load_study("pcan", url)
 

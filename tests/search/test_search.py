@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from easy_set import write_easy_set
 from optuna.trial import TrialState
 from PIL import Image
+from warm_processes import warm_context
 
 from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.synthetic import write_synthetic
@@ -63,6 +63,14 @@ def opened_in(folder: Path, asked: Asked, name: str = "tiny") -> OpenStudy:
     opened = create_or_open_study(name, url_in(folder), asked, say=lambda text: None)
     torch.set_num_threads(1)
     return opened
+
+
+@pytest.fixture(scope="module")
+def small(asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study without trials, for tests that open it and change nothing."""
+    folder = tmp_path_factory.mktemp("small")
+    opened_in(folder, replace(asked, views=64))
+    return folder
 
 
 def search(opened: OpenStudy, n: int, **options: Any) -> SearchEnd:
@@ -120,8 +128,7 @@ def _search_in_process(folder: str, n: int) -> None:
 
 def test_the_total_is_exact_with_three_processes(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, replace(asked, views=64))
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_search_in_process, args=(str(tmp_path), 7)) for _ in range(3)]
+    workers = [warm_context().Process(target=_search_in_process, args=(str(tmp_path), 7)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -162,9 +169,9 @@ def test_an_interrupted_trial_goes_on_from_its_last_rung_in_the_same_slot(tmp_pa
 def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, replace(asked, views=64))
     slots = Slots(engine_of(opened.study), opened.name)
-    dead = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(str(tmp_path),))
+    dead = warm_context().Process(target=_claim_and_die, args=(str(tmp_path),))
     dead.start()
-    dead.join(180)  # it imports torch, beside whatever else runs
+    dead.join(180)
     assert dead.exitcode == -9
     assert [t.state for t in opened.study.get_trials()] == [TrialState.RUNNING]
     search(opened, 2)
@@ -268,15 +275,13 @@ def test_bad_trials_are_pruned_before_the_last_rung(tmp_path: Path, asked: Asked
         ({"sampler": "random"}, "--sampler is 'random', the study has 'tpe'"),
     ],
 )
-def test_contradictions_name_both_values(tmp_path: Path, asked: Asked, change: dict[str, Any], message: str) -> None:
-    opened_in(tmp_path, replace(asked, views=64))
+def test_contradictions_name_both_values(small: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises((StudyError, RecipeError), match=message):
-        opened_in(tmp_path, replace(Asked(), **change))
+        opened_in(small, replace(Asked(), **change))
 
 
-def test_a_pin_that_says_what_the_study_does_is_no_contradiction(tmp_path: Path, asked: Asked) -> None:
-    name = opened_in(tmp_path, replace(asked, views=64)).name
-    assert opened_in(tmp_path, Asked(pins={"crop_size": 32, "input_size": None, "batch_size": 16})).name == name
+def test_a_pin_that_says_what_the_study_does_is_no_contradiction(small: Path) -> None:
+    assert opened_in(small, Asked(pins={"crop_size": 32, "input_size": None, "batch_size": 16})).name == "tiny"
 
 
 def test_what_needs_no_network_is_judged_before_the_hub_is_asked(
@@ -428,7 +433,7 @@ def test_deterministic_studies_repeat_to_the_last_bit_whatever_is_measured(
 ) -> None:
     def trained(folder: Path, step_s: float, channels_last: bool) -> tuple[list[float], str]:
         measured = Compute("cpu", "fp32", channels_last, step_s)
-        monkeypatch.setattr(speed_module, "measure_fitting", lambda build, px, batch, device: measured)
+        monkeypatch.setattr(speed_module, "measure_fitting", lambda *_, **__: measured)
         opened = opened_in(folder, replace(asked, deterministic=True))
         search(opened, 2)
         torch.use_deterministic_algorithms(False)
@@ -439,10 +444,9 @@ def test_deterministic_studies_repeat_to_the_last_bit_whatever_is_measured(
     assert trained(tmp_path / "a", 0.01, True) == trained(tmp_path / "b", 9.0, False)
 
 
-def test_an_absent_study_is_named_with_the_nearest(tmp_path: Path, asked: Asked) -> None:
-    opened_in(tmp_path, replace(asked, views=64))
+def test_an_absent_study_is_named_with_the_nearest(small: Path) -> None:
     with pytest.raises(StudyError, match=r"there is no study 'tinny' .*did you mean 'tiny'"):
-        open_study("tinny", url_in(tmp_path))
+        open_study("tinny", url_in(small))
 
 
 def test_a_foreign_study_is_refused(tmp_path: Path, asked: Asked) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
+from warm_processes import warm_context
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
@@ -83,8 +83,7 @@ def claim_all(url: str, study_name: str, n_total: int, start: Any, out: Any) -> 
 
 
 def test_six_processes_share_exactly_twenty_slots(slots: Slots, url: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "pcam_automl.search.slots", "pymysql", "psycopg"])
+    context = warm_context()
     start, out = context.Barrier(N_WORKERS), context.Queue()
     arguments = (url, slots.study_name, N_SLOTS, start, out)
     workers = [context.Process(target=claim_all, args=arguments) for _ in range(N_WORKERS)]

@@ -121,6 +121,7 @@ def test_resumed_from_a_rung_equals_uninterrupted(
     resumed = list(fitted(second, RUNGS, checkpoints=tmp_path))
     assert [(r.views, r.auc, r.loss) for r in resumed] == [(r.views, r.auc, r.loss) for r in results]
     assert same(whole, second)
+    assert (second.n_steps, second.micro_batches) == (whole.n_steps, whole.micro_batches), "dropped branches count, too"
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 9, 13])
@@ -245,6 +246,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, mo
     rungs = (Rung(64, 40),)
     (result,) = fitted(training, rungs)
     assert training.micro_batch == 4
+    assert training.micro_batches == [(0, 16), (0, 8), (0, 4)]
     assert result.auc is None
     assert math.isfinite(result.train_loss)
 

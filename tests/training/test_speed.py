@@ -22,7 +22,7 @@ RECIPE = Recipe(backbone=TINY, crop_size=32, batch_size=32)
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
-    def fitting(build: object, px: int, batch: int, device: torch.device) -> Compute:
+    def fitting(build: object, px: int, batch: int, device: torch.device, probe: object = None) -> Compute:
         made.append(f"measured {batch} at {px}")
         return Compute(str(device), "bf16", True, step_s=0.5)
 
@@ -86,3 +86,28 @@ def test_deterministic_runs_measure_nothing(calls: list[str], tmp_path: Path) ->
     book = SpeedBook(tmp_path / "speed.json", deterministic=True)
     assert book.compute_for(RECIPE, CPU, views=10**9) == fixed_variant(CPU)
     assert calls == []
+
+
+def test_a_quick_book_measures_a_network_at_one_side_only(calls: list[str], tmp_path: Path) -> None:
+    book = SpeedBook(tmp_path / "speed.json", quick=True)
+    assert not book.knows(RECIPE, CPU)
+    assert book.compute_for(RECIPE, CPU).step_s == 0.5
+    larger = RECIPE.model_copy(update={"crop_size": 64})
+    assert book.knows(larger, CPU)
+    assert book.compute_for(larger, CPU) == Compute("cpu", "bf16", True, 2.0)  # four times the pixels
+    assert book.images_per_s(larger, CPU) == 16.0
+    assert calls == ["measured 32 at 32"]
+    whole = RECIPE.model_copy(update={"batch_size": 64})
+    assert book.compute_for(whole, CPU).step_s == 1.0, "measured with 32 images, told for 64"
+    assert calls[1:] == ["measured 32 at 32"]
+
+
+def test_a_thorough_book_measures_what_was_measured_quickly(calls: list[str], tmp_path: Path) -> None:
+    SpeedBook(tmp_path / "speed.json", quick=True).compute_for(RECIPE, CPU)
+    book = SpeedBook(tmp_path / "speed.json")
+    assert not book.knows(RECIPE, CPU)
+    book.compute_for(RECIPE, CPU)
+    book.compute_for(RECIPE, CPU)
+    assert len(calls) == 2
+    assert SpeedBook(tmp_path / "speed.json", quick=True).knows(RECIPE, CPU)
+    assert len(calls) == 2

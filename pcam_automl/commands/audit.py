@@ -1,0 +1,109 @@
+"""`audit`, and the lines on ranking and fidelity under `search` and `status`. Computes nothing and imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import optuna
+
+from pcam_automl import terminal
+from pcam_automl.errors import first_few
+from pcam_automl.search.audit import READ_ATTRS, Audit, RungAudit, audit_study, first_rung_advice
+from pcam_automl.search.ranking import Ranking
+from pcam_automl.search.reading import load_study_to_read
+
+
+def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
+    """Print how far each rung's order holds, what pruning there cost, and what to do."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study, settings = load_study_to_read(name, url, READ_ATTRS)
+    audit = audit_study(study, settings)
+    advised = first_rung_advice(audit, settings.rungs)
+    if as_json:
+        terminal.print_json({"study": name, **audit.to_json(), "advised_rungs": advised})
+        return
+    terminal.result(f"study {name}: {audit.n_lineages} recipes with a score; an order is judged by Kendall's tau-b")
+    rows = [_row(number, rung) for number, rung in enumerate(audit.rungs, 1)]
+    header = ("rung", "views", "scored", "went on", "tau", "tau of all", "regret of pruning", "verdict")
+    terminal.table("does the order at a rung hold at the next?", header, rows)
+    for line in audit_notes(audit):
+        terminal.result(line)
+    terminal.result(advice(advised, settings.rungs))
+
+
+def _row(number: int, rung: RungAudit) -> tuple[str, ...]:
+    regret = "unknown" if rung.regret is None else f"{rung.regret:.4f} ({rung.n_spared} ran on)"
+    return (
+        f"{number} -> {number + 1}",
+        f"{rung.step:,} -> {rung.next_step:,}",
+        f"{rung.n_at}",
+        f"{rung.n_pairs}",
+        _tau(rung.tau, rung.interval),
+        _tau(rung.tau_of_all, rung.interval_of_all),
+        regret,
+        rung.verdict,
+    )
+
+
+def _tau(tau: float | None, interval: tuple[float, float]) -> str:
+    if tau is None:
+        return "-"
+    return f"{tau:.2f}" if math.isnan(interval[0]) else f"{tau:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def audit_notes(audit: Audit) -> Iterator[str]:
+    """The reasons of the verdicts and how the table is to be read."""
+    for number, rung in enumerate(audit.rungs, 1):
+        yield f"rung {number} {rung.verdict}: {rung.why}"
+    if any(rung.share_of_spread < 1 for rung in audit.rungs):
+        yield (
+            "only recipes that were good at a rung went on, which makes tau too low; `tau of all` corrects for it (Thorndike's "
+            "case 2), on the assumption that scores scatter alike at all heights"
+        )
+    if audit.rungs:
+        yield (
+            "regret: how much better the best recipe is that pruning at a rung drops but that ran on, than the best that it keeps; a "
+            "lower bound, since few of the dropped run on, and unknown where none did"
+        )
+
+
+def advice(advised: tuple[tuple[int, int], ...] | None, rungs: tuple[tuple[int, int], ...]) -> str:
+    """One line: the plan may stay, or a larger first rung."""
+    if advised is None:
+        return "advice: the rungs may stay as they are"
+    now = " -> ".join(f"{views:,}" for views, _ in rungs)
+    return f"advice: a larger first rung: {' -> '.join(f'{views:,}' for views, _ in advised)} views instead of {now}"
+
+
+def audit_warning(audit: Audit) -> Iterator[str]:
+    """A line for each rung that misleads; none where the others are to be seen with `audit` only."""
+    for rung in audit.misleading:
+        yield (
+            f"warning: scores after {rung.step:,} views say little about those after {rung.next_step:,} ({rung.why}); "
+            "`pcam-automl audit` shows more"
+        )
+
+
+def ranking_lines(ranking: Ranking) -> Iterator[str]:
+    """The best trial's interval, what it does not beat, and what `finalize` takes."""
+    best = ranking.best
+    if best is not None:
+        low, high = best.interval
+        if math.isnan(low):
+            yield f"trial {best.number}: no interval, since all {ranking.n_patches:,} validation patches are of one slide"
+        else:
+            yield (
+                f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} "
+                f"({ranking.n_patches:,} validation patches drawn by {ranking.n_clusters:,} slides)"
+            )
+            unbeaten = first_few([str(number) for number in ranking.unbeaten], 10)
+            compared = f"{len(ranking.trials)} of {ranking.n_complete} complete trials compared"
+            yield (
+                f"  it does not beat trials {unbeaten} ({compared})"
+                if unbeaten
+                else f"  it beats the others ({compared})"
+            )
+        yield f"  finalize takes trial {ranking.picked}: {ranking.why}"
+    for note in ranking.notes:
+        yield f"  {note}"

@@ -1,0 +1,220 @@
+"""A study's budget of wall clock: what is planned of it, what is spent, what is left. Runs nothing.
+
+The budget is for search, confirmation, final training and prediction together. Every command that spends of it writes an
+interval (when it began, how long it lasts) into the study; intervals that overlap, of two terminals say, count once. Time
+between commands is free.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from pcam_automl.clock import process_age_s
+from pcam_automl.errors import OutOfTime
+
+TOTAL_KEY = "pcam_automl:budget_s"
+_RUN_KEY = "pcam_automl:run:"
+CONFIRM_SHARE, FINAL_SHARE = 0.15, 0.40
+"""Of the budget; the search has the rest, and what these two turn out not to need."""
+MOST_FINAL_EPOCHS = 60.0
+"""The final training is not given more; at the end of the search what is left over by that goes to the search."""
+LINEAGES_PER_TRIAL = 9
+"""With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
+HARD_SHARE = 0.05
+"""A rung that was estimated too short may run over the search's end by so much of the budget."""
+LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """Seconds of each part as planned before the first trial.
+
+    Attributes:
+        total_s: the budget.
+        search_s: start-up, packing and trials.
+        confirm_s: the top trials again on other folds.
+        final_s: final training and prediction.
+        trial_s: a whole trial (all rungs) of the typical network.
+        n_started: lineages that the search's seconds are expected to start.
+    """
+
+    total_s: float
+    search_s: float
+    confirm_s: float
+    final_s: float
+    trial_s: float
+    n_started: int
+
+
+def plan_budget(total_s: float, *, used_s: float) -> BudgetPlan:
+    """Split a budget.
+
+    Of nine lineages all nine see a ninth of a whole trial, three go on to a third, one to the end: with the decay branches
+    about 2.4 whole trials. A whole trial is then set so long that some 27 lineages fit, three of which run through:
+    more of them would each be too short to rank, fewer would be no search.
+
+    Args:
+        total_s: the budget in seconds, positive.
+        used_s: what start-up and packing have taken of the search's part already.
+    """
+    confirm_s, final_s = CONFIRM_SHARE * total_s, FINAL_SHARE * total_s
+    search_s = total_s - confirm_s - final_s
+    free_s = max(search_s - used_s, 0.2 * search_s)
+    trial_s = min(max(free_s / 8.0, LEAST_TRIAL_S), MOST_TRIAL_S)
+    n_started = max(1, round(LINEAGES_PER_TRIAL * (free_s - trial_s) / (2.4 * trial_s)))
+    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started)
+
+
+def final_seconds(total_s: float, images_per_s: float | None, n_final: int) -> float:
+    """Seconds that are kept for the final training: its share, or fewer where the network is done sooner.
+
+    Args:
+        total_s: the budget.
+        images_per_s: training speed of the best trial's network; None before there is one.
+        n_final: patches of the final training.
+    """
+    share_s = FINAL_SHARE * total_s
+    return share_s if not images_per_s else min(share_s, 1.5 * MOST_FINAL_EPOCHS * n_final / images_per_s)
+
+
+# --- what is spent ---------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """The entry of a process among a study's intervals. It begins with the process: imports are waited for, too.
+
+    Args:
+        study: where it is written.
+        command: ``search`` or ``finalize``, for people.
+    """
+
+    def __init__(self, study: optuna.Study, command: str) -> None:
+        self.study, self.command = study, command
+        self.began_at = time.time() - process_age_s()
+        self._began = time.monotonic() - process_age_s()
+        self._key = f"{_RUN_KEY}{uuid.uuid4().hex}"
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def note(self) -> None:
+        """Write how long it has lasted so far; a killed process loses what it spent since."""
+        entry = {"command": self.command, "began": round(self.began_at, 3), "seconds": round(self.seconds, 3)}
+        self.study.set_user_attr(self._key, json.dumps(entry))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A command's run. Seconds since 1970, and its length by a clock that is never set."""
+
+    command: str
+    began: float
+    seconds: float
+
+
+def intervals_of(study: optuna.Study) -> list[Interval]:
+    """What was noted, by beginning."""
+    entries = [json.loads(text) for key, text in study.user_attrs.items() if key.startswith(_RUN_KEY)]
+    found = [Interval(str(e["command"]), float(e["began"]), float(e["seconds"])) for e in entries]
+    return sorted(found, key=lambda one: one.began)
+
+
+def union_seconds(intervals: Iterable[Interval]) -> float:
+    """Length of the union: time that two commands spent side by side counts once."""
+    total, end = 0.0, float("-inf")
+    for one in sorted(intervals, key=lambda one: one.began):
+        stop = one.began + one.seconds
+        total += max(0.0, stop - max(one.began, end))
+        end = max(end, stop)
+    return total
+
+
+def spent_s(study: optuna.Study) -> float:
+    """Seconds of the budget that are spent by noted runs."""
+    return union_seconds(intervals_of(study))
+
+
+def spent_with(study: optuna.Study, age_s: float) -> float:
+    """Seconds spent by noted runs and by this process, which has lived for ``age_s`` and may be among them."""
+    now = time.time()
+    return union_seconds([*intervals_of(study), Interval("", now - age_s, age_s)])
+
+
+def budget_of(study: optuna.Study) -> float | None:
+    """The study's budget in seconds; None where it has none."""
+    held = study.user_attrs.get(TOTAL_KEY)
+    return None if held is None else float(held)
+
+
+def set_budget(study: optuna.Study, total_s: float) -> None:
+    """Give the study a budget, or a larger one."""
+    study.set_user_attr(TOTAL_KEY, float(total_s))
+
+
+# --- the search's part -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BudgetClock:
+    """Until when a search may go on; every worker has a copy. The monotonic clock is one for all processes of a machine.
+
+    Attributes:
+        total_s: the budget.
+        spent_s: what earlier commands spent.
+        began: of this command, by ``time.monotonic``.
+        n_final: patches of the final training.
+        reserve_s: kept for confirmation and final training; see :meth:`learn`.
+    """
+
+    total_s: float
+    spent_s: float
+    began: float
+    n_final: int
+    reserve_s: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        self.reserve_s = self.reserve_s or CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, None, 0)
+
+    def left_s(self) -> float:
+        """Seconds that the search has left; negative when its part is over."""
+        return self.total_s - self.spent_s - (time.monotonic() - self.began) - self.reserve_s
+
+    def learn(self, best: FrozenTrial | None) -> None:
+        """Keep for the final training what the best trial's network needs, and no more than its share."""
+        rate = None if best is None else best.user_attrs.get("images_per_s")
+        self.reserve_s = CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, rate, self.n_final)
+
+    def check(self) -> None:
+        """At every step of a trial.
+
+        Raises:
+            OutOfTime: a rung runs far beyond the search's end.
+        """
+        if self.left_s() < -HARD_SHARE * self.total_s:
+            raise OutOfTime("the search's part of the budget is used up")
+
+
+def typical_trial_s(first_rungs: Sequence[float], ratios: Sequence[float], planned_s: float) -> float:
+    """Seconds of a whole trial as far as is known: the median first rung, times what the later rungs take of it.
+
+    Args:
+        first_rungs: measured seconds of the lineages' first rungs.
+        ratios: views of each later rung by those of the rung before it.
+        planned_s: what was planned, where nothing is measured yet.
+    """
+    if not first_rungs:
+        return planned_s
+    middle = sorted(first_rungs)[len(first_rungs) // 2]
+    whole = part = middle
+    for ratio in ratios:
+        part *= ratio
+        whole += part
+    return whole

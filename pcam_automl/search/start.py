@@ -1,0 +1,120 @@
+"""What the first trials of a study are told to try: the default, what was asked for, the notebooks' recipes. Pure.
+
+Which slot takes which entry is decided when the study is created and kept in its settings, so that every worker prescribes
+the same. The sampler keeps at least three quarters of the trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pcam_automl.config import Enqueued
+from pcam_automl.recipe import Recipe
+from pcam_automl.search.plan import Plan, trial_seconds
+from pcam_automl.search.slots import Slot
+from pcam_automl.search.space import SearchSpace
+
+MOST_SHARE = 0.25
+"""Of the study's trials that may be prescribed, trial 0 included; trial 0 is in any case."""
+MOST_ENTRIES = 12
+"""That a study remembers; a quarter of 50 trials."""
+LEAST_VIEWS_SHARE = 0.5
+"""A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
+STAND_INS = {"densenet169": "densenet121", "resnetv2_101": "resnet50"}
+"""A notebook's network to the largest of its family in the default space, which takes the notebook's values."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The prescribed entries in the order of their slots, and why others are not among them, a line each."""
+
+    entries: tuple[Enqueued, ...]
+    left_out: tuple[str, ...]
+
+
+def start_list(
+    space: SearchSpace,
+    start: Recipe,
+    asked_for: Iterable[Enqueued],
+    recipes: Mapping[str, Recipe],
+    plan: Plan,
+    *,
+    name: str,
+) -> Start:
+    """Slot 0 is the recipe that the search starts from; then what was asked for; then the recipes that fit.
+
+    What a user asked for (a warm start, a prior) goes before the recipes that nobody named: of 12 trials only 3 are
+    prescribed. Equal parameter sets are listed once.
+
+    Args:
+        space: the study's, without the backbones that were dropped.
+        start: the recipe of slot 0.
+        asked_for: entries of a warm start and a prior, the best first.
+        recipes: shipped recipes by name.
+        plan: the speeds of the space's backbones.
+        name: of ``start``.
+    """
+    left_out: list[str] = []
+    listed = [Enqueued(origin=f"recipe {name}", params=space.params_of(start)), *asked_for]
+    for own, recipe in recipes.items():
+        if own == name:
+            continue
+        fitted, said = fitting(recipe, space, plan)
+        if fitted is None:
+            left_out.append(f"recipe {own}: {said}")
+        else:
+            origin = f"recipe {own}" + (f" ({said})" if said else "")
+            listed.append(Enqueued(origin=origin, params=space.params_of(fitted)))
+    entries: list[Enqueued] = []
+    for entry in listed:
+        if all(entry.params != other.params for other in entries):
+            entries.append(entry)
+    return Start(tuple(entries[:MOST_ENTRIES]), tuple(left_out))
+
+
+def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:
+    """The recipe as a trial of the space can be it, with a word on what stands in; or None and the reason.
+
+    Of a recipe with stages the last one's rates are taken (all layers train in it), and the stages of the head alone
+    become the frozen share.
+    """
+    tasks = space.choices("task") or ("patch",)
+    if recipe.task not in tasks:
+        return None, f"its task is {recipe.task}, the search's {tasks[0]}"
+    if recipe.pretrained and True not in space.choices("pretrained"):
+        return None, "it starts from pretrained weights, the search from scratch"
+    known, family = space.choices("backbone"), recipe.backbone.partition(".")[0]
+    found = next((one for one in (recipe.backbone, family, STAND_INS.get(family)) if one in known), None)
+    if found is None:
+        return None, f"{recipe.backbone} is not in the space"
+    share = views_share(recipe, found, plan)
+    if share < LEAST_VIEWS_SHARE:
+        return None, f"{found} would see {share:.0%} of a trial's views here, less than {LEAST_VIEWS_SHARE:.0%}"
+    changes: dict[str, object] = {"backbone": found}
+    if recipe.stages:
+        last = recipe.phases[-1]
+        frozen = sum(stage.share for stage in recipe.stages if stage.trainable == 0.0)
+        decay = recipe.weight_decay if last.weight_decay is None else last.weight_decay
+        changes |= {"stages": (), "lr": last.lr, "weight_decay": decay, "frozen": frozen}
+    return recipe.model_copy(update=changes), "" if found in (recipe.backbone, family) else f"on {found}"
+
+
+def views_share(recipe: Recipe, backbone: str, plan: Plan) -> float:
+    """Share of the planned views that a trial of the backbone sees within the plan's seconds, in [0, 1]; 0 if dropped."""
+    if backbone in plan.dropped or backbone not in plan.images_per_s:
+        return 0.0
+    if plan.cap_s is None:
+        return 1.0
+    return min(1.0, plan.cap_s / trial_seconds(recipe, plan.rungs, plan.n_score, plan.images_per_s[backbone]))
+
+
+def n_prescribed(n_entries: int, n_trials: int) -> int:
+    """How many of the first slots of a study of ``n_trials`` take an entry: at most a quarter, and slot 0."""
+    return min(n_entries, max(1, int(MOST_SHARE * n_trials)))
+
+
+def enqueued_for(entries: Sequence[Enqueued], slot: Slot, n_trials: int) -> Enqueued | None:
+    """The slot's entry; None if it has none, goes on with a lineage, or failed before."""
+    fresh = slot.lineage is None and slot.attempts == 1
+    return entries[slot.number] if fresh and slot.number < n_prescribed(len(entries), n_trials) else None

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import time
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState, create_trial
+
+from pcam_automl.errors import OutOfTime
+from pcam_automl.search.budget import (
+    CONFIRM_SHARE,
+    FINAL_SHARE,
+    BudgetClock,
+    Interval,
+    Ledger,
+    budget_of,
+    final_seconds,
+    intervals_of,
+    plan_budget,
+    set_budget,
+    spent_s,
+    typical_trial_s,
+    union_seconds,
+)
+
+
+@given(st.floats(10, 1e6), st.floats(0, 60))
+def test_the_parts_of_a_budget_make_the_whole(total_s: float, used_s: float) -> None:
+    plan = plan_budget(total_s, used_s=used_s)
+    assert plan.search_s + plan.confirm_s + plan.final_s == pytest.approx(total_s)
+    assert plan.trial_s > 0
+    assert plan.n_started >= 1
+
+
+def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:
+    trials = [plan_budget(60.0 * minutes, used_s=20.0).trial_s for minutes in (3, 6, 15, 60, 6000)]
+    assert trials == sorted(trials)
+    assert trials[-1] == 600.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
+def test_overlapping_intervals_count_once(pairs: list[tuple[int, int]]) -> None:
+    seconds = {second for began, n in pairs for second in range(began, began + n)}
+    assert union_seconds(Interval("search", began, n) for began, n in pairs) == len(seconds)
+
+
+def test_every_command_notes_what_it_spends() -> None:
+    study = optuna.create_study()
+    assert spent_s(study) == 0.0
+    ledger = Ledger(study, "search")
+    ledger.note()
+    ledger.note()  # the same interval, longer
+    (interval,) = intervals_of(study)
+    assert interval.command == "search"
+    assert interval.seconds == pytest.approx(ledger.seconds, abs=1.0)
+    assert abs(interval.began + interval.seconds - time.time()) < 1.0
+    Ledger(study, "finalize").note()  # of the same process, side by side
+    assert spent_s(study) == pytest.approx(interval.seconds, abs=1.0)
+
+
+def test_a_budget_can_be_given_and_raised() -> None:
+    study = optuna.create_study()
+    assert budget_of(study) is None
+    set_budget(study, 60.0)
+    set_budget(study, 90.0)
+    assert budget_of(study) == 90.0
+
+
+def test_the_search_keeps_the_rest_of_the_budget_and_no_more_than_it_needs() -> None:
+    clock = BudgetClock(100.0, spent_s=10.0, began=time.monotonic(), n_final=1000)
+    assert clock.left_s() == pytest.approx(100 - 10 - 100 * (CONFIRM_SHARE + FINAL_SHARE), abs=1.0)
+    quick = create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0})
+    clock.learn(quick)  # sixty epochs of 1,000 patches take it 9 s with a margin
+    assert clock.left_s() == pytest.approx(100 - 10 - 15 - 9, abs=1.0)
+    clock.learn(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 1.0}))
+    assert clock.left_s() == pytest.approx(100 - 10 - 15 - 40, abs=1.0)
+    clock.check()
+
+
+def test_a_rung_may_run_over_the_end_by_a_little_only() -> None:
+    clock = BudgetClock(100.0, spent_s=48.0, began=time.monotonic(), n_final=0)
+    clock.check()  # three seconds over
+    clock = BudgetClock(100.0, spent_s=51.0, began=time.monotonic(), n_final=0)
+    with pytest.raises(OutOfTime, match="used up"):
+        clock.check()
+
+
+def test_the_final_training_has_its_share_until_a_speed_is_known() -> None:
+    assert final_seconds(100.0, None, 5000) == 100 * FINAL_SHARE
+
+
+def test_a_whole_trial_is_estimated_from_the_median_first_rung() -> None:
+    assert typical_trial_s([], [2.2, 3.0], 9.0) == 9.0
+    assert typical_trial_s([1.0, 50.0, 2.0], [2.2, 3.0], 9.0) == pytest.approx(2.0 * (1 + 2.2 + 6.6))

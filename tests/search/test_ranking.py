@@ -1,0 +1,203 @@
+"""Ranking: paired intervals, ties, the cheapest of equals, and what is read from a study's folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from planted_study import probs_of, scored_trial, settings_of, study_with
+
+from pcam_automl.data.store import PatchStore, open_store
+from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.search.ranking import (
+    MOST_BEHIND,
+    MOST_RANKED,
+    Ranked,
+    Ranking,
+    choose_cheapest_tied,
+    margin,
+    rank,
+    rank_study,
+)
+
+
+@pytest.fixture
+def store(easy_pack: Path) -> PatchStore:
+    return open_store(easy_pack)
+
+
+def ranking_of(store: PatchStore, folder: Path, trials: list[FrozenTrial]) -> Ranking:
+    return rank_study(study_with(trials), settings_of(store), folder, store=store)
+
+
+def shared_difficulty(n: int = 600, n_slides: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, slides and scores whose quality differs far more between slides than any two trials do."""
+    rng = np.random.default_rng(5)
+    slide, label = rng.integers(0, n_slides, n), rng.integers(0, 2, n)
+    return label, slide, label * rng.uniform(0, 3, n_slides)[slide] + rng.normal(size=n)
+
+
+def ranked(number: int, behind: float, *, images_per_s: float | None = 100.0, tied: bool = True) -> Ranked:
+    return Ranked(number, 0.95 - behind, (0.9, 0.99), behind, (-0.01, 0.01), 0.001, False, tied, images_per_s)
+
+
+def test_a_lead_that_overlapping_intervals_hide_is_seen_in_the_paired_difference() -> None:
+    label, slide, scores = shared_difficulty()
+    noise = np.random.default_rng(1).normal(size=len(label))
+    probs = np.stack([scores + 0.8 * noise, scores])  # the second trial is the same network less some noise
+    values = [auc(label, row) for row in probs]
+    best, other = rank(label, probs, slide, numbers=[4, 7], values=values, images_per_s=[1.0, 1.0])
+    assert (best.number, other.number) == (7, 4)
+    assert best.interval[0] < other.interval[1]
+    assert other.beaten
+    assert not other.tied
+    assert 0 < other.behind_interval[0] < other.behind < other.behind_interval[1]
+    assert best.interval == auc_interval(label, scores, slide)
+
+
+def test_equal_trials_tie_and_the_earlier_one_is_first() -> None:
+    label, slide, scores = shared_difficulty()
+    found = rank(label, [scores, scores], slide, numbers=[9, 2], values=[0.8, 0.8], images_per_s=[None, None])
+    assert [trial.number for trial in found] == [2, 9]
+    assert found[1].behind_interval == (0.0, 0.0)
+    assert found[1].tied
+    assert not found[1].beaten
+
+
+def test_one_slide_gives_no_interval_and_no_tie() -> None:
+    label, _, scores = shared_difficulty()
+    best, other = rank(
+        label,
+        [scores, scores + 0.01 * label],
+        np.zeros(600, np.int64),
+        numbers=[0, 1],
+        values=[0.8, 0.79],
+        images_per_s=[1, 9],
+    )
+    assert math.isnan(best.interval[0])
+    assert not other.tied
+    assert choose_cheapest_tied((best, other))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("best", "se", "want"),
+    [(0.90, 0.0005, 0.0005), (0.90, 0.5, MOST_BEHIND), (0.99, 0.5, 0.0005), (0.99, math.nan, 0.0), (1.0, 0.1, 0.0)],
+)
+def test_a_tie_is_one_standard_error_and_never_more_than_a_twentieth_of_the_error(
+    best: float, se: float, want: float
+) -> None:
+    assert margin(best, se) == pytest.approx(want)
+
+
+def test_with_few_slides_a_bad_cheap_network_is_not_taken_although_it_is_not_beaten() -> None:
+    rng = np.random.default_rng(3)
+    slide = np.repeat(np.arange(3), 40)
+    label = np.tile([0, 1], 60)
+    good = label + rng.normal(size=120)
+    bad = label * np.array([0.2, 1.2, 0.5])[slide] + rng.normal(size=120)
+    values = [auc(label, good), auc(label, bad)]
+    found = rank(label, [good, bad], slide, numbers=[0, 1], values=values, images_per_s=[10.0, 1000.0])
+    assert not found[1].beaten
+    assert found[1].behind > MOST_BEHIND
+    assert choose_cheapest_tied(found)[0] == 0
+
+
+def test_of_ties_the_cheapest_is_taken_if_it_saves_a_tenth() -> None:
+    best = ranked(0, 0.0)
+    number, why = choose_cheapest_tied(
+        [best, ranked(1, 0.0004, images_per_s=250.0), ranked(2, 0.0009, images_per_s=200.0)]
+    )
+    assert number == 1
+    assert "trial 0 scored 0.0004 higher" in why
+    assert "2.5 times as long" in why
+    assert choose_cheapest_tied([best, ranked(1, 0.0004, images_per_s=105.0)])[0] == 0
+    assert choose_cheapest_tied([best, ranked(1, 0.0004, images_per_s=900.0, tied=False)])[0] == 0
+    assert choose_cheapest_tied([best, ranked(1, 0.0004, images_per_s=None)])[0] == 0
+    unknown = choose_cheapest_tied([replace(best, images_per_s=None), ranked(1, 0.0004, images_per_s=900.0)])
+    assert unknown == (0, "it has the highest AUC, and its speed is not known")
+
+
+def test_a_study_is_ranked_from_the_scores_of_its_trials(store: PatchStore, tmp_path: Path) -> None:
+    probs = [probs_of(store, noise, seed=seed) for seed, noise in enumerate((3.0, 0.1, 1.0))]
+    found = ranking_of(store, tmp_path, [scored_trial(store, tmp_path, i, prob) for i, prob in enumerate(probs)])
+    rows = store.development_rows()
+    label, slide = np.asarray(store.label)[rows], np.asarray(store.group)[rows]
+    assert found.best is not None
+    assert [trial.number for trial in found.trials] == [1, 2, 0]
+    assert found.best.interval == pytest.approx(auc_interval(label, probs[1], slide), abs=1e-9)
+    assert (found.n_patches, found.n_clusters, found.n_complete) == (len(rows), len(np.unique(slide)), 3)
+    assert found.picked == 1
+    assert 0 in [trial.number for trial in found.trials if trial.beaten]
+    assert found.to_json()["unbeaten"] == list(found.unbeaten)
+
+
+def test_a_cheaper_trial_of_equal_scores_is_picked_and_finalize_takes_it(store: PatchStore, tmp_path: Path) -> None:
+    prob = probs_of(store, 0.1)
+    trials = [scored_trial(store, tmp_path, 0, prob), scored_trial(store, tmp_path, 1, prob, images_per_s=300.0)]
+    found = ranking_of(store, tmp_path, trials)
+    assert found.picked == 1
+    other_device = scored_trial(store, tmp_path, 1, prob, images_per_s=300.0, device="cuda")
+    found = ranking_of(store, tmp_path, [trials[0], other_device])
+    assert found.picked == 0
+    assert any("device" in note for note in found.notes)
+
+
+def test_a_lineage_with_two_rows_is_ranked_once(store: PatchStore, tmp_path: Path) -> None:
+    prob = probs_of(store, 0.1)
+    lost = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"lineage": "0"})
+    pruned = optuna.trial.create_trial(
+        state=TrialState.PRUNED, user_attrs={"lineage": "0"}, intermediate_values={100: 0.6}
+    )
+    again = [scored_trial(store, tmp_path, number, prob, lineage="0") for number in (2, 3)]
+    found = ranking_of(store, tmp_path, [lost, pruned, *again])
+    assert [trial.number for trial in found.trials] == [3]
+    assert found.n_complete == 1
+
+
+def test_what_cannot_be_compared_is_named(store: PatchStore, tmp_path: Path) -> None:
+    trials = [scored_trial(store, tmp_path, number, probs_of(store, 0.1, seed=number)) for number in range(4)]
+    rows = store.development_rows()
+    best = np.asarray(store.label)[rows] + 0.0
+    best[:2] = 0.5
+    trials[0] = scored_trial(store, tmp_path, 0, best)
+    (tmp_path / "trials" / "1" / "scores.csv").unlink()
+    trials[2] = scored_trial(store, tmp_path, 2, best[:-1] * 0.9, rows=rows[:-1])
+    trials[3].value = 0.5
+    found = ranking_of(store, tmp_path, trials)
+    assert [trial.number for trial in found.trials] == [0]
+    (note,) = [note for note in found.notes if note.startswith("not compared")]
+    for part in (
+        "trial 1: ",
+        "trial 2 was scored on other patches",
+        "value 0.5000 of trial 3 is not the AUC of its scores",
+    ):
+        assert part in note
+
+
+def test_without_scores_pack_or_trials_a_ranking_says_why(store: PatchStore, tmp_path: Path) -> None:
+    assert ranking_of(store, tmp_path, []).notes == ("no complete trial yet",)
+    trial = scored_trial(store, tmp_path, 0, probs_of(store, 0.1))
+    gone = rank_study(study_with([trial]), settings_of(pack=str(tmp_path / "gone")), tmp_path)
+    assert (gone.picked, gone.n_complete) == (None, 1)
+    assert "gone does not exist" in gone.notes[0]
+    (tmp_path / "trials" / "0" / "scores.csv").unlink()
+    assert "cannot be read as scores" in ranking_of(store, tmp_path, [trial]).notes[0]
+    down = optuna.create_study(direction="minimize")
+    down.add_trial(trial)
+    assert "maximise the AUC" in rank_study(down, settings_of(store), tmp_path, store=store).notes[0]
+
+
+def test_only_the_best_trials_are_read_and_their_number_is_said(store: PatchStore, tmp_path: Path) -> None:
+    n = MOST_RANKED + 3
+    trials = [scored_trial(store, tmp_path, number, probs_of(store, 0.05 * number, seed=number)) for number in range(n)]
+    found = ranking_of(store, tmp_path, trials)
+    assert (len(found.trials), found.n_complete) == (MOST_RANKED, n)
+    assert (
+        min(trial.auc for trial in found.trials)
+        == sorted((t.value or 0 for t in trials), reverse=True)[MOST_RANKED - 1]
+    )

@@ -1,0 +1,132 @@
+"""The start list: what the first slots take, in which order, and why a recipe does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pcam_automl.config import Enqueued
+from pcam_automl.search.create import shipped_recipes
+from pcam_automl.search.plan import Plan, build_rungs
+from pcam_automl.search.slots import Slot
+from pcam_automl.search.space import SearchSpace, load_space
+from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list
+from pcam_automl.search.study import start_recipe
+
+RECIPES = shipped_recipes()
+
+
+def plan_for(space: SearchSpace, rate: float = 1000.0, cap_s: float | None = 60.0, slow: tuple[str, ...] = ()) -> Plan:
+    rates = {name: 10.0 if name in slow else rate for name in space.choices("backbone")}
+    return Plan(build_rungs(9000, 9000), 500, cap_s, rates, {}, 64)
+
+
+def space_of(name: str, pretrained: bool) -> SearchSpace:
+    return load_space(name).pinned({"pretrained": pretrained})
+
+
+def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[Enqueued, ...] = ()) -> list[str]:
+    start = start_recipe(name, bool(space.base["pretrained"]))
+    return [entry.origin for entry in start_list(space, start, asked, RECIPES, plan, name=name).entries]
+
+
+@pytest.mark.parametrize(
+    ("space", "pretrained", "expected"),
+    [
+        ("default", False, ["recipe default"]),
+        (
+            "default",
+            True,
+            [
+                "recipe default",
+                "recipe densenet169_onecycle (on densenet121)",
+                "recipe resnet152v2_transfer (on resnet50)",
+            ],
+        ),
+        ("quick", False, ["recipe default"]),
+        ("cnn", False, ["recipe default", "recipe keras_cnn_1", "recipe keras_cnn_2"]),
+    ],
+)
+def test_the_notebooks_recipes_that_fit_follow_the_default(space: str, pretrained: bool, expected: list[str]) -> None:
+    found = space_of(space, pretrained)
+    assert origins(found, plan_for(found)) == expected
+
+
+def test_a_recipe_too_slow_for_half_of_the_views_is_left_out_by_name() -> None:
+    space = space_of("default", True)
+    plan = plan_for(space, slow=("densenet121",))
+    found = start_list(space, start_recipe("default", True), (), RECIPES, plan, name="default")
+    assert [entry.origin for entry in found.entries] == ["recipe default", "recipe resnet152v2_transfer (on resnet50)"]
+    (line,) = [line for line in found.left_out if "densenet169" in line]
+    assert line.startswith(
+        "recipe densenet169_onecycle: densenet121 would see 5% of a trial's views here, less than 50%"
+    )
+    without_cap = replace(plan, cap_s=None)
+    assert len(origins(space, without_cap)) == 3, "where the views are given, seconds decide nothing"
+    dropped = replace(without_cap, dropped={"densenet121": "too slow"})
+    assert len(origins(space, dropped)) == 2
+
+
+def test_reasons_name_weights_task_and_backbone() -> None:
+    space = space_of("default", False)
+    found = start_list(space, start_recipe("default", False), (), RECIPES, plan_for(space), name="default")
+    reasons = dict(line.removeprefix("recipe ").split(": ", 1) for line in found.left_out)
+    assert reasons["densenet169_onecycle"] == "it starts from pretrained weights, the search from scratch"
+    assert reasons["unet_dense"] == "its task is dense, the search's patch"
+    assert reasons["cnn_deep"] == "cnn_deep is not in the space"
+    assert set(reasons) == set(RECIPES) - {"default"}
+
+
+def test_a_recipe_with_stages_gives_the_rates_of_its_last_one() -> None:
+    space = space_of("default", True)
+    found = start_list(space, start_recipe("default", True), (), RECIPES, plan_for(space), name="default")
+    params = found.entries[1].params
+    assert (params["backbone"], params["lr"], params["frozen"]) == ("densenet121", 4e-4, 0.3)
+    assert (params["weight_decay"], params["crop_size"], params["batch_size"]) == (1e-4, 96, 128)
+
+
+def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() -> None:
+    space = space_of("cnn", False)
+    start = start_recipe("default", False)
+    asked = (
+        Enqueued(origin="warm start other, trial 3", params={**space.params_of(start), "lr": 3e-4}),
+        Enqueued(origin="warm start other, trial 4", params=space.params_of(start)),
+    )
+    assert origins(space, plan_for(space), asked=asked) == [
+        "recipe default",
+        "warm start other, trial 3",
+        "recipe keras_cnn_1",
+        "recipe keras_cnn_2",
+    ]
+    many = tuple(Enqueued(origin=f"{i}", params={"lr": 1e-4 * (i + 1)}) for i in range(20))
+    assert len(origins(space, plan_for(space), asked=many)) == MOST_ENTRIES
+
+
+def test_every_entry_is_a_trial_of_the_space() -> None:
+    """What is prescribed is taken: each value is one that its dimension holds."""
+    for name, pretrained in (("default", True), ("cnn", False), ("quick", False)):
+        space = space_of(name, pretrained)
+        for entry in start_list(
+            space, start_recipe("default", pretrained), (), RECIPES, plan_for(space), name="d"
+        ).entries:
+            assert all(space.parameters[field].contains(value) for field, value in entry.params.items())
+
+
+@pytest.mark.parametrize(("n_trials", "expected"), [(1, 1), (7, 1), (8, 2), (12, 3), (50, 12), (4000, 12)])
+def test_at_most_a_quarter_of_the_trials_is_prescribed_and_trial_0_always(n_trials: int, expected: int) -> None:
+    assert n_prescribed(12, n_trials) == expected
+
+
+def slot(number: int, lineage: str | None = None, attempts: int = 1) -> Slot:
+    return Slot(number, "claimed", lineage, None, None, attempts, 0)
+
+
+def test_a_slot_takes_its_entry_once_and_never_in_place_of_its_lineage() -> None:
+    entries = tuple(Enqueued(origin=f"{i}", params={}) for i in range(3))
+    assert enqueued_for(entries, slot(2), 12) == entries[2]
+    assert enqueued_for(entries, slot(3), 12) is None
+    assert enqueued_for(entries, slot(2), 8) is None
+    assert enqueued_for(entries, slot(1, lineage="1"), 12) is None
+    assert enqueued_for(entries, slot(1, attempts=2), 12) is None, "a recipe that failed is not tried again"
+    assert enqueued_for((), slot(0), 12) is None

@@ -1,0 +1,163 @@
+"""Searches by a budget: paused trials go on where they stopped, in their own slot, and count once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from pcam_automl.config import parse_bytes
+from pcam_automl.errors import InputError, OutOfTime
+from pcam_automl.search.budget import BudgetClock
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.objective import Objective
+from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.slots import Slots
+from pcam_automl.search.storage import engine_of
+from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import SearchEnd, run_worker, settle_lost
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Told(BudgetClock):
+    """A clock that a test sets."""
+
+    left: float = 1e6
+
+    def left_s(self) -> float:
+        return self.left
+
+
+def told(left: float = 1e6) -> Told:
+    return Told(100.0, 0.0, time.monotonic(), 0, left=left)
+
+
+def opened_in(folder: Path, asked: Asked) -> OpenStudy:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    opened = create_or_open_study(
+        "tiny", f"sqlite:///{folder / 'studies' / 's.db'}", replace(asked, deterministic=True), say=lambda text: None
+    )
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    return opened
+
+
+def run(opened: OpenStudy, n: int, clock: BudgetClock | None) -> tuple[SearchEnd, int]:
+    """How it ended, and the views that were trained."""
+    seen: list[int] = []
+    objective = Objective(opened, CPU)
+    objective.watch.views = seen.append
+    return run_worker(objective, n_trials=n, clock=clock), sum(seen)
+
+
+def test_paused_trials_go_on_until_the_time_is_over_and_nothing_is_trained_twice(tmp_path: Path, asked: Asked) -> None:
+    straight = opened_in(tmp_path / "straight", replace(asked, pruner="none"))
+    _, views_straight = run(straight, 3, None)
+    opened = opened_in(tmp_path / "thawed", asked)
+    end, views = run(opened, 3, told())
+    assert end == SearchEnd(3, "budget")  # nothing is left to thaw
+    trials = opened.study.get_trials()
+    lineages = lineages_of(trials)
+    assert len(trials) > len(lineages) == n_finished_of(opened.study) == 3
+    assert views == views_straight
+    slots = Slots(engine_of(opened.study), opened.name)
+    assert [slot.state for slot in slots.all()] == ["done"] * 3
+    for lineage, whole in zip(lineages, straight.study.get_trials(), strict=True):
+        assert lineage.last.state == TrialState.COMPLETE
+        assert {row.params["lr"] for row in lineage.rows} == {whole.params["lr"]}
+        assert lineage.values == whole.intermediate_values  # to the last bit, across the pauses
+        thawed_from = [row.user_attrs.get("thawed_from") for row in lineage.rows]
+        assert thawed_from == [None, *(row.number for row in lineage.rows[:-1])]
+        assert {row.user_attrs["slot"] for row in lineage.rows} == {int(lineage.name)}
+    assert list(opened.checkpoints.iterdir()) == [], "a complete lineage never goes on"
+
+
+def test_without_time_for_a_rung_the_search_ends_with_its_trials_paused(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    clock = told(left=0.0)
+    assert run(opened, 5, clock)[0] == SearchEnd(1, "budget")  # the first one runs through whatever the time
+    assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE]
+    clock.left = 1e6
+    objective = Objective(opened, CPU)
+
+    def over(number: int, result: object) -> None:
+        clock.left = 1e-9
+
+    objective.watch.rung = over
+    assert run_worker(objective, n_trials=5, clock=clock) == SearchEnd(1, "budget")
+    second = opened.study.get_trials()[1]
+    assert second.state == TrialState.PRUNED
+    assert list(second.intermediate_values) == [21]
+    assert (opened.checkpoints / "1" / "0" / "state.json").is_file()
+    # without a budget it stays as it is; the total counts it
+    assert run(opened, 2, None)[0] == SearchEnd(0, "done")
+
+
+def test_time_that_ends_within_a_rung_pauses_at_the_one_before(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+
+    class Ends(Told):
+        def check(self) -> None:
+            if opened.study.get_trials(deepcopy=False)[-1].intermediate_values:
+                self.left = 0.0
+                raise OutOfTime("the search's part of the budget is used up")
+
+    assert run(opened, 5, Ends(100.0, 0.0, time.monotonic(), 0))[0] == SearchEnd(1, "budget")
+    (trial,) = opened.study.get_trials()
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["reason"].startswith("paused at rung 1 of 3: the search's part")
+    run(opened, 1, told())
+    assert opened.study.get_trials()[1].state == TrialState.COMPLETE
+    assert n_finished_of(opened.study) == 1
+
+
+def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    end = run_worker(Objective(opened, CPU), n_trials=3, clock=told(), quota_bytes=0)
+    assert end == SearchEnd(3, "budget")
+    assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    assert list(opened.checkpoints.iterdir()) == []
+
+
+def test_a_thaw_that_its_worker_did_not_begin_is_undone(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    run_worker(Objective(opened, CPU), n_trials=2, clock=told(), quota_bytes=0)
+    slots = Slots(engine_of(opened.study), opened.name)
+    slot = slots.thaw("1", "elsewhere:1:2")
+    assert slot is not None
+    assert (slot.state, slot.number, slot.attempts) == ("thawing", 1, 2)
+    assert slots.thaw("1", "another") is None
+    trials = opened.study.get_trials()
+    settle_lost(opened.study, slots, trials)
+    assert slots.counts() == {"claimed": 1, "done": 1, "open": 0}, "another host's thaw is not taken for finished"
+    assert slots.claim(2, "third") is None
+    slots.leave_paused(slot)
+    mine = slots.thaw("1", f"{slot.owner}")
+    assert mine is not None
+    assert slots.started(mine, 7, "1")
+    assert slots.claimed()[0].trial_number == 7
+    assert slots.reap(lambda owner: False)[0].trial_number == 7  # begun: to be continued
+    assert slots.all()[1].state == "open"
+    assert slots.thaw("1", "x") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "want"), [("5GB", 5 * 10**9), ("800 mb", 8 * 10**8), ("1.5k", 1500), ("12", 12), ("0", 0)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, want: int) -> None:
+    assert parse_bytes(text) == want
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 XB", "nan", "1e30"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--checkpoint-quota must be a size like 5GB"):
+        parse_bytes(text)

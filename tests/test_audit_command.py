@@ -1,0 +1,103 @@
+"""`audit`, and what `status` says of the best trial's interval and of misleading rungs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planted_study import (
+    probs_of,
+    pruned_by_thirds,
+    rung_values,
+    scored_trial,
+    settings_of,
+    study_with,
+    trials_of,
+)
+
+from pcam_automl.commands.audit import run_audit
+from pcam_automl.commands.search import run_status
+from pcam_automl.data.store import open_store
+from pcam_automl.errors import StudyError
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def url(in_tmp: Path) -> str:
+    return f"sqlite:///{in_tmp}/pcam.db"
+
+
+def test_misleading_first_rung_is_said_with_a_larger_one_instead(url: str, capsys: Capture) -> None:
+    study_with(trials_of(rung_values(40, (9.0, 0.2, 0.0))), url)
+    run_audit("pcam", url, as_json=False)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "misleads" in text
+    assert "advice: a larger first rung: 300 -> 900 views instead of 100 -> 300 -> 900" in text
+    assert "a lower bound" in text
+    assert "Thorndike" not in text  # nothing was selected
+    run_status("pcam", url, as_json=False)
+    assert "warning: scores after 100 views say little about those after 300" in capsys.readouterr().out
+
+
+def test_audit_as_json_and_of_survivors_alone(url: str, capsys: Capture) -> None:
+    study_with(trials_of(pruned_by_thirds(rung_values(60, (0.2, 0.1, 0.0)))), url)
+    run_audit("pcam", url, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [rung["verdict"] for rung in found["rungs"]] == ["holds", "unclear"]
+    assert found["advised_rungs"] is None
+    assert found["rungs"][0]["regret"] is None
+    run_audit("pcam", url, as_json=False)
+    text = capsys.readouterr().out
+    assert "Thorndike" in text
+    assert "advice: the rungs may stay as they are" in text
+    run_status("pcam", url, as_json=False)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_study_without_trials_is_audited_and_an_absent_one_refused(url: str, capsys: Capture) -> None:
+    study_with([], url)
+    run_audit("pcam", url, as_json=False)
+    assert "0 recipes with a score" in capsys.readouterr().out
+    with pytest.raises(StudyError, match="there is no study 'other'"):
+        run_audit("other", url, as_json=False)
+
+
+def test_audit_imports_nothing_that_trains(url: str) -> None:
+    study_with(trials_of(rung_values(12, (0.2, 0.1, 0.0))), url)
+    code = (
+        "import sys; from pcam_automl.commands.audit import run_audit\n"
+        f"run_audit('pcam', {url!r}, as_json=False)\n"
+        "print([name for name in ('torch', 'sklearn', 'scipy', 'sqlalchemy') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_status_shows_the_interval_the_ties_and_what_finalize_takes(
+    easy_pack: Path, in_tmp: Path, url: str, capsys: Capture
+) -> None:
+    store, folder = open_store(easy_pack), in_tmp / "pcam"
+    best = probs_of(store, 0.1)
+    trials = [
+        scored_trial(store, folder, 0, best),
+        scored_trial(store, folder, 1, best, images_per_s=250.0),
+        scored_trial(store, folder, 2, probs_of(store, 4.0, seed=2)),
+    ]
+    study_with(trials, url, settings_of(store))
+    run_status("pcam", url, as_json=False)
+    text = capsys.readouterr().out
+    assert f"trial 0: AUC {trials[0].value:.4f}, 95 % " in text
+    assert "it does not beat trials 1 (3 of 3 complete trials compared)" in text
+    assert "finalize takes trial 1: trial 0 scored 0.0000 higher" in text
+    run_status("pcam", url, as_json=True)
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    assert (ranking["picked"], ranking["unbeaten"], ranking["n_clusters"]) == (1, [1], 12)
+    low, high = ranking["trials"][0]["interval"]
+    assert low < trials[0].value < high
+    (folder / "trials" / "0" / "scores.csv").unlink()
+    run_status("pcam", url, as_json=False)
+    assert "no interval can be drawn" in capsys.readouterr().out
