@@ -225,8 +225,11 @@ def search(
             metavar="NAME|FILE",
         ),
     ] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, gp, cmaes, qmc or random.")] = None,
-    pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median or none.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, tpe-qmc, gp, cmaes, qmc or random.")] = None,
+    pruner: Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median, wilcoxon or none.")] = None,
+    cost_aware: Annotated[
+        bool, typer.Option("--cost-aware", help="Judge proposals by expected improvement per second.")
+    ] = False,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")
     ] = None,
@@ -257,6 +260,13 @@ def search(
         ),
     ] = None,
     deterministic: Deterministic = False,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            "--probe",
+            help="Rank backbones and crops by a classifier on frozen pretrained features first (20 s): auto, on or off.",
+        ),
+    ] = None,
     checkpoint_quota: Annotated[
         str,
         typer.Option(
@@ -305,6 +315,8 @@ def search(
         objective=objective,
         warm_start=warm_start,
         prior=prior,
+        cost_aware=cost_aware,
+        probe=probe,
     )
     run_search(
         study,

@@ -139,6 +139,7 @@ class StudySettings(BaseModel):
     cap_s: float | None
     plan: dict[str, Any]
     versions: dict[str, str]
+    cost_aware: bool = False
     enqueued: tuple[Enqueued, ...] = ()
     warm_start: str | None = None
     prior: str | None = None

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,7 @@ def _quick_studies() -> Iterator[None]:
         if "torch" in sys.modules:
             from pcam_automl.training import compute
 
-            patch.setattr(compute, "_PROBE_ROUNDS", 1)
-            patch.setattr(compute, "_PROBE_S", 0.0)
+            patch.setattr(compute, "THOROUGH", replace(compute.THOROUGH, rounds=1, turn_s=0.0))
         if (plan := sys.modules.get("pcam_automl.search.plan")) is not None:
             patch.setattr(plan, "training_cost", functools.cache(plan.training_cost))  # 0.3 s a network
         if (storage := sys.modules.get("optuna.storages._rdb.storage")) is not None:

@@ -246,7 +246,7 @@ def test_best_is_the_cheapest_trial_that_the_best_does_not_beat(easy_pack: Path,
     study = study_with(trials)
     opened = cast(OpenStudy, SimpleNamespace(study=study, settings=settings_of(store), folder=tmp_path, store=store))
     assert settle_ties(opened, "best", said.append) == "1"
-    assert said[-1].startswith("trial 1 is taken: trial 0 scored 0.0000 higher")
+    assert said[-1].startswith("trial 1 is taken: trial 0 scored the same and takes")
     assert settle_ties(opened, "highest", said.append) == "highest"
     assert choose_trial(study, "highest").number == choose_trial(study, "best").number == 0
     assert settle_ties(opened, "0", said.append) == "0"

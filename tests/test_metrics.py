@@ -11,6 +11,7 @@ from sklearn import metrics as sklearn_metrics
 from pcam_automl import metrics
 from pcam_automl.errors import DataError
 from pcam_automl.metrics import (
+    LEAST_OF_A_LABEL,
     Confusion,
     accuracy,
     accuracy_of,
@@ -20,8 +21,10 @@ from pcam_automl.metrics import (
     confusion,
     dice,
     dice_of,
+    domain_aucs,
     log_loss,
     percentile_interval,
+    worst_domain_auc,
 )
 
 few_levels = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])  # ties are common
@@ -215,3 +218,26 @@ def test_draws_of_one_label_are_no_number_and_bad_shapes_are_refused() -> None:
     assert percentile_interval([np.nan], otherwise=(0.0, 1.0)) == (0.0, 1.0)
     with pytest.raises(DataError, match=r"must be \(M, N\), got \(2,\)"):
         auc_draws([0, 1], [0.1, 0.9])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_worst_domain_auc_is_the_least_of_the_domains_that_can_be_scored(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    domain, label, prob = rng.integers(-1, 4, 80), rng.integers(0, 2, 80), rng.random(80)
+    label[domain == 3] = 1  # one label only
+    expected = [
+        sklearn_metrics.roc_auc_score(label[own], prob[own])
+        for code in range(4)
+        if (own := domain == code).any() and min((label[own] == one).sum() for one in (0, 1)) >= LEAST_OF_A_LABEL
+    ]
+    found = worst_domain_auc(label, prob, domain)
+    if len(expected) < 2:
+        assert found is None
+    else:
+        assert found == pytest.approx(min(expected))
+    assert len(domain_aucs(label, prob, domain)) == len(expected)
+
+
+def test_domains_must_be_codes_of_the_patches() -> None:
+    with pytest.raises(DataError, match=r"domains must be \(2,\) integer codes, got \(3,\)"):
+        worst_domain_auc([0, 1], [0.1, 0.9], [0, 0, 1])

@@ -56,7 +56,7 @@ def audit_notes(audit: Audit) -> Iterator[str]:
     """The reasons of the verdicts and how the table is to be read."""
     for number, rung in enumerate(audit.rungs, 1):
         yield f"rung {number} {rung.verdict}: {rung.why}"
-    if any(rung.share_of_spread < 1 for rung in audit.rungs):
+    if any(rung.tau is not None and rung.share_of_spread < 1 for rung in audit.rungs):
         yield (
             "only recipes that were good at a rung went on, which makes tau too low; `tau of all` corrects for it (Thorndike's "
             "case 2), on the assumption that scores scatter alike at all heights"

@@ -235,6 +235,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--objective", settings.objective] if settings.objective != "auc" else []
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
+    words += ["--cost-aware"] if settings.cost_aware else []
     words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])
 

@@ -19,6 +19,7 @@ from pcam_automl.models.factory import Normalisation
 from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, Text, left_out
 from pcam_automl.report.content import IMAGE, PATCH, Noun, ReportContent
+from pcam_automl.report.domain_figure import domain_blocks
 from pcam_automl.report.patch_sheets import Pixels, patch_of, sheet, with_mask_outline
 from pcam_automl.report.style import GREY, NORMAL, TUMOUR, add_axes, add_row, dress, legend, new_figure, picture
 from pcam_automl.report.style import shortened as short
@@ -295,6 +296,7 @@ def group_blocks(store: PatchStore, split: Split | None, noun: Noun = PATCH) -> 
         yield Table(
             *_counts(store, np.asarray(store.domain), list(enumerate(store.domain_names)), "scanner or centre", noun)
         )
+    yield from domain_blocks(store, noun)
     if split is not None:
         named = [(f, f"fold {f}") for f in range(int(split.fold.max()) + 1)] + [(HOLDOUT, "holdout")]
         yield Table(*_counts(store, split.fold, named, "part of the split", noun))

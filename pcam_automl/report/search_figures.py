@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from pcam_automl.goals import AUC, Goal
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, Text, left_out
 from pcam_automl.report.content import ReportContent
 from pcam_automl.report.ranking_figures import fidelity_figure, ranking_blocks
@@ -33,6 +34,7 @@ from pcam_automl.report.style import (
     picture,
     shortened,
 )
+from pcam_automl.report.tradeoff_figure import tradeoff_blocks
 from pcam_automl.search.audit import audit_study, rung_table
 from pcam_automl.search.lineages import lineages_of
 
@@ -50,13 +52,15 @@ def search_section(content: ReportContent) -> Section:
     if not complete:
         return Section("search", title, (left_out(f"study {content.study.study_name} has no complete trial yet."),))
     importance, why_not = _importance(content)
-    blocks: list[Block] = [_facts(trials, complete), history_figure(trials)]
+    goal = AUC if content.study_settings is None else content.study_settings.goal
+    blocks: list[Block] = [_facts(trials, complete, goal), history_figure(trials, goal)]
     blocks += ranking_blocks(content.ranking, {t.number: str(_field(t, "backbone") or "") for t in complete})
     blocks += _fidelity(content, trials)
     blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
     cut = "tile_size" if content.dense else "crop_size"
-    blocks += _varied(complete, importance, cut)
-    blocks.append(_best_table(complete, cut))
+    blocks += _varied(complete, importance, cut, goal)
+    blocks.append(_best_table(complete, cut, goal))
+    blocks += tradeoff_blocks(trials, goal)
     return Section("search", title, tuple(blocks))
 
 
@@ -84,13 +88,13 @@ def _fidelity(content: ReportContent, trials: list[FrozenTrial]) -> Iterator[Blo
         )
 
 
-def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial]) -> Facts:
-    best = max(complete, key=_value)
+def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial], goal: Goal) -> Facts:
+    best = max(complete, key=lambda t: goal.sign * _value(t))
     n_pruned = sum(t.state == TrialState.PRUNED for t in trials)
     hours = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials) / 3600
     return Facts(
         (
-            (f"{_value(best):.4f}", f"best validation AUC (trial {best.number})"),
+            (f"{_value(best):.4f}", f"best {goal.label} (trial {best.number})"),
             (f"{len(complete)}", "complete trials"),
             (f"{n_pruned}", "stopped early"),
             (f"{hours:.2f} h" if hours >= 0.1 else f"{hours * 60:.1f} min", "training time in all"),
@@ -103,10 +107,10 @@ def _value(trial: FrozenTrial) -> float:
     return trial.value
 
 
-def history_figure(trials: list[FrozenTrial]) -> Picture:
-    """AUC by trial number, and the best so far."""
+def history_figure(trials: list[FrozenTrial], goal: Goal = AUC) -> Picture:
+    """The objective by trial number, and the best so far."""
     figure = new_figure(6.8, 3.7)
-    axes = add_axes(figure, x="trial number", y="validation AUC")
+    axes = add_axes(figure, x="trial number", y=goal.label)
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     pruned = [
         (t.number, t.intermediate_values[max(t.intermediate_values)])
@@ -123,15 +127,15 @@ def history_figure(trials: list[FrozenTrial]) -> Picture:
             label="stopped early, at its last score",
         )
     axes.scatter([t.number for t in complete], [_value(t) for t in complete], color=BLUE, s=28, label="complete")
-    best = np.maximum.accumulate([_value(t) for t in complete])
+    best = goal.sign * np.maximum.accumulate([goal.sign * _value(t) for t in complete])
     axes.step([t.number for t in complete], best, where="post", color=VERMILION, linewidth=1.8, label="best so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(axes, ncols=3)
     return picture(
         figure,
         "search_history.png",
-        alt=f"Validation AUC of {len(complete)} complete trials; the best reaches {best[-1]:.4f}",
-        caption="Each dot is one recipe tried. While the line still climbs, more trials are worth their time; once it has "
+        alt=f"{goal.label} of {len(complete)} complete trials; the best reaches {best[-1]:.4f}",
+        caption=f"Each dot is one recipe tried. While the line still {'climbs' if goal.maximize else 'falls'}, more trials are worth their time; once it has "
         "been flat for long, they are not.",
     )
 
@@ -140,7 +144,7 @@ def importance_figure(importance: dict[str, float]) -> Picture:
     """Bars of the parameters' shares."""
     shown = sorted(importance.items(), key=lambda item: item[1])[-_MOST_BARS:]
     figure = new_figure(6.4, 0.8 + 0.3 * len(shown))
-    axes = add_axes(figure, x="share of the differences in AUC (%)", grid="x")
+    axes = add_axes(figure, x="share of the differences in score (%)", grid="x")
     bars = axes.barh([name for name, _ in shown], [100 * share for _, share in shown], color=BLUE, height=0.6)
     axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8.5, color=INK)
     return picture(
@@ -151,19 +155,19 @@ def importance_figure(importance: dict[str, float]) -> Picture:
     )
 
 
-def _varied(complete: list[FrozenTrial], importance: dict[str, float], cut: str) -> Iterator[Block]:
+def _varied(complete: list[FrozenTrial], importance: dict[str, float], cut: str, goal: Goal) -> Iterator[Block]:
     """Figures of the parameters that vary; a sentence for each that does not."""
     names = _common_parameters(complete, importance)
     if len(names) >= 2 and len(complete) >= 2:
-        yield parallel_figure(complete, names)
+        yield parallel_figure(complete, names, goal)
     else:
         yield left_out("parallel coordinates, since fewer than two parameters vary among the complete trials.")
     for field, draw in ((cut, crop_figure if cut == "crop_size" else tile_figure), ("backbone", backbone_figure)):
         pairs = [(value, _value(t)) for t in complete if (value := _field(t, field)) is not None]
         if len({value for value, _ in pairs}) >= 2:
-            yield draw(pairs)
+            yield draw(pairs, goal)
         else:
-            yield left_out(f"{field} against AUC, since all complete trials have the same one.")
+            yield left_out(f"{field} against {goal.short}, since all complete trials have the same one.")
 
 
 def _field(trial: FrozenTrial, name: str) -> Any:
@@ -182,9 +186,9 @@ def _common_parameters(complete: list[FrozenTrial], importance: dict[str, float]
     return sorted(varying, key=lambda name: -importance.get(name, 0.0))[:_MOST_AXES]
 
 
-def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Picture:
-    """One line a trial over the parameters' axes, coloured by AUC; the best trials on top."""
-    shown = sorted(complete, key=_value)[-_MOST_LINES:]
+def parallel_figure(complete: list[FrozenTrial], names: Sequence[str], goal: Goal = AUC) -> Picture:
+    """One line a trial over the parameters' axes, coloured by the objective; the best trials on top."""
+    shown = sorted(complete, key=lambda t: goal.sign * _value(t))[-_MOST_LINES:]
     values = np.array([_value(t) for t in shown])
     columns = [_positions(shown, name) for name in names]
     span = max(float(np.ptp(values)), 1e-9)
@@ -192,7 +196,7 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
     axes = figure.add_subplot()
     heights = np.stack([*[place for place, _ in columns], (values - values.min()) / span], axis=1)
     lines = [np.column_stack([np.arange(heights.shape[1]), row]) for row in heights]
-    colours = colormaps[f"{MAP}_r"]((values - values.min()) / span)
+    colours = colormaps[f"{MAP}_r" if goal.maximize else MAP]((values - values.min()) / span)
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=np.linspace(1.0, 2.4, len(shown)), alpha=0.9))
     ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.3f}"), (1.0, f"{values.max():.3f}")]]
     for place, marks in enumerate(ticks):
@@ -207,12 +211,12 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str]) -> Pictur
                 color=INK,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6},
             )
-    _bare(axes, [*names, "AUC"])
+    _bare(axes, [*names, goal.short])
     drawn = picture(
         figure,
         "search_parallel.png",
-        alt=f"Parallel coordinates of {len(shown)} trials over {', '.join(names)} and AUC",
-        caption="Each line is one recipe, from its choices to its AUC on the right; dark lines are the best, yellow ones the "
+        alt=f"Parallel coordinates of {len(shown)} trials over {', '.join(names)} and {goal.short}",
+        caption=f"Each line is one recipe, from its choices to its {goal.short} on the right; dark lines are the best, yellow ones the "
         "worst. Where the dark lines run together, that choice matters.",
     )
     return replace(drawn, wide=True)
@@ -243,63 +247,68 @@ def _positions(trials: Sequence[FrozenTrial], name: str) -> tuple[np.ndarray, li
     return (scaled - low) / span, [(0.0, f"{values.min():.3g}"), (1.0, f"{values.max():.3g}")]
 
 
-def crop_figure(pairs: list[tuple[Any, float]]) -> Picture:
-    """AUC by crop size, and the best of each."""
-    best = int(max(pairs, key=lambda pair: pair[1])[0])
+def crop_figure(pairs: list[tuple[Any, float]], goal: Goal = AUC) -> Picture:
+    """The objective by crop size, and the best of each."""
+    best = int(max(pairs, key=lambda pair: goal.sign * pair[1])[0])
     note = "How much of the surroundings the network was shown. The centre 32 px decide the label; more context can help or distract."
-    return _size_figure(pairs, "crop size (px of the 96 px patch)", f"{note} The best trial cut {best} px.")
+    return _size_figure(pairs, "crop size (px of the 96 px patch)", f"{note} The best trial cut {best} px.", goal)
 
 
-def tile_figure(pairs: list[tuple[Any, float]]) -> Picture:
-    """AUC by tile size of a dense task, and the best of each."""
-    best = int(max(pairs, key=lambda pair: pair[1])[0])
+def tile_figure(pairs: list[tuple[Any, float]], goal: Goal = AUC) -> Picture:
+    """The objective by tile size of a dense task, and the best of each."""
+    best = int(max(pairs, key=lambda pair: goal.sign * pair[1])[0])
     note = "How large a piece of an image the network was shown at a time."
-    return _size_figure(pairs, "tile size (px)", f"{note} The best trial cut {best} px.")
+    return _size_figure(pairs, "tile size (px)", f"{note} The best trial cut {best} px.", goal)
 
 
-def _size_figure(pairs: list[tuple[Any, float]], name: str, caption: str) -> Picture:
+def _size_figure(pairs: list[tuple[Any, float]], name: str, caption: str, goal: Goal) -> Picture:
     figure = new_figure()
-    axes = add_axes(figure, x=name, y="validation AUC")
+    axes = add_axes(figure, x=name, y=goal.label)
     crops, values = np.array([int(crop) for crop, _ in pairs]), np.array([value for _, value in pairs])
     axes.scatter(crops, values, color=BLUE, s=28, alpha=0.8, label="trial")
     known = np.unique(crops)
     axes.plot(
-        known, [values[crops == crop].max() for crop in known], color=VERMILION, marker="o", label="best of its size"
+        known,
+        [goal.best(values[crops == crop].tolist()) for crop in known],
+        color=VERMILION,
+        marker="o",
+        label="best of its size",
     )
     axes.set_xticks(known)
     legend_below(axes)
-    best = int(crops[values.argmax()])
+    best = int(crops[(goal.sign * values).argmax()])
     return picture(
         figure,
         "search_crop.png",
-        alt=f"Validation AUC by {name}; the best trial has {best} px",
+        alt=f"{goal.label} by {name}; the best trial has {best} px",
         caption=caption,
     )
 
 
-def backbone_figure(pairs: list[tuple[Any, float]]) -> Picture:
-    """AUC of every trial by backbone, sorted by the best."""
+def backbone_figure(pairs: list[tuple[Any, float]], goal: Goal = AUC) -> Picture:
+    """The objective of every trial by backbone, sorted by the best."""
     by_name: dict[str, list[float]] = {}
     for name, value in pairs:
         by_name.setdefault(str(name), []).append(value)
-    order = sorted(by_name, key=lambda name: max(by_name[name]))[-_MOST_BARS:]
+    best = {name: goal.best(values) for name, values in by_name.items()}
+    order = sorted(by_name, key=lambda name: goal.sign * best[name])[-_MOST_BARS:]
     figure = new_figure(7.0, 1.1 + 0.32 * len(order))
-    axes = add_axes(figure, x="validation AUC", grid="x")
+    axes = add_axes(figure, x=goal.label, grid="x")
     for place, name in enumerate(order):
         axes.scatter(by_name[name], [place] * len(by_name[name]), color=GREEN, s=26, alpha=0.7)
-        axes.scatter([max(by_name[name])], [place], color=ORANGE, edgecolor=INK, s=70, marker="D", zorder=3)
+        axes.scatter([best[name]], [place], color=ORANGE, edgecolor=INK, s=70, marker="D", zorder=3)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_yticks(range(len(order)), [f"{shortened(name)} ({len(by_name[name])})" for name in order])
     return picture(
         figure,
         "search_backbones.png",
-        alt="Best AUC by backbone: " + ", ".join(f"{name} {max(by_name[name]):.4f}" for name in reversed(order)),
+        alt=f"Best {goal.short} by backbone: " + ", ".join(f"{name} {best[name]:.4f}" for name in reversed(order)),
         caption="Which networks won: one dot a trial, a diamond for each network's best, the number of trials in brackets.",
     )
 
 
-def _best_table(complete: list[FrozenTrial], cut: str) -> Table:
-    best = sorted(complete, key=lambda t: -_value(t))[:_SHOWN_TRIALS]
+def _best_table(complete: list[FrozenTrial], cut: str, goal: Goal) -> Table:
+    best = sorted(complete, key=lambda t: -goal.sign * _value(t))[:_SHOWN_TRIALS]
     rows = tuple(
         (
             str(t.number),
@@ -311,5 +320,8 @@ def _best_table(complete: list[FrozenTrial], cut: str) -> Table:
         for t in best
     )
     return Table(
-        ("trial", "backbone", "AUC", f"{cut.removesuffix('_size')} (px)", "seconds"), rows, "The best trials.", n_left=2
+        ("trial", "backbone", goal.short, f"{cut.removesuffix('_size')} (px)", "seconds"),
+        rows,
+        "The best trials.",
+        n_left=2,
     )

@@ -35,9 +35,10 @@ from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.plan import make_plan
 from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
+from pcam_automl.search.probe_study import LIMIT_S, MODES, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
-from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.sampler import build_sampler, check_cost_aware
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import start_list
@@ -154,9 +155,15 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    probe = None
+    if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic):
+        limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
+        space, probe = probe_study(
+            space, common, plan, store=store, rows=rows, weights=weights, device=device, say=say, seconds=limit_s
+        )
     if goal.name == "worst_domain_auc":
         check_domains(store, rows.score[: plan.n_score], common)
-    asked_for = asked_entries(asked, url, space, store, split, say)
+    asked_for = [*asked_entries(asked, url, space, store, split, say), *_probed_entries(probe)]
     first = start_list(space, start, asked_for, shipped_recipes(), plan, name=asked.recipe or DEFAULT_RECIPE)
     rungs = tuple((rung.views, rung.subset) for rung in plan.rungs)
     build_pruner(asked.pruner or "asha", rungs=[views for views, _ in rungs])
@@ -188,6 +195,8 @@ def _decide(
             "n_valid": n_valid,
             "trial_s": None if budget is None else budget.trial_s,
             "budget": None if budget is None else asdict(budget),
+            "probe_mode": asked.probe or "auto",
+            "probe": probe,
         },
         versions=versions(),
         objective=goal.name,
@@ -197,8 +206,14 @@ def _decide(
         warm_start=None if asked.warm_start is None else safe_url(asked.warm_start),
         prior=None if asked.prior in (None, NONE) else asked.prior,
         command=asked.command,
+        cost_aware=asked.cost_aware,
     )
     return settings, split, domains
+
+
+def _probed_entries(probe: dict[str, Any] | None) -> list[Enqueued]:
+    """What the probe of frozen features would begin with."""
+    return [Enqueued(origin="probe of frozen features", params=params) for params in (probe or {}).get("starts", ())]
 
 
 def _full(path: Path | None) -> str | None:
@@ -405,6 +420,8 @@ def check_options(asked: Asked) -> None:
     """
     choose_device(asked.device)
     build_sampler(asked.sampler or "tpe", 0)
+    if asked.cost_aware:
+        check_cost_aware(asked.sampler or "tpe")
     build_pruner(asked.pruner or "asha", rungs=[1, 2])
     goal, split_by = goal_of(asked.objective or AUC.name), split_of(asked.split_by)
     if goal.name == "worst_domain_auc" and split_by == "domains":
@@ -421,6 +438,8 @@ def check_options(asked: Asked) -> None:
     check_pins(asked.pins or {})
     if asked.prior not in (None, NONE):
         load_prior(asked.prior)
+    if asked.probe not in (None, *MODES):
+        raise RecipeError(f"--probe must be one of {', '.join(MODES)}, got {asked.probe!r}")
     if asked.deterministic and asked.views is None and not {"views", "epochs"} & set(asked.pins or {}):
         raise RecipeError(
             "--deterministic needs --views (or --set epochs): by default the measured speed decides how much a trial trains"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import Trial
@@ -20,7 +21,7 @@ from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
-from pcam_automl.scores import write_scores
+from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
@@ -29,6 +30,7 @@ from pcam_automl.search.reading import FIGURES
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
+from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, cpu_name, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
@@ -163,6 +165,8 @@ class Objective:
                 micro_batch=training.micro_batch,
                 micro_batches=training.micro_batches,
             )
+            if self.opened.settings.pruner == "wilcoxon":
+                self._note_slides(trial, training.scores, planned[result.rung].views)
             self.watch.rung(trial.number, result)
             self._judge(trial, training, rungs, result)
         self._speed.note_micro_batch(recipe, self.device, training.micro_batch)
@@ -204,6 +208,12 @@ class Objective:
             next_s = result.seconds * rung_ratio([rung.views for rung in rungs], result.rung, _decay(training.recipe))
             if next_s > self.clock.left_s():
                 raise optuna.TrialPruned(f"paused {where}: the next one would not end in the search's time")
+
+    def _note_slides(self, trial: Trial, scores: Scores | None, step: int) -> None:
+        """What the pruner compares; of a rung that a checkpoint holds there are no scores any more, but earlier notes."""
+        if scores is not None:
+            losses = losses_by_slide(scores.label, scores.prob, np.asarray(self.opened.store.group)[scores.rows])
+            set_user_attrs(trial, **{SLIDE_LOSSES: {**trial.user_attrs.get(SLIDE_LOSSES, {}), str(step): losses}})
 
     def _settle(self, trial: Trial, lineage: str) -> tuple[Recipe, Compute, tuple[Rung, ...]]:
         """Recipe, variant and rungs: the lineage's own where it has run before, else suggested and measured."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
@@ -13,8 +13,9 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.wilcoxon import WilcoxonOverSlides
 
-PrunerName = Literal["asha", "hyperband", "median", "none"]
+PrunerName = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
 
 
 class SuccessiveHalving(BasePruner):
@@ -40,15 +41,21 @@ class SuccessiveHalving(BasePruner):
         if eta < 2:
             raise ValueError(f"eta must be at least 2, got {eta}")
         self.eta, self.pauses = eta, pauses
+        self.first_judged = 0
+        self.spared: Callable[[str, Sequence[str]], bool] = lambda lineage, earlier: False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial ends here; see the class."""
         step = trial.last_step
-        if step is None or step >= self.rungs[-1]:
+        if step is None or step >= self.rungs[-1] or step < self.rungs[self.first_judged]:
             return False
         sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
-        own = _score(trial.intermediate_values[step], sign)
-        others = values_at(step, study.get_trials(deepcopy=False), trial)
+        own, trials = _score(trial.intermediate_values[step], sign), study.get_trials(deepcopy=False)
+        if own > -math.inf and self.spared(
+            lineage_of(trial), [lineage_of(t) for t in trials if t.number < trial.number]
+        ):
+            return False
+        others = values_at(step, trials, trial)
         scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)
         if len(scores) < self.eta:
             return self.pauses and trial.user_attrs.get("slot") != 0
@@ -110,6 +117,8 @@ def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False) -> Ba
         return _FinishingHyperband(steps)
     if name == "median":
         return _FinishingMedian(steps)
+    if name == "wilcoxon":
+        return WilcoxonOverSlides(steps)
     if name == "none":
         return NopPruner()
     known = get_args(PrunerName)

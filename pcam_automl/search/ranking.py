@@ -189,10 +189,9 @@ def choose_cheapest_tied(trials: Sequence[Ranked]) -> tuple[int, str]:
         others = "no trial as good is cheaper" if len(timed) > 1 else "no other trial is as good"
         return best.number, f"it has the highest AUC, and {others}"
     low, high = fastest.behind_interval
-    return fastest.number, (
-        f"trial {best.number} scored {fastest.behind:.4f} higher (95 % {low:.4f} to {high:.4f}), which is no certain lead, "
-        f"and takes {rate / best.images_per_s:.1f} times as long for an image"
-    )
+    lead = f"scored {fastest.behind:.4f} higher (95 % {low:.4f} to {high:.4f}), which is no certain lead,"
+    slower = f"takes {rate / best.images_per_s:.1f} times as long for an image"
+    return fastest.number, f"trial {best.number} {lead if fastest.behind else 'scored the same'} and {slower}"
 
 
 def rank_study(

@@ -19,7 +19,9 @@ from pcam_automl.errors import DataError, RecipeError, StudyError
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
 from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, merge_fields
+from pcam_automl.search.cost import TrialSeconds
 from pcam_automl.search.dimension import checked_value
+from pcam_automl.search.plan import trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.storage_url import safe_url
@@ -62,6 +64,8 @@ class Asked:
     warm_start: str | None = None
     prior: str | None = None
     command: str = ""
+    cost_aware: bool = False
+    probe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,17 @@ class OpenStudy:
     @property
     def quick_speed_book(self) -> SpeedBook:
         return SpeedBook(self.folder.parent / "speed.json", deterministic=self.settings.deterministic, quick=True)
+
+    def trial_seconds(self) -> TrialSeconds:
+        """Expected seconds of a trial by its parameters, from the plan's speeds."""
+        settings, plan = self.settings, self.settings.plan
+        return TrialSeconds(
+            images_per_s=plan["images_per_s"],
+            planned_px=plan["planned_px"],
+            images=trial_seconds(self.start, self.rungs, settings.n_score, images_per_s=1.0),
+            fields=merge_fields(settings.start, self.space.base),
+            cap_s=settings.cap_s,
+        )
 
 
 def start_recipe(name: str, pretrained: bool) -> Recipe:
@@ -209,6 +224,10 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given[key], remembered[key] = _Shown(repr(value)), _held(settings, field, name)
     if asked.deterministic:
         given["deterministic"] = True
+    if asked.cost_aware:
+        given["cost-aware"], remembered["cost-aware"] = True, settings.cost_aware
+    if asked.probe is not None:
+        given["probe"], remembered["probe"] = asked.probe, settings.plan.get("probe_mode", "off")
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.warm_start is not None:

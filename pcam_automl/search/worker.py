@@ -16,12 +16,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
+from pcam_automl.search.audit import audit_trials, runs_through
 from pcam_automl.search.budget import BudgetClock, typical_trial_s
 from pcam_automl.search.lineages import FINISHED, Lineage, lineage_of, lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
-from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.reading import best_of, errors_of, n_finished_in
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
@@ -30,6 +31,10 @@ from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy
 
 LEAST_FAILURES_ALLOWED = 10
+AUDIT_EVERY = 10
+"""Rows between two looks at whether small rungs mislead."""
+AUDITED_FROM = 100
+"""Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
 NEVER_ENDS = 1_000_000
 """Total of a search that only its budget limits."""
 
@@ -89,7 +94,8 @@ def run_worker(
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     steps = [views for views, _ in opened.settings.rungs]
     study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None)
-    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed)
+    seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
+    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
     study.sampler = sampler
     objective.clock = clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
@@ -113,6 +119,8 @@ def _run_trials(
     opened = objective.opened
     began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
     n_expected = n_expected_of(opened, limits.n_trials)
+    if isinstance(study.pruner, SuccessiveHalving) and n_expected >= AUDITED_FROM:
+        study.pruner.spared = lambda lineage, earlier: runs_through(lineage, earlier, seed=opened.settings.seed)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     while True:
         objective.stop()
@@ -121,12 +129,14 @@ def _run_trials(
         settle_lost(study, slots, trials)
         if limits.clock is not None:
             limits.clock.learn(best_of(trials, opened.settings.goal))
+        _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
         if isinstance(turn, str):
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
         entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
         objective.origin = None if entry is None else entry.origin
+        sampler.budget_left = max(0.0, 1.0 - turn.slot.number / n_expected)
         sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
@@ -142,6 +152,24 @@ def _run_trials(
         if objective.interrupted is not None:
             raise objective.interrupted
         check_failures(trials, limits.n_trials)
+
+
+def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
+    """Prune from the second rung on while the audit says that the first one misleads; looked at every so many trials."""
+    pruner = study.pruner
+    every = max(
+        AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1)
+    )  # of 5,000 rows every 1,000: the look takes a second there
+    if not isinstance(pruner, SuccessiveHalving) or not trials or len(trials) % every:
+        return
+    settings = objective.opened.settings
+    audit = audit_trials(trials, pruner.rungs, maximise=settings.goal.maximize, seed=settings.seed)
+    misled = [rung.verdict == "misleads" for rung in audit.rungs]
+    first = min(next((n for n, bad in enumerate(misled) if not bad), len(misled)), len(pruner.rungs) - 1)
+    if first != pruner.first_judged:
+        pruner.first_judged = first
+        why = audit.rungs[first - 1].why if first else "the first rung's order holds after all"
+        objective.watch.note(f"nothing ends before rung {first + 1} from here on: {why}")
 
 
 # --- what comes next -------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def _variants(device: torch.device) -> list[Compute]:
 
 
 def measure(
-    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe = THOROUGH
+    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe | None = None
 ) -> Compute:
     """The fastest sensible variant for one network, from a few training steps of each on random images.
 
@@ -197,11 +197,12 @@ def measure(
         px: side of its input.
         batch_size: images a step.
         device: where it will train.
-        probe: how thoroughly.
+        probe: how thoroughly; None is ``THOROUGH``.
 
     Raises:
         torch.OutOfMemoryError: no variant fits at this batch size.
     """
+    probe = probe or THOROUGH
     network, times = build(), {variant: float("inf") for variant in _variants(device)[: probe.n_variants]}
     with _rng_kept():
         for round_ in range(probe.rounds):
@@ -219,7 +220,7 @@ def fixed_variant(device: torch.device) -> Compute:
 
 
 def measure_fitting(
-    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe = THOROUGH
+    build: Callable[[], nn.Module], px: int, batch_size: int, device: torch.device, probe: Probe | None = None
 ) -> Compute:
     """As :func:`measure`, at the largest halving of the batch that fits into memory; ``step_s`` is for the whole batch.
 

@@ -19,9 +19,10 @@ from pcam_automl.metrics import accuracy, auc_interval, dice
 from pcam_automl.recipe import Recipe
 from pcam_automl.report.blocks import Code, Facts, Picture, Section, Table, Text
 from pcam_automl.report.content import IMAGE, MapFigures, ReportContent, clusters_of
-from pcam_automl.report.data_figures import augmented_sheet, boxed
+from pcam_automl.report.data_figures import augmented_sheet, boxed, data_section
 from pcam_automl.report.group_figures import group_aucs, group_blocks
 from pcam_automl.report.page import build_sections, summary
+from pcam_automl.report.score_figures import score_section
 from pcam_automl.scores import Scores, write_scores
 
 DENSE = Recipe(task="dense", backbone="dense_linear", tile_size=96)
@@ -78,7 +79,8 @@ def test_a_dense_page_speaks_of_images_and_pixels_never_of_patches(easy_pack: Pa
     assert [text for text in words if re.search("patch", text, re.IGNORECASE)] == []
     assert not any("box in the centre" in text or "to the one number" in text for text in words)
     assert any("tumour pixels missed" in text for text in words)
-    assert any("patch" in text for text in words_of(build_sections(replace(dense_content(easy_pack), recipe=RECIPE))))
+    of_patches = replace(dense_content(easy_pack), recipe=RECIPE)
+    assert any("patch" in text for text in words_of([score_section(of_patches), data_section(of_patches)]))
 
 
 def test_dice_and_accuracy_stand_beside_the_always_negative_baseline(easy_pack: Path) -> None:
@@ -90,10 +92,8 @@ def test_dice_and_accuracy_stand_beside_the_always_negative_baseline(easy_pack: 
     assert (own.dice, own.accuracy) == (dice(scores.label, scores.prob), accuracy(scores.label, scores.prob))
     assert own.always_negative == pytest.approx(1 - scores.label.mean())
     whole = MapFigures("every pixel", 0.4321, 0.9461, 0.9482)
-    for facts in (
-        summary(replace(content, maps=whole)),
-        next(b for b in build_sections(replace(content, maps=whole))[0].blocks if isinstance(b, Facts)),
-    ):
+    of_section = next(b for b in score_section(replace(content, maps=whole)).blocks if isinstance(b, Facts))
+    for facts in (summary(replace(content, maps=whole)), of_section):
         values = [value for value, _ in facts.facts]
         place = values.index("0.4321")
         assert values[place + 1 : place + 3] == ["94.6 %", "94.8 %"]
@@ -104,7 +104,7 @@ def test_dice_and_accuracy_stand_beside_the_always_negative_baseline(easy_pack: 
 def test_test_images_with_masks_have_their_own_figures(easy_pack: Path) -> None:
     figures = {"n": 7, "dice": 0.25, "accuracy": 0.9, "always_negative_accuracy": 0.8, "auc": 0.7, "loss": 0.3}
     maps = maps_on_test({"test": figures})
-    words = words_of(build_sections(replace(dense_content(easy_pack), test_maps=maps))[:1])
+    words = words_of([score_section(replace(dense_content(easy_pack), test_maps=maps))])
     assert any("the 7 test images that came with masks" in text for text in words)
     assert maps_on_test({"test": None}) is None
 

@@ -20,7 +20,7 @@ from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.predict import build_predictor
 from pcam_automl.report.blocks import Picture, Section, Table, Text
 from pcam_automl.report.content import RateCurve, ReportContent
-from pcam_automl.report.page import MARKER, build_sections, write_report
+from pcam_automl.report.page import MARKER, Written, build_sections, write_report
 from pcam_automl.training.compute import Compute
 
 SECTIONS = ["scores", "examples", "data", "search", "network", "training", "recipe"]
@@ -34,20 +34,29 @@ def left_out_of(sections: list[Section]) -> dict[str, list[str]]:
     return {s.anchor: [b.text for b in s.blocks if isinstance(b, Text) and b.style == "aside"] for s in sections}
 
 
-def test_full_page_holds_every_section_and_its_pictures_beside_it(easy_pack: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def full(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """The page of everything, which takes seconds to draw."""
     content, bundle = full_content(easy_pack), bundle_of()
     content = replace(
-        content, lr_curve=RateCurve(np.arange(9), np.linspace(1, 0, 9)), stages=(("stage 1", content.scores),)
-    )  # type: ignore[arg-type]
-    written = write_report(content, tmp_path, predictor=build_predictor(bundle, Compute("cpu")))
-    text = written.page.read_text(encoding="utf-8")
+        content,
+        lr_curve=RateCurve(np.arange(9), np.linspace(1, 0, 9)),
+        stages=(("stage 1", content.scores),),  # type: ignore[arg-type]
+        threshold=0.3,
+    )
+    folder = tmp_path_factory.mktemp("full")
+    return write_report(content, folder, predictor=build_predictor(bundle, Compute("cpu")))
+
+
+def test_full_page_holds_every_section_and_its_pictures_beside_it(full: Written) -> None:
+    text = full.page.read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
     assert re.findall(r'href="#(\w+)"', text) == SECTIONS
-    beside = sorted(p.name for p in (tmp_path / "report").iterdir() if p.name != MARKER)
-    assert beside == sorted(p.name for p in written.pictures)
+    beside = sorted(p.name for p in (full.page.parent / "report").iterdir() if p.name != MARKER)
+    assert beside == sorted(p.name for p in full.pictures)
     inside = [base64.b64decode(uri) for uri in re.findall(r"data:image/png;base64,([^\"]+)", text)]
-    assert inside == [p.read_bytes() for p in written.pictures]
-    names = {p.stem for p in written.pictures}
+    assert inside == [p.read_bytes() for p in full.pictures]
+    names = {p.stem for p in full.pictures}
     assert names >= {"roc", "precision_recall", "confusion", "confusion_stage_1", "calibration", "auc_domains"}
     assert names >= {"classes", "samples_tumour", "samples_no_tumour", "augmented", "batch", "slides", "brightness"}
     assert names >= {"search_history", "search_parallel", "search_crop", "search_backbones"}
@@ -56,8 +65,8 @@ def test_full_page_holds_every_section_and_its_pictures_beside_it(easy_pack: Pat
     assert "attention lies in the centre" in text
 
 
-def test_page_fetches_nothing_and_describes_every_picture(easy_pack: Path, tmp_path: Path) -> None:
-    text = write_report(full_content(easy_pack), tmp_path).page.read_text(encoding="utf-8")
+def test_page_fetches_nothing_and_describes_every_picture(full: Written) -> None:
+    text = full.page.read_text(encoding="utf-8")
     assert not re.search(r"(src|href|action)=[\"'](?!data:image/png|#)", text)
     assert not re.search(r"url\(|@import|<script|<link|<iframe", text)
     alts = re.findall(r'<img src="[^"]*" alt="([^"]*)"', text)
@@ -65,11 +74,10 @@ def test_page_fetches_nothing_and_describes_every_picture(easy_pack: Path, tmp_p
     assert all(len(alt) > 10 for alt in alts)
 
 
-def test_figures_on_the_page_are_those_of_the_metrics(easy_pack: Path, tmp_path: Path) -> None:
+def test_figures_on_the_page_are_those_of_the_metrics(full: Written, easy_pack: Path) -> None:
     store = open_store(easy_pack)
     scores = scores_of(store)
-    content = ReportContent("t", store=store, scores=scores, threshold=0.3)
-    text = html.unescape(write_report(content, tmp_path).page.read_text(encoding="utf-8"))
+    text = html.unescape(full.page.read_text(encoding="utf-8"))
     low, high = auc_interval(scores.label, scores.prob, np.asarray(store.group)[scores.rows])
     counts = confusion(scores.label, scores.prob, 0.3)
     assert f"<dd>{auc(scores.label, scores.prob):.4f}</dd>" in text

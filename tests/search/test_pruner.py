@@ -126,7 +126,7 @@ def test_about_a_sixth_of_fifty_trials_reach_the_last_rung() -> None:
     assert max(counts) < 50 / 2
 
 
-@pytest.mark.parametrize("name", ["asha", "hyperband", "median", "none"])
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median", "wilcoxon", "none"])
 def test_every_pruner_lets_a_fully_trained_trial_finish(name: str) -> None:
     study = optuna.create_study(direction="maximize", pruner=build_pruner(name, rungs=RUNGS))
 
@@ -149,7 +149,7 @@ def test_pruners_prune(name: str) -> None:
 
 def test_unknown_pruner_and_unordered_rungs_are_refused() -> None:
     with pytest.raises(
-        RecipeError, match=r"one of asha, hyperband, median, none, got 'medain' \(did you mean 'median'"
+        RecipeError, match=r"one of asha, hyperband, median, wilcoxon, none, got 'medain' \(did you mean 'median'"
     ):
         build_pruner("medain", rungs=RUNGS)
     for rungs in ((), (3, 1), (0, 3), (3, 3)):

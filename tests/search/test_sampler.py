@@ -8,7 +8,7 @@ import pytest
 from pcam_automl.errors import RecipeError
 from pcam_automl.search.sampler import N_STARTUP, build_sampler
 
-MODEL_SAMPLERS = ["tpe", "gp", "qmc", "random"]
+MODEL_SAMPLERS = ["tpe", "tpe-qmc", "gp", "qmc", "random"]
 
 
 def conditional(trial: optuna.Trial) -> float:
@@ -90,6 +90,44 @@ def test_prescription_set_inside_the_objective_holds() -> None:
 
     study.optimize(objective, n_trials=1)
     assert study.trials[-1].params["lr"] == 3e-3
+
+
+def numbers_only(trial: optuna.Trial) -> float:
+    return trial.suggest_float("a", 0.0, 1.0) + trial.suggest_float("b", 0.0, 1.0)
+
+
+def test_sobol_start_covers_the_space_evenly_and_is_followed_by_tpe() -> None:
+    study = optuna.create_study(direction="maximize", sampler=build_sampler("tpe-qmc", 3))
+    study.optimize(numbers_only, n_trials=N_STARTUP)
+    a = [trial.params["a"] for trial in study.trials[1:9]]  # the first knows no dimensions yet
+    for quarter in range(4):  # eight scrambled Sobol points in a row: two in each quarter
+        assert 1 <= sum(quarter / 4 <= value < (quarter + 1) / 4 for value in a) <= 3
+    tpe = optuna.create_study(direction="maximize", sampler=build_sampler("tpe", 3))
+    tpe.add_trials(study.trials)
+    for one in (study, tpe):
+        one.optimize(numbers_only, n_trials=1)
+    assert study.trials[-1].params == tpe.trials[-1].params
+
+
+@pytest.mark.parametrize("name", ["qmc", "tpe-qmc"])
+def test_workers_that_ask_at_the_same_moment_get_different_points(name: str) -> None:
+    study = optuna.create_study(direction="maximize", sampler=build_sampler(name, 3))
+    study.optimize(numbers_only, n_trials=1)
+    points = set()
+    for _ in range(4):  # each worker has a sampler of its own, and none of the trials is finished
+        study.sampler = build_sampler(name, 3)
+        points.add(numbers_only(study.ask()))
+    assert len(points) == 4
+    assert not any("qmc" in key for key in study._storage.get_study_system_attrs(study._study_id))
+
+
+def test_cmaes_takes_the_numbers_and_tpe_the_rest() -> None:
+    pytest.importorskip("cmaes", reason="cmaes is optional: pip install cmaes")
+    study = optuna.create_study(direction="maximize")
+    run(study, "cmaes", 3, 40)
+    late = study.trials[-10:]
+    assert any(key.startswith("cma:") for trial in late for key in trial.system_attrs)
+    assert sum(trial.params["optimizer"] == "sgd" for trial in late) >= 7  # its momentum adds up to 0.98
 
 
 def test_failed_trial_ends_its_prescription() -> None:

@@ -572,13 +572,13 @@ def test_stages_fix_their_rates_for_a_search_too(tmp_path: Path, asked: Asked) -
 
 
 def test_a_dense_study_searches_and_finalizes(tmp_path: Path) -> None:
-    write_synthetic(tmp_path / "set", n_patches=120, n_slides=10, seed=5)
+    write_synthetic(tmp_path / "set", n_patches=100, n_slides=10, seed=5)
     asked = Asked(
         data=tmp_path / "set",
         recipe="unet_timm",
         weights="none",
         views=16,
-        pins={"tile_size": 32, "batch_size": 4, "backbone": "resnet10t"},
+        pins={"tile_size": 32, "batch_size": 4, "backbone": "test_resnet"},
         device="cpu",
         holdout=0.2,
     )

@@ -1,0 +1,154 @@
+"""The probe of a new study: cells, seconds, what the study remembers, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from easy_set import TINY
+from probe_weights import write_probe_weights
+
+from pcam_automl.data.splits import make_split
+from pcam_automl.data.store import open_store
+from pcam_automl.errors import RecipeError, StudyError
+from pcam_automl.models.weights import Weights
+from pcam_automl.recipe import build_recipe
+from pcam_automl.search import probe_study as module
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.feature_probe import ProbeResult
+from pcam_automl.search.plan import Plan
+from pcam_automl.search.probe_study import Cell, check_mode, following_cells, probe_study, values_of, views_of
+from pcam_automl.search.space import load_space, parse_space
+from pcam_automl.search.study import Asked
+from pcam_automl.training.engine import Rung
+from pcam_automl.training.start import Rows
+
+SPACE = """\
+base: {batch_size: 16}
+parameters:
+  backbone: {choice: [test_resnet, test_vit]}
+  crop_size: {int: [32, 48], step: 16}
+  lr: {float: [1.0e-4, 1.0e-2], log: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = write_probe_weights(tmp_path_factory.mktemp("weights"))
+    return write_probe_weights(out, "test_vit", steps=0)
+
+
+@pytest.fixture
+def asked(easy_pack: Path, tmp_path: Path, folder: Path) -> Asked:
+    (tmp_path / "probe.yaml").write_text(SPACE)
+    return Asked(data=easy_pack, space=str(tmp_path / "probe.yaml"), weights=str(folder), views=192, device="cpu")
+
+
+def url_of(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/s.db"
+
+
+def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path: Path) -> None:
+    said: list[str] = []
+    opened = create_or_open_study("s", url_of(tmp_path), asked, say=said.append)
+    record = opened.settings.plan["probe"]
+    cells = {(r["backbone"], r["crop_size"]) for r in record["results"]}
+    assert cells == {(name, crop) for name in ("test_resnet", "test_vit") for crop in (32, 48)}
+    assert record["starts"][0]["backbone"] == max(record["results"], key=lambda r: r["auc"])["backbone"]
+    assert {"crop_size", "lr"} <= set(record["starts"][0])
+    assert any(line.startswith("probe of frozen features") for line in said)
+    assert opened.space.choices("backbone") == ("test_resnet", "test_vit")  # three stay at least
+    again = create_or_open_study("s", url_of(tmp_path), replace(asked, probe="auto"), say=said.append)
+    assert again.settings == opened.settings
+    with pytest.raises(StudyError, match="--probe is 'off', the study has 'auto'"):
+        create_or_open_study("s", url_of(tmp_path), replace(asked, probe="off"), say=said.append)
+
+
+def test_a_study_that_measures_nothing_has_no_probe(asked: Asked, tmp_path: Path) -> None:
+    opened = create_or_open_study("s", url_of(tmp_path), replace(asked, deterministic=True), say=lambda text: None)
+    assert opened.settings.plan["probe"] is None
+
+
+PLAN = Plan((Rung(64, 64),), 24, None, {"test_resnet": 1e4, "test_vit": 1e4}, {}, 32)
+
+
+def probed(pack: Path, folder: Path, pins: dict[str, object], **words: float) -> dict[str, Any] | None:
+    """The record of a probe outside any study."""
+    space = parse_space(SPACE, "s").pinned({"pretrained": True, **pins})
+    store = open_store(pack)
+    split, start = make_split(store), build_recipe({"backbone": TINY, "pretrained": True})
+    rows = Rows(split.train_order(0), split.score_rows(0))
+    weights, cpu = Weights("folder", folder), torch.device("cpu")
+    words = {"store": store, "rows": rows, "weights": weights, "device": cpu, "say": lambda text: None, **words}  # type: ignore[dict-item]
+    return probe_study(space, start, PLAN, **words)[1]  # type: ignore[arg-type]
+
+
+def test_nothing_to_rank_is_no_probe(easy_pack: Path, folder: Path) -> None:
+    assert probed(easy_pack, folder, {"backbone": TINY, "crop_size": 32}) is None
+    assert probed(easy_pack, folder, {"pretrained": False}) is None
+
+
+def test_what_does_not_fit_is_skipped_and_named(easy_pack: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIT_S", 1e6)
+    record = probed(easy_pack, folder, {})
+    assert record is not None
+    assert (record["results"], record["starts"], record["dropped"]) == ([], [], {})
+    assert "do not fit" in record["skipped"]["test_resnet crop 48 at 48 px"]
+
+
+def test_the_limit_ends_a_running_cell(easy_pack: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Ranking, "_expected", lambda self, recipe: -1e6)  # it thinks that everything fits
+    record = probed(easy_pack, folder, {}, seconds=0.0)
+    assert record is not None
+    assert record["results"] == []
+    assert set(record["skipped"].values()) == {"it ran into the limit"}
+
+
+def test_modes() -> None:
+    pretrained = Weights("folder", Path("here"))
+    assert check_mode("auto", pretrained, deterministic=False)
+    assert check_mode("on", pretrained, deterministic=False)
+    assert not check_mode("auto", Weights("none"), deterministic=False)
+    assert not check_mode("auto", pretrained, deterministic=True)
+    with pytest.raises(RecipeError, match="--probe must be one of auto, on, off, got 'maybe'"):
+        check_mode("maybe", pretrained, deterministic=False)
+    with pytest.raises(RecipeError, match="--probe on needs pretrained weights, got --weights none"):
+        check_mode("on", Weights("none"), deterministic=False)
+    with pytest.raises(RecipeError, match="--probe on and --deterministic exclude each other"):
+        check_mode("on", pretrained, deterministic=True)
+
+
+def test_an_unknown_mode_is_refused_before_anything_is_packed(asked: Asked, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--probe must be one of"):
+        create_or_open_study("s", url_of(tmp_path), replace(asked, probe="yes"), say=lambda text: None)
+    assert not (tmp_path / "s.db").exists()
+
+
+def test_views_of_the_default_space_are_every_crop_and_upscale() -> None:
+    space = load_space("default")
+    views = views_of(space, {"crop_size": 64})
+    assert len(views) == len(set(views)) == 15
+    assert {crop for crop, _ in views} == {32, 48, 64, 80, 96}
+    assert views_of(space.pinned({"input_size": 96}), {"crop_size": 64, "input_size": 96}) == [
+        (crop, 1.0) for crop in (32, 48, 64, 80, 96)
+    ]
+
+
+def test_a_fine_range_is_thinned_with_its_ends() -> None:
+    space = parse_space("parameters: {crop_size: {int: [32, 96], step: 2}}", "s")
+    assert values_of(space.parameters["crop_size"], 64) == [32, 48, 64, 80, 96]
+    assert values_of(None, 64) == [64]
+
+
+def test_following_cells_are_all_other_views_of_the_best_two_the_farthest_first() -> None:
+    views = [(crop, up) for crop in (32, 64, 96) for up in (1.0, 2.0)]
+    found = [ProbeResult(name, 64, 1.0, 64, auc, (0, 1), 1.0) for name, auc in (("a", 0.7), ("b", 0.9), ("c", 0.8))]
+    cells = following_cells(found, views)
+    assert len(cells) == len(set(cells)) == 10
+    assert {cell.backbone for cell in cells} == {"b", "c"}
+    assert Cell("b", 64, 1.0) not in cells
+    assert cells[0] == Cell("b", 96, 2.0)  # 0.6 octaves away in the crop and 1.6 in what the network sees
+    assert following_cells([], views) == []

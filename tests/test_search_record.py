@@ -1,0 +1,61 @@
+"""The recorder of rung results, on a tiny set."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.search.record import check_same, draw_recipe, figures_of, record, set_up
+from pcam_automl.errors import InputError
+from pcam_automl.metrics import auc
+from pcam_automl.scores import Scores
+
+SPACE = """\
+base: {crop_size: 32}
+parameters:
+  backbone: {choice: [test_resnet, keras_cnn_1]}
+  lr: {float: [1.0e-4, 1.0e-2], log: true}
+"""
+
+
+def test_table_holds_every_rung_of_every_recipe_and_goes_on_where_it_ended(easy_pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    setup = set_up(easy_pack, str(tmp_path / "space.yaml"), [32, 96], 20, 0, tmp_path)
+    table, cpu = tmp_path / "rungs.csv", torch.device("cpu")
+    assert record(setup, table, n=1, minutes=5, device=cpu) == 1
+    first = table.read_text()
+    assert record(setup, table, n=2, minutes=0, device=cpu) == 1  # no time is left
+    assert table.read_text() == first
+    assert record(setup, table, n=2, minutes=5, device=cpu) == 2
+    assert table.read_text().startswith(first)
+    lines = list(csv.DictReader(table.read_text().splitlines()))
+    assert [(line["recipe"], line["rung"], line["views"]) for line in lines] == [
+        (recipe, rung, views) for recipe in "01" for rung, views in (("0", "32"), ("1", "96"))
+    ]
+    assert all(0.0 <= float(line["auc"]) <= 1.0 and float(line["seconds"]) > 0.0 for line in lines)
+    for index in (0, 1):
+        recipe, params = draw_recipe(setup, index)
+        assert float(lines[2 * index]["lr"]) == params["lr"] == recipe.lr
+        assert int(lines[2 * index]["seed"]) == recipe.seed
+
+
+def test_figures_are_of_the_validation_rows_and_of_the_others() -> None:
+    rng = np.random.default_rng(0)
+    label, prob = np.arange(40) % 2, rng.uniform(size=40)
+    scores = Scores(np.arange(40), label.astype(np.int64), prob, on="both")
+    found = figures_of(scores, valid=np.arange(25))
+    assert found["auc"] == pytest.approx(auc(label[:25], prob[:25]), abs=1e-5)
+    assert found["test_auc"] == pytest.approx(auc(label[25:], prob[25:]), abs=1e-5)
+
+
+def test_table_made_with_other_settings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rungs.json"
+    check_same(file, {"seed": 1, "rungs": [[1, 1]]})
+    check_same(file, json.loads(file.read_text()))
+    with pytest.raises(InputError, match=r"made otherwise \(seed: 1 there, 2 now\)"):
+        check_same(file, {"seed": 2, "rungs": [[1, 1]]})
