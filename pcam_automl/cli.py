@@ -550,7 +550,7 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Probabilities, and labels if asked, for image files."""
-    from pcam_automl.commands.models import run_predict
+    from pcam_automl.commands.predict import run_predict
 
     run_predict(
         model,

@@ -161,11 +161,14 @@ def _read(folder: Path) -> tuple[list[str], tuple[float, ...], Calibration | Non
         weights = tuple(float(member["weight"]) for member in card["members"])
         sums = [str(member["weights_sha256"]) for member in card["members"]]
         calibration = None if card["calibration"] is None else Calibration.from_json(card["calibration"])
-        held = [json.loads((folder / name / BUNDLE_CARD).read_text(encoding="utf-8")) for name in names]
+        held = [
+            str(json.loads((folder / name / BUNDLE_CARD).read_text(encoding="utf-8"))["weights_sha256"])
+            for name in names
+        ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as fault:
         raise BundleError(f"{file} is not a complete ensemble ({type(fault).__name__}: {str(fault)[:160]})") from None
     if not names or min(weights) <= 0 or abs(sum(weights) - 1.0) > _WEIGHTS_SUM:
         raise BundleError(f"{file}: weights must be positive and sum to 1, got {list(weights)}")
-    if changed := [name for name, one, other in zip(names, held, sums, strict=True) if one["weights_sha256"] != other]:
+    if changed := [name for name, one, other in zip(names, held, sums, strict=True) if one != other]:
         raise BundleError(f"{file} is of other bundles than lie in {', '.join(changed)}; run finalize again")
     return names, weights, calibration

@@ -18,16 +18,19 @@ def say_confirmed(one: Confirmation) -> None:
     if one.auc is None:
         terminal.say(f"trial {one.trial} on fold {one.fold}: diverged with a fresh seed ({one.diverged})")
         return
-    search = "" if one.search is None else f" (search {one.search:.4f})"
-    terminal.say(f"trial {one.trial} on fold {one.fold}: AUC {one.auc:.4f}{search}, {terminal.duration(one.seconds)}")
+    terminal.say(f"trial {one.trial} on fold {one.fold}: AUC {one.auc:.4f}, {terminal.duration(one.seconds)}")
 
 
 def say_decision(decision: Decision) -> None:
     """Which trials are retrained and why; nothing where the search was taken by its word."""
     if not decision.confirmed:
         return
+    for one in decision.confirmed:
+        search = "none" if one.search is None else f"{one.search:.4f}"
+        drop = "" if one.drop is None else f", a drop of {one.drop:.4f}"
+        terminal.say(f"  trial {one.trial}: the search's score {search}, confirmed {one.mean:.4f}{drop}")
     best = decision.confirmed[0]
-    drop = "" if decision.drop is None else f"; confirmed scores are {decision.drop:+.4f} below the search's on average"
+    drop = "" if decision.drop is None else f"; the mean drop is {decision.drop:.4f}"
     terminal.say(f"confirmed best: trial {best.trial}, {best.mean:.4f}{drop}")
     if decision.blend is not None:
         terminal.say(f"ensemble {'used' if decision.blend.used else 'not used'}: {decision.blend.why}")

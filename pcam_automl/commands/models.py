@@ -1,4 +1,4 @@
-"""`finalize`, `train` and `predict`."""
+"""`finalize` and `train`."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
-from pcam_automl.bundle import ModelBundle, check_bundle_target, load_bundle
+from pcam_automl.bundle import check_bundle_target
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
-from pcam_automl.commands.report import after_work, bundle_folder, report_of_study, report_of_training
+from pcam_automl.commands.report import after_work, report_of_study, report_of_training
 from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
-from pcam_automl.data.images import PatchFault, read_patch
-from pcam_automl.ensemble import member_folder, open_judge
-from pcam_automl.errors import DataError, InputError, StudyError, did_you_mean, first_few
-from pcam_automl.explain import explain_image
-from pcam_automl.files import write_png
+from pcam_automl.ensemble import member_folder
+from pcam_automl.errors import InputError, StudyError, did_you_mean
 from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
-from pcam_automl.predict import Predictor, compute_of, list_images, patch_side, predict_files
-from pcam_automl.predict_dense import build_map_predictor, write_maps
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.budget import Ledger, budget_of, intervals_of, spent_s, spent_with
 from pcam_automl.search.confirm import ConfirmWatch
@@ -39,12 +31,10 @@ from pcam_automl.search.confirmations import Candidate
 from pcam_automl.search.pareto import PICKS, Pick
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.submission import check_threshold, write_probabilities
 from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
 from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
 
-EXPLANATIONS = "explanations.csv"
 REPORT_S = 12.0
 """Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
 
@@ -283,98 +273,3 @@ def run_train(
         )
         return
     terminal.result(f"{out}: validation AUC {metrics['auc']:.4f} (95 % {low:.4f} to {high:.4f})")
-
-
-def run_predict(
-    model: Path,
-    inputs: list[Path],
-    out: Path,
-    *,
-    threshold: float | None,
-    device: str,
-    all_views: bool,
-    explain: Path | None = None,
-) -> None:
-    """Write ``id,label`` for image files; with ``explain`` also a Grad-CAM picture and a sentence for each."""
-    check_threshold(threshold)
-    bundle = load_bundle(bundle_folder(model))
-    files = list_images(inputs)
-    place = use_device(device)
-    if bundle.recipe.task == "dense":
-        if explain is not None:
-            raise InputError("--explain belongs to task patch; a dense bundle's map shows itself where the tumour is")
-        _predict_maps(bundle, files, out, place, threshold=threshold, all_views=all_views)
-        return
-    _check_predict_targets(files, out, explain)
-    judge, networks = open_judge(model, place, averaging=None if all_views else "none")
-    ids: list[str] = []
-    probs: list[np.ndarray] = []
-    left_out: list[str] = []
-    with stop_signal("nothing was written; repeat the command"), terminal.Bars() as bars:
-        task = bars.add("predicting", len(files))
-        for names, values, faults in predict_files(judge, files, side_px=patch_side(bundle)):
-            ids += names
-            probs.append(values)
-            left_out += faults
-            bars.step(task, len(names) + len(faults))
-    if not ids:
-        raise DataError(f"none of the {len(files)} files is a readable patch ({first_few(left_out)})")
-    if left_out:
-        terminal.say(f"left out {len(left_out)} of {len(files)} files: {first_few(left_out)}")
-    write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
-    terminal.result(f"{out}: {len(ids):,} probabilities")
-    if explain is not None:
-        known = dict(zip(ids, np.concatenate(probs).tolist(), strict=True))
-        _explain(networks[0], [file for file in files if file.stem in known], known, explain)
-
-
-def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -> None:
-    """Nothing that predict writes may be one of the images that it reads, or the probabilities themselves."""
-    inputs = {file.resolve() for file in files}
-    if out.resolve() in inputs:
-        raise DataError(f"--out {out} is one of the images of --input; choose another name")
-    if explain is None:
-        return
-    if explain.exists() and not explain.is_dir():
-        raise DataError(f"--explain {explain} is a file; pictures are written into a folder, one PNG an image")
-    names = [f"{file.stem}.png" for file in files]
-    if own := [name for name in names if (explain / name).resolve() in inputs]:
-        raise DataError(
-            f"--explain {explain}: {len(own)} pictures would replace the images ({first_few(own)}); choose another folder"
-        )
-    if out.resolve() in {(explain / name).resolve() for name in (*names, EXPLANATIONS)}:
-        raise DataError(f"--explain {explain} would replace --out {out}; choose another folder")
-
-
-def _predict_maps(
-    bundle: ModelBundle, files: list[Path], out: Path, device: torch.device, *, threshold: float | None, all_views: bool
-) -> None:
-    """One grey probability map an image into the folder ``out``."""
-    predictor = build_map_predictor(bundle, compute_of(bundle, device), all_views=None if all_views else False)
-    with stop_signal("maps that are written stay; repeat the command") as stop, terminal.Bars() as bars:
-        task = bars.add("predicting maps", len(files))
-        n_written, faults = write_maps(
-            predictor, files, out, threshold=threshold, stop=stop.check, progress=lambda n: bars.step(task, n)
-        )
-    if not n_written:
-        raise DataError(f"none of the {len(files)} files is a readable image ({first_few(faults)})")
-    if faults:
-        terminal.say(f"left out {len(faults)} of {len(files)} files: {first_few(faults)}")
-    terminal.result(f"{out}: {n_written:,} probability maps")
-
-
-def _explain(predictor: Predictor, files: list[Path], probs: dict[str, float], out: Path) -> None:
-    """A picture ``<id>.png`` for each image, and ``explanations.csv`` with the sentences; of an ensemble its first network's maps."""
-    with stop_signal("the probabilities are written; repeat the command for the pictures"), terminal.Bars() as bars:
-        task = bars.add("explaining", len(files))
-        rows = []
-        for file in files:
-            patch = read_patch(file)
-            assert not isinstance(patch, PatchFault)  # it was read a moment ago
-            picture, sentence = explain_image(predictor, patch, probs[file.stem])
-            write_png(out / f"{file.stem}.png", picture)
-            rows.append((file.stem, sentence))
-            terminal.say(f"{file.stem}: {sentence}")
-            bars.step(task)
-    pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(out / EXPLANATIONS, index=False)
-    terminal.result(f"{out}: {len(rows):,} pictures")

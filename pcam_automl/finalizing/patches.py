@@ -14,7 +14,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl.batches import Patches, open_patches
-from pcam_automl.bundle import load_bundle
+from pcam_automl.bundle import CARD, ModelBundle, load_bundle
 from pcam_automl.calibration import changes, probs_at
 from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.ensemble import open_judge
@@ -163,10 +163,9 @@ def _scorings(end: _Ending, rows: np.ndarray, final: np.ndarray) -> list[tuple[s
     def plain(network: Predictor) -> np.ndarray:
         return probs_at(end.logits(rows, "holdout, one view", network), 1.0)
 
-    recipe, averaged = first.bundle.recipe, first.views.averaging != "none"
-    if recipe.ema > 0 and (end.out / RAW / "bundle.json").is_file():
-        raw = build_predictor(load_bundle(end.out / RAW), first.compute, averaging="none")
-        found.append(("one view, last weights", plain(raw)))
+    averaged = first.views.averaging != "none"
+    if (raw := _before_averaging(end)) is not None:
+        found.append(("one view, last weights", plain(build_predictor(raw, first.compute, averaging="none"))))
     one_view = build_predictor(first.bundle, first.compute, averaging="none")
     found.append(("weight average" if found else "one view", plain(one_view)))
     logits = end.logits(rows, "holdout", first) if averaged else None
@@ -178,6 +177,21 @@ def _scorings(end: _Ending, rows: np.ndarray, final: np.ndarray) -> list[tuple[s
     if len(end.networks) > 1:
         found.append((f"ensemble of {len(end.networks)}", final))
     return found
+
+
+def _before_averaging(end: _Ending) -> ModelBundle | None:
+    """The first network's last weights; None where nothing was averaged, or an older run did not keep them, which is said."""
+    bundle, folder = end.networks[0].bundle, end.out / RAW
+    if bundle.recipe.ema == 0:
+        return None
+    raw = load_bundle(folder) if (folder / CARD).is_file() else None
+    if raw is None or any(raw.provenance.get(key) != bundle.provenance.get(key) for key in ("data_key", "train_s")):
+        end.watch.train.note(
+            f"the run that trained {end.out / 'model'} did not keep its last weights, so the weight average is not compared; "
+            "remove that folder and repeat the command to have them"
+        )
+        return None
+    return raw
 
 
 def _operating(decision: Decision, scores: Scores | None) -> tuple[Operating, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from report_content import scores_of
 
-from pcam_automl.commands.report import final_figures
+from pcam_automl.commands.final_card import final_figures
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError
 from pcam_automl.finalizing.compare import steps_of

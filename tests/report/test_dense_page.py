@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_content import RECIPE, bundle_of, epochs_of, scores_of, study_of
 
-from pcam_automl.commands.report import final_card, holdout_scores, maps_of, maps_on_test
+from pcam_automl.commands.final_card import final_card, holdout_scores, maps_of, maps_on_test
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError

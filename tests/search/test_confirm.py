@@ -127,7 +127,7 @@ def test_only_what_fits_the_seconds_is_confirmed_and_it_is_said(opened: OpenStud
     found = confirm(
         opened,
         top_candidates(opened.study, 2),
-        folds=(1,),
+        folds=(4,),
         device=CPU,
         seconds=0.0,
         watch=ConfirmWatch(note=notes.append),
