@@ -1,7 +1,7 @@
 """Records a table of real rung results: random recipes, each trained through all rungs. Decides and prunes nothing.
 
-    pcam-automl synth /tmp/rungs-set --patches 8000 --slides 60 --seed 1
-    OMP_NUM_THREADS=1 python -m benchmarks.search.record --data /tmp/rungs-set --n 300 --minutes 120
+    python ../shared/data/unpack.py ../shared/data/colon96.zip /tmp/colon96
+    OMP_NUM_THREADS=1 python -m benchmarks.search.record --data /tmp/colon96 --n 300 --minutes 60
 
 One line a recipe and rung is appended to `rungs.csv`, a recipe's lines all at once; what is there is skipped, so the same
 command goes on. Recipe `i` and its seed follow from (--seed, i) alone. `auc` and `loss` are of the validation fold, as in a
@@ -227,8 +227,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search.record", description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="raw set or pack with slides")
     parser.add_argument("--n", type=int, default=300, help="recipes in all")
-    parser.add_argument("--rungs", default="333,1000,3000,9000", help="views of each rung")
-    parser.add_argument("--score", type=int, default=800, help="validation patches a rung is scored on")
+    parser.add_argument("--rungs", default="100,300,900,2700", help="views of each rung")
+    parser.add_argument("--score", type=int, default=300, help="validation patches a rung is scored on")
     parser.add_argument("--space", default=str(HERE / "cheap.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="hard limit")

@@ -1,13 +1,16 @@
 """Speed-up and regret of larger searches than fit here: 1 to 256 workers and 50 to 5,000 trials, simulated on the recorded table.
 
     python -m benchmarks.search.simulate                 # rungs.csv; writes results/search_simulation.json and two PNGs
-    python -m benchmarks.search.simulate --quick         # up to 200 trials, three seeds
+    python -m benchmarks.search.simulate --quick         # up to 1,000 trials, three seeds
 
-Cells are (policy, trials, workers, seed). Policies: `none` trains every recipe through all rungs, `asha` prunes as a search
-does, `asha+thaw` also takes up paused lineages that have come to belong to the best third, all three on random draws of the
-table (with replacement); `tpe+asha` asks the package's sampler, each proposal standing for the nearest recorded recipe. Regret is
-the best validation AUC of the table at the last rung less that of the best fully trained recipe. A table of R recipes holds no
-better one than its best: beyond some R trials regret ends at 0, and only times say something.
+Cells are (policy, trials, workers, seed). `none` trains every recipe through all rungs, `asha` prunes as a search does,
+`asha+thaw` also takes up paused lineages that have come to belong to the best third; these draw from the table with replacement,
+for equal seeds the same recipes. `tpe+asha` (with --more any SAMPLER+PRUNER) asks the package's sampler, each proposal standing
+for the nearest recorded recipe. Regret is the best validation AUC of the table at the last rung less that of the best fully
+trained recipe. A table of R recipes holds nothing better than its best: beyond some R trials regret ends at 0, and only times
+say something. A sampler that proposes one recipe again and again draws with itself at every rung, and equals go on: with a few
+dozen recipes its speed-up says little. That of `asha` bends where the longest trial alone takes as long as all the others
+together, and sooner since quick networks report first and are measured against one another: more of them go on.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import optuna
@@ -29,13 +32,14 @@ from benchmarks.search.simulation_figures import draw_regret, draw_speed_up
 from pcam_automl.errors import InputError
 from pcam_automl.files import write_json
 from pcam_automl.search.pruner import build_pruner
-from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.sampler import SamplerName, build_sampler
 from pcam_automl.search.space import SearchSpace, load_space
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 REGRETS = (0.02, 0.01, 0.005)
+DRAWN = ("none", "asha", "asha+thaw", "median")
 HALF = 0.5
 """The curve is said to bend where the speed-up falls below this share of the workers."""
 
@@ -48,20 +52,27 @@ def books(policy: str, table: RungTable, space: SearchSpace, seed: int) -> Book:
     Raises:
         InputError: an unknown policy.
     """
-    if policy == "tpe+asha":
+    sampler, _, pruner = policy.partition("+")
+    if sampler in get_args(SamplerName):
         study = optuna.create_study(
-            direction="maximize", sampler=build_sampler("tpe", seed), pruner=build_pruner("asha", rungs=table.steps)
+            study_name=f"{policy} {seed}",  # Hyperband draws its brackets from the name
+            direction="maximize",
+            sampler=build_sampler(sampler, seed),
+            pruner=build_pruner(pruner, rungs=table.steps),
         )
         return Sampled(table, space, study, dict(space.base))
-    pruners = {"none": "none", "asha": "asha", "asha+thaw": "asha"}
-    if policy not in pruners:
-        raise InputError(f"policy must be one of {', '.join(pruners)}, tpe+asha, got {policy!r}")
-    pruner = build_pruner(pruners[policy], rungs=table.steps)
-    return Rows(table, pruner, np.random.default_rng([seed, 1]), thaws=policy.endswith("+thaw"))
+    if policy not in DRAWN:
+        raise InputError(f"policy must be {', '.join(DRAWN)} or SAMPLER+PRUNER, got {policy!r}")
+    return Rows(
+        table, build_pruner(sampler, rungs=table.steps), np.random.default_rng([seed, 1]), thaws=pruner == "thaw"
+    )
 
 
-def plan(quick: bool) -> Iterable[tuple[str, int, int, int]]:
-    """The cells: policy, trials, workers, seed. Fewer seeds where a run is long; a thaw rule looks at every lineage."""
+def plan(quick: bool, more: Sequence[str] = ()) -> Iterable[tuple[str, int, int, int]]:
+    """The cells: policy, trials, workers, seed. Fewer seeds where a run is long; a thaw rule looks at every lineage.
+
+    ``more`` policies run with 50 trials on 1 and 16 workers.
+    """
     few = WORKERS[::2]
     matrix: list[tuple[str, int, tuple[int, ...], int]] = [
         ("none", 50, WORKERS, 20),
@@ -74,9 +85,10 @@ def plan(quick: bool) -> Iterable[tuple[str, int, int, int]]:
         ("tpe+asha", 200, few, 3),
         ("asha", 1000, WORKERS, 5),
         ("asha", 5000, few, 1),
+        *((policy, 50, (1, 16), 10) for policy in more),
     ]
     for policy, n_trials, workers, n_seeds in matrix:
-        if (quick and n_trials > 200) or (policy.endswith("+thaw") and not CAN_THAW):
+        if (quick and n_trials > 1000) or (policy.endswith("+thaw") and not CAN_THAW):
             continue
         for n_workers in workers:
             for seed in range(min(3, n_seeds) if quick else n_seeds):
@@ -164,12 +176,12 @@ def bends(lines: list[Cell]) -> list[str]:
     return found
 
 
-def run_all(table: RungTable, space: SearchSpace, *, quick: bool) -> list[Cell]:
+def run_all(table: RungTable, space: SearchSpace, *, quick: bool, more: Sequence[str] = ()) -> list[Cell]:
     """Every cell. The equal wall clock is what one worker takes for 50 pruned trials, in the median."""
     fifty = [simulate(table, books("asha", table, space, seed), n_workers=1, n_trials=50).wall_s for seed in range(5)]
     at_s = statistics.median(fifty)
     cells = []
-    for policy, n_trials, n_workers, seed in plan(quick):
+    for policy, n_trials, n_workers, seed in plan(quick, more):
         run = simulate(table, books(policy, table, space, seed), n_workers=n_workers, n_trials=n_trials)
         cells.append(cell_of(policy, n_trials, seed, run, table, at_s) | {"equal_wall_s": at_s})
     return cells
@@ -192,12 +204,13 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=HERE / "rungs.csv")
     parser.add_argument("--space", default=str(HERE / "cheap.yaml"))
     parser.add_argument("--out", type=Path, default=RESULTS / "search_simulation.json")
-    parser.add_argument("--quick", action="store_true", help="up to 200 trials, three seeds")
+    parser.add_argument("--quick", action="store_true", help="up to 1,000 trials, three seeds")
+    parser.add_argument("--more", nargs="*", default=[], help="more policies, such as median, gp+asha, tpe+hyperband")
     asked = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = load_space(asked.space)
     table = read_table(asked.table, space)
-    cells = run_all(table, space, quick=asked.quick)
+    cells = run_all(table, space, quick=asked.quick, more=asked.more)
     lines = summarise(cells)
     show(lines)
     said = bends(lines)

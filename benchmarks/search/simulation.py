@@ -130,6 +130,8 @@ class Rows:
 
     def finish(self, job: Job, state: TrialState) -> None:
         job.row.state = state
+        if state == TrialState.COMPLETE:
+            job.row.value = float(self.table.values[job.recipe, -1])
 
 
 @dataclass

@@ -65,8 +65,8 @@ def draw_regret(lines: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]
     figure = new_figure(10.5, 4.2)
     left, right = add_row(figure, 2)
     size = max(cell["n_trials"] for cell in cells if cell["policy"] == "asha" and cell["n_trials"] <= 1000)
-    chosen = [1, 4, 16, 64, 256]
-    for place, n_workers in enumerate(chosen):
+    at_hand = {cell["n_workers"] for cell in cells if (cell["policy"], cell["n_trials"]) == ("asha", size)}
+    for place, n_workers in enumerate(sorted(at_hand & {1, 4, 16, 64, 256})):
         runs = [c for c in cells if (c["policy"], c["n_trials"], c["n_workers"]) == ("asha", size, n_workers)]
         when = np.geomspace(1.0, max(run["wall_s"] for run in runs), 120)
         regret = np.median([[_regret_at(run["curve"], at) for at in when] for run in runs], axis=0)
