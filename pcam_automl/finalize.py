@@ -30,6 +30,7 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -46,7 +47,7 @@ from pcam_automl.training.start import choose_rows, data_key
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
 
-CONFIRM_SHARE = 1 / 3
+CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take."""
 
 
@@ -204,7 +205,7 @@ def _decided(
         candidates,
         folds=confirm_folds(opened.split, options.confirm_folds, label),
         device=device,
-        seconds=None if options.seconds is None else CONFIRM_SHARE * options.seconds,
+        seconds=None if options.seconds is None else CONFIRM_PART * options.seconds,
         watch=watch.confirm,
     )
     left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)

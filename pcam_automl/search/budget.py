@@ -187,6 +187,10 @@ class BudgetClock:
         """Seconds that the search has left; negative when its part is over."""
         return self.total_s - self.spent_s - (time.monotonic() - self.began) - self.reserve_s
 
+    def used_share(self) -> float:
+        """Of the search's part, about 0 at its beginning and 1 at its end."""
+        return 1.0 - self.left_s() / max(1e-9, self.total_s - self.reserve_s)
+
     def learn(self, best: FrozenTrial | None) -> None:
         """Keep for the final training what the best trial's network needs, and no more than its share."""
         rate = None if best is None else best.user_attrs.get("images_per_s")

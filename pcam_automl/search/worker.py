@@ -136,7 +136,8 @@ def _run_trials(
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
         entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
         objective.origin = None if entry is None else entry.origin
-        sampler.budget_left = max(0.0, 1.0 - turn.slot.number / n_expected)
+        spent = turn.slot.number / n_expected if limits.clock is None else limits.clock.used_share()
+        sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
         sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
