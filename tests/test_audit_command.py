@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from planted_study import (
     probs_of,
@@ -41,6 +42,20 @@ def test_misleading_first_rung_is_said_with_a_larger_one_instead(url: str, capsy
     assert "Thorndike" not in text  # nothing was selected
     run_status("pcam", url, as_json=False)
     assert "warning: scores after 100 views say little about those after 300" in capsys.readouterr().out
+
+
+def test_a_study_with_a_probe_is_told_whether_it_ranked_as_the_trainings_did(url: str, capsys: Capture) -> None:
+    qualities = [(name, 0.6 + 0.05 * place) for place, name in enumerate("abcdef")]
+    trials = trials_of(np.array([[0.5, 0.6, value + 0.001 * n] for _, value in qualities for n in range(2)]))
+    for trial, name in zip(trials, [name for name, _ in qualities for _ in range(2)], strict=True):
+        trial.set_user_attr("recipe", json.dumps({"backbone": name, "crop_size": 64, "input_size": None}))
+    cell = {"crop_size": 64, "upscale": 1.0, "input_px": 64, "auc_95": (0.5, 0.9), "seconds": 1.0}
+    record = {"results": [{"backbone": name, "auc": value, **cell} for name, value in qualities]}
+    study_with(trials, url, settings_of().model_copy(update={"plan": {"probe": record}}))
+    run_audit("pcam", url, as_json=False)
+    assert "probe: holds, Kendall tau" in capsys.readouterr().out
+    run_audit("pcam", url, as_json=True)
+    assert json.loads(capsys.readouterr().out)["probe"]["n_cells"] == 6
 
 
 def test_audit_as_json_and_of_survivors_alone(url: str, capsys: Capture) -> None:

@@ -273,5 +273,11 @@ def test_a_system_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPat
     assert systems.why_absent("fastai") == "/no/python: No such file or directory"
 
 
+def test_a_system_that_needs_an_option_we_lack_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systems, "_search_help", lambda: "--sampler --pruner")
+    assert systems.why_absent("random") is None
+    assert systems.why_absent("asha-without-thaw") == "search has no option --no-thaw"
+
+
 def test_results_are_kept_beside_the_code() -> None:
     assert Path(systems.REPO) / "benchmarks" / "search" / "results.jsonl" == cells_module.RESULTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -25,12 +26,14 @@ class System:
         package: what its interpreter must be able to import.
         module: of a peer; None is our command line.
         options: of our ``search``, beside what every cell says.
+        absent: why it can run nowhere yet.
     """
 
     title: str
     package: str
     module: str | None = None
     options: tuple[str, ...] = ()
+    absent: str | None = None
 
 
 SYSTEMS = {
@@ -41,7 +44,11 @@ SYSTEMS = {
     "optuna": System("plain Optuna", "optuna", "peer_optuna"),
     "fastai": System("fastai", "fastai", "peer_fastai"),
     "raytune": System("Ray Tune", "ray", "peer_raytune"),
-    "autogluon": System("AutoGluon", "autogluon.multimodal", "peer_autogluon"),
+    "autogluon": System(
+        "AutoGluon",
+        "autogluon.multimodal",
+        absent="no peer is written: autogluon.multimodal 1.6.3 wants timm 1.0.3, pandas 2 and torch 2.13, gigabytes of its own",
+    ),
 }
 
 
@@ -58,12 +65,27 @@ def environment() -> dict[str, str]:
 
 def why_absent(name: str) -> str | None:
     """Why a system cannot run here; None where it can."""
+    if SYSTEMS[name].absent is not None:
+        return SYSTEMS[name].absent
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({SYSTEMS[name].package!r}) is None)"
     try:
         run = subprocess.run([python_of(name), "-c", code], env=environment(), capture_output=True, check=False)
     except OSError as fault:
         return f"{python_of(name)}: {fault.strerror}"
-    return f"{SYSTEMS[name].package} is not installed" if run.returncode else None
+    if run.returncode:
+        return f"{SYSTEMS[name].package} is not installed"
+    flags = [option for option in SYSTEMS[name].options if option.startswith("--")]
+    missing = [flag for flag in flags if flag not in _search_help()] if flags else []
+    return f"search has no option {', '.join(missing)}" if missing else None
+
+
+@functools.cache
+def _search_help() -> str:
+    """What ``search --help`` says, wide enough that no option is cut."""
+    line = [sys.executable, "-m", "pcam_automl", "search", "--help"]
+    return subprocess.run(
+        line, env={**environment(), "COLUMNS": "200"}, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def command_of(cell: Cell, data: Path, weights: Path | None, out: Path, until: float) -> list[str]:
@@ -102,9 +124,8 @@ def said_by(cell: Cell, out: Path) -> dict[str, Any]:
     printed = {"printed_auc": final.get("auc"), "printed_95": final.get("auc_95"), "printed_on": final.get("auc_on")}
     recipe = {name: bundle["recipe"][name] for name in ("backbone", "crop_size", "input_size", "lr", "epochs", "views")}
     details = {"recipe": recipe, "trial": final.get("trial"), "study": _status(out)}
-    if printed["printed_95"] is None:  # not in the file: the study's own interval is what `status` prints
-        best = details["study"].get("best") or {}
-        printed["printed_95"] = best.get("auc_95")
+    if printed["printed_95"] is None and details["study"]["interval"] is not None:
+        printed["printed_95"] = details["study"]["interval"]  # of the search's best, as `status` prints it
     return {**printed, "details": details, "versions": bundle["provenance"].get("versions", {})}
 
 
@@ -114,5 +135,6 @@ def _status(out: Path) -> dict[str, Any]:
     line += ["--storage", f"sqlite:///{out}/studies.db"]
     run = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True, cwd=out)
     status = json.loads(run.stdout)
-    best = {k: v for k, v in (status.get("best") or {}).items() if k in ("number", "auc", "auc_95", "seconds")}
-    return {"states": status.get("states"), "best": best}
+    ranked = status.get("ranking", {}).get("trials") or [{}]
+    best = {key: (status.get("best") or {}).get(key) for key in ("number", "auc", "seconds")}
+    return {"states": status.get("states"), "best": best, "interval": ranked[0].get("interval")}
