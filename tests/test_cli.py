@@ -399,7 +399,7 @@ def test_a_study_without_a_complete_trial_cannot_be_finalized(run: Any, easy_raw
     )
     fails_with(run("finalize"), "no complete trial yet")
     fails_with(run("finalize", "--trial", "7"), "has no trial 7")
-    fails_with(run("finalize", "--trial", "bets"), "--trial must be best or a trial's number, got 'bets'")
+    fails_with(run("finalize", "--trial", "bets"), "--trial must be best, highest or a trial's number, got 'bets'")
 
 
 def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Path) -> None:
