@@ -275,6 +275,9 @@ def search(
             metavar="SIZE",
         ),
     ] = "5GB",
+    no_thaw: Annotated[
+        bool, typer.Option("--no-thaw", help="With --budget: what is pruned stays ended; for comparisons.")
+    ] = False,
     finalize_: Annotated[
         bool, typer.Option("--finalize", help="Run finalize right after the search, with its defaults.")
     ] = False,
@@ -328,6 +331,7 @@ def search(
         n_workers=workers,
         per_device=workers_per_device,
         quota_bytes=quota_bytes,
+        thaws=not no_thaw,
     )
     if finalize_:
         finalize(study=study, storage=storage, data=data, device=device, json=json)

@@ -43,6 +43,7 @@ def run_search(
     n_workers: int | None = None,
     per_device: str | None = None,
     quota_bytes: int | None = None,
+    thaws: bool = True,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
     over; in this process or in several.
@@ -64,7 +65,9 @@ def run_search(
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
         clock, ledger = _budget(opened, asked.budget_s)
-        limits = Limits(n_trials or NEVER_ENDS, timeout_s, clock, quota_bytes or DEFAULT_QUOTA_BYTES)
+        limits = Limits(
+            n_trials or NEVER_ENDS, timeout_s, clock, DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes, thaws
+        )
         print_plan(opened, n_trials, clock)
         try:
             if len(devices) > 1:
@@ -81,6 +84,7 @@ def run_search(
                             timeout_s=timeout_s,
                             clock=clock,
                             quota_bytes=limits.quota_bytes,
+                            thaws=thaws,
                             finished=show.finished,
                         )
         finally:

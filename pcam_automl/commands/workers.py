@@ -107,6 +107,7 @@ def run_many(
         len(devices),
         limits.clock,
         limits.quota_bytes,
+        limits.thaws,
     )
     with terminal.Bars() as bars:
         show = _WorkersShow(bars, opened, limits, devices, finished)

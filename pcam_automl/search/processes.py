@@ -61,6 +61,7 @@ class WorkerTask:
     n_workers: int
     clock: BudgetClock | None = None
     quota_bytes: int = DEFAULT_QUOTA_BYTES
+    thaws: bool = True
 
 
 def run_workers(
@@ -182,6 +183,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
                     timeout_s=task.timeout_s,
                     clock=task.clock,
                     quota_bytes=task.quota_bytes,
+                    thaws=task.thaws,
                     finished=finished,
                 )
             tell("ended", end)

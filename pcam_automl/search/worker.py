@@ -58,12 +58,14 @@ class Limits:
         timeout_s: no new trial starts after this many seconds; the running one finishes.
         clock: of a budget. While it lasts, paused lineages go on, too.
         quota_bytes: what the checkpoints of paused lineages may take.
+        thaws: whether they go on while a budget lasts; for comparisons.
     """
 
     n_trials: int
     timeout_s: float | None = None
     clock: BudgetClock | None = None
     quota_bytes: int = DEFAULT_QUOTA_BYTES
+    thaws: bool = True
 
 
 def run_worker(
@@ -73,6 +75,7 @@ def run_worker(
     timeout_s: float | None = None,
     clock: BudgetClock | None = None,
     quota_bytes: int = DEFAULT_QUOTA_BYTES,
+    thaws: bool = True,
     finished: Finished = lambda trial, trials: None,
 ) -> SearchEnd:
     """Run trials until ``n_trials`` of the study are finished (complete or pruned), by whichever worker.
@@ -83,6 +86,7 @@ def run_worker(
         timeout_s: no new trial starts after this many seconds; the running one finishes.
         clock: of a budget; see :class:`Limits`.
         quota_bytes: what the checkpoints of paused lineages may take.
+        thaws: see :class:`Limits`.
         finished: called with each trial that this worker ended, and with all trials of the study.
 
     Raises:
@@ -93,14 +97,14 @@ def run_worker(
     opened = objective.opened
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     steps = [views for views, _ in opened.settings.rungs]
-    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None)
+    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None and thaws)
     seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
     sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
     study.sampler = sampler
     objective.clock = clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
-    limits = Limits(n_trials, timeout_s, clock, quota_bytes)
+    limits = Limits(n_trials, timeout_s, clock, quota_bytes, thaws)
     try:
         with long_lived_left_alone():
             return _run_trials(objective, study, slots, sampler, limits, finished)
@@ -199,7 +203,7 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     steps = [views for views, _ in opened.settings.rungs]
     waiting = [one for one in paused_of(lineages, steps) if is_held(opened.checkpoints, one.lineage.name)]
     decay, left_s = opened.start.decay, clock.left_s()
-    fitting = [one for one in waiting if seconds_to_next_rung(one, steps, decay) <= left_s]
+    fitting = [one for one in waiting if limits.thaws and seconds_to_next_rung(one, steps, decay) <= left_s]
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
