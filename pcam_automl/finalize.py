@@ -164,7 +164,7 @@ def finalize(
         if options.seconds is not None and epochs is None:
             left_s = options.seconds - (time.perf_counter() - began)
             pace = _pace(opened, member, left_s, len(decision.members) - number, device)
-        _train_member(opened, member, number, out, decision, epochs, device, watch, pace)
+        _train_member(opened, member, number, out, decision, epochs, device, watch, pace, pick)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
@@ -258,6 +258,7 @@ def _train_member(
     device: torch.device,
     watch: FinalWatch,
     pace: Pace | None,
+    pick: Pick,
 ) -> None:
     """One of the networks on everything, as a bundle with its calibration; nothing where it lies there already."""
     trial, folder, rows = member.trial, member_folder(out, number), opened.split.order
@@ -272,6 +273,7 @@ def _train_member(
             "objective": opened.settings.goal.name,
             "trial_value": trial.value,
             "confirmed": None if confirmed is None else confirmed.to_json(),
+            "pick": pick,
             "split_hash": opened.split.hash,
             "holdout": opened.settings.holdout,
             "weights": str(opened.weights),

@@ -327,7 +327,7 @@ def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any
     assert code == 0, err
     assert "folds are domains: 0 scanner0 (60), 1 scanner1 (60)" in err
     assert "validation log-loss (nats)" in out
-    code, out, err = run("finalize", "--pick", "knee", "--epochs", 0.5, "--no-report", "--json")
+    code, out, err = run("finalize", "--pick", "knee", "--confirm", 0, "--epochs", 0.5, "--no-report", "--json")
     assert code == 0, err
     assert "picked the knee, trial" in err
     card = json.loads((Path(json.loads(out)["out"]) / "submission.json").read_text())

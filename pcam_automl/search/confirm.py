@@ -182,6 +182,8 @@ class _Runner:
                     stored = self._train(job)
                     self.pace = stored.seconds / expected
                     write_confirmation(job.folder, stored, self.opened.store)
+                    # As the next run will read it, to eight digits: else its temperature would differ in the last ones.
+                    stored = read_confirmation(job.folder, self.opened.store, job.key) or stored
                     shutil.rmtree(job.checkpoints, ignore_errors=True)
                 done.append(stored)
                 self.watch.done(stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -27,7 +27,13 @@ def trim(folder: Path, lineage: str) -> None:
 
 
 def keep_within(
-    folder: Path, trials: Sequence[FrozenTrial], steps: Sequence[int], *, quota_bytes: int, sign: float
+    folder: Path,
+    trials: Sequence[FrozenTrial],
+    steps: Sequence[int],
+    *,
+    quota_bytes: int,
+    sign: float,
+    settle: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Remove checkpoints, the least promising first, until the folder is within the quota; returns whose are gone.
 
@@ -37,6 +43,7 @@ def keep_within(
         steps: what the rungs report at.
         quota_bytes: what may stay.
         sign: 1 where larger values are better.
+        settle: called before anything is removed, so that no checkpoint of this process is still being written.
     """
     if not folder.is_dir():
         return []
@@ -44,6 +51,7 @@ def keep_within(
     held = [(name, _size(folder / name)) for name in names]
     if sum(size for _, size in held) <= quota_bytes:
         return []
+    settle()
     gone = to_give_up(held, lineages_of(trials), steps, quota_bytes=quota_bytes, sign=sign)
     for name in gone:
         shutil.rmtree(folder / name, ignore_errors=True)  # another worker may be at the same

@@ -152,6 +152,7 @@ def _run_trials(
             [views for views, _ in opened.settings.rungs],
             quota_bytes=limits.quota_bytes,
             sign=sign_of(study),
+            settle=objective.writer.flush,
         )
         finished(trial, trials)
         if objective.interrupted is not None:

@@ -41,7 +41,7 @@ def test_a_study_of_the_log_loss_goes_down(tmp_path: Path, asked: Asked) -> None
         assert trial.user_attrs["figures"]["auc"] == trial.user_attrs["rungs"][-1]["auc"]
         assert trial.user_attrs["latency_ms"] > 0
     best = min(trials, key=lambda t: t.value or 0.0)
-    assert best_of(trials, goal) == choose_trial(opened.study, "best", goal) == opened.study.best_trial == best
+    assert best_of(trials, goal) == choose_trial(opened.study, "best") == opened.study.best_trial == best
     summary = summarise(opened.study, opened.settings).best
     assert summary is not None
     assert (summary["value"], summary["auc"]) == (best.value, best.user_attrs["figures"]["auc"])

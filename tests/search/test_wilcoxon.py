@@ -115,7 +115,7 @@ def test_a_search_stores_a_loss_for_each_slide_and_rung_and_only_for_this_pruner
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Compute("cpu", step_s=0.1)
-    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda build, px, batch, device: measured)
+    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda *_, **__: measured)
     url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
     for pruner in ("wilcoxon", "asha"):
         opened = create_or_open_study(pruner, url, replace(asked, views=64, pruner=pruner), say=lambda text: None)

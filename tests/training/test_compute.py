@@ -31,7 +31,9 @@ def small() -> nn.Module:
 
 
 def timed_by(seconds: Callable[[Compute, int], float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute_module, "_step_seconds", lambda variant, network, px, batch: seconds(variant, batch))
+    monkeypatch.setattr(
+        compute_module, "_step_seconds", lambda variant, network, px, batch, turn_s: seconds(variant, batch)
+    )
 
 
 def test_the_fastest_variant_wins(monkeypatch: pytest.MonkeyPatch) -> None:

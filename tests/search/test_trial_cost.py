@@ -98,7 +98,7 @@ def test_a_study_remembers_that_it_counts_seconds_and_its_workers_do(
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Compute("cpu", step_s=0.1)
-    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda build, px, batch, device: measured)
+    monkeypatch.setattr("pcam_automl.training.speed.measure_fitting", lambda *_, **__: measured)
     url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
     opened = create_or_open_study("tiny", url, replace(asked, views=64, cost_aware=True), say=lambda text: None)
     assert opened.settings.cost_aware
