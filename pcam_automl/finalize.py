@@ -30,7 +30,7 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -48,7 +48,7 @@ from pcam_automl.training.start import choose_rows, data_key
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
 
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
-"""Of finalize's seconds, where they are limited: what the confirmations may take."""
+"""Of finalize's seconds, where they are limited: what the confirmations may take at least."""
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
@@ -205,7 +205,7 @@ def _decided(
         candidates,
         folds=confirm_folds(opened.split, options.confirm_folds, label),
         device=device,
-        seconds=None if options.seconds is None else CONFIRM_PART * options.seconds,
+        seconds=_confirm_seconds(opened, chosen, options.seconds, device),
         watch=watch.confirm,
     )
     left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
@@ -218,6 +218,15 @@ def _decided(
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
     )
+
+
+def _confirm_seconds(opened: OpenStudy, chosen: Candidate, seconds: float | None, device: torch.device) -> float | None:
+    """What the confirmations may take of limited seconds: a seventh, or what 60 epochs of final training leave, up to half."""
+    if seconds is None:
+        return None
+    rate = images_per_s(opened, chosen, chosen.recipe, device)
+    needed_s = final_seconds(math.inf, rate, len(opened.split.order))
+    return max(CONFIRM_PART * seconds, min(0.5 * seconds, seconds - needed_s))
 
 
 def _most_members(

@@ -111,7 +111,8 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
     spent = spent_s(opened.study)
     set_budget(opened.study, budget_s)
     began = time.monotonic() - process_age_s()
-    return BudgetClock(budget_s, spent, began, len(opened.split.order)), ledger
+    rate = opened.settings.plan["images_per_s"].get(opened.start.backbone)
+    return BudgetClock(budget_s, spent, began, len(opened.split.order), rate), ledger
 
 
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
@@ -151,12 +152,12 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
 
 def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int) -> None:
     """How the budget is split, and what the search's part should do; of a study that was planned by it."""
-    from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE
+    from pcam_automl.search.budget import CONFIRM_SHARE
 
-    say, total = terminal.duration, clock.total_s
+    say, total, confirm_s = terminal.duration, clock.total_s, CONFIRM_SHARE * clock.total_s
     terminal.say(
-        f"  budget {say(total)}, {say(clock.spent_s)} of it spent: search {say(total * (1 - CONFIRM_SHARE - FINAL_SHARE))} (start-up included), "
-        f"confirmation {say(total * CONFIRM_SHARE)}, final training and prediction {say(total * FINAL_SHARE)}; search has {say(max(0.0, clock.left_s()))} left"
+        f"  budget {say(total)}, {say(clock.spent_s)} of it spent: search {say(total - clock.reserve_s)} (start-up included), "
+        f"confirmation {say(confirm_s)}, final training and prediction {say(clock.reserve_s - confirm_s)}; search has {say(max(0.0, clock.left_s()))} left"
     )
     if planned is not None and planned["total_s"] == total:
         starts = [max(1, round(planned["n_started"] / 3**rung)) for rung in range(n_rungs)]

@@ -19,7 +19,7 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, InputError, RecipeError, first_few
 from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, goal_of
-from pcam_automl.models.factory import backbone_fault, network_faults
+from pcam_automl.models.factory import backbone_fault, check_runs, network_faults
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, scratch_warning
 from pcam_automl.search.budget import plan_budget
@@ -130,7 +130,12 @@ def _decide(
     folds = split.train_order(VALIDATION_FOLD), split.score_rows(VALIDATION_FOLD)
     rows = choose_rows(store, common, *folds)
     n_train, n_valid = len(rows.train), len(rows.score)
-    budget = None if asked.budget_s is None else plan_budget(asked.budget_s, used_s=process_age_s())
+    speed = SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True)
+    budget = None
+    if asked.budget_s is not None:
+        check_runs(common)
+        rate = speed.images_per_s(common, device)
+        budget = plan_budget(asked.budget_s, used_s=process_age_s(), images_per_s=rate, n_final=len(split.order))
     plan = make_plan(
         space,
         start,
@@ -139,7 +144,7 @@ def _decide(
         device=device,
         views=asked.views,
         trial_s=None if budget is None else budget.trial_s,
-        speed=SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True),
+        speed=speed,
         progress=say,
     )
     check_networks(space, start)

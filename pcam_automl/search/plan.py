@@ -25,8 +25,9 @@ TYPICAL_TRIAL_S = 30.0
 """A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views. A
 budget sets both by itself (budget.py)."""
 CAP_S = 60.0
-SLOWEST_SHARE = 0.2
-"""A backbone that could see less than this share of the planned views within CAP_S is left out of the search."""
+SLOWEST_SHARE, SLOWEST_SHARE_OF_BUDGET = 0.2, 0.5
+"""A backbone that could see less than this share of the planned views within CAP_S is left out of the search; of one with a
+budget, whose trials may be seconds long, less than half."""
 ESTIMATE_ERROR = 2.0
 """A backbone whose speed is only estimated is left out only if it would be too slow at so many times that speed, too."""
 OVERHEAD = 1.2
@@ -134,11 +135,12 @@ def make_plan(
     n_score = min(n_valid, limit, max(500, affordable))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
     cap_s = (CAP_S if trial_s is None else 2.0 * trial_s) if asked is None else None
+    least = SLOWEST_SHARE if trial_s is None else SLOWEST_SHARE_OF_BUDGET
     if cap_s is not None:
         for name, rate in rates.items():
             seconds = trial_seconds(default, rungs, n_score, rate)
-            doubt = ESTIMATE_ERROR if name in estimated else 1.0
-            if seconds * SLOWEST_SHARE > cap_s * doubt:
+            doubt = ESTIMATE_ERROR if name in estimated and trial_s is None else 1.0
+            if seconds * least > cap_s * doubt:
                 about = "about " if name in estimated else ""
                 dropped[name] = (
                     f"a trial would take {about}{seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"

@@ -72,23 +72,27 @@ def test_the_search_keeps_the_rest_of_the_budget_and_no_more_than_it_needs() -> 
     clock = BudgetClock(100.0, spent_s=10.0, began=time.monotonic(), n_final=1000)
     assert clock.left_s() == pytest.approx(100 - 10 - 100 * (CONFIRM_SHARE + FINAL_SHARE), abs=1.0)
     quick = create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0})
-    clock.learn(quick)  # sixty epochs of 1,000 patches take it 9 s with a margin
-    assert clock.left_s() == pytest.approx(100 - 10 - 15 - 9, abs=1.0)
+    clock.learn(quick)  # sixty epochs of 1,000 patches take it 7.2 s with a margin
+    assert clock.left_s() == pytest.approx(100 - 10 - 100 * CONFIRM_SHARE - 7.2, abs=1.0)
     clock.learn(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 1.0}))
-    assert clock.left_s() == pytest.approx(100 - 10 - 15 - 40, abs=1.0)
+    assert clock.left_s() == pytest.approx(100 - 10 - 100 * (CONFIRM_SHARE + FINAL_SHARE), abs=1.0)
     clock.check()
 
 
 def test_a_rung_may_run_over_the_end_by_a_little_only() -> None:
-    clock = BudgetClock(100.0, spent_s=48.0, began=time.monotonic(), n_final=0)
-    clock.check()  # three seconds over
-    clock = BudgetClock(100.0, spent_s=51.0, began=time.monotonic(), n_final=0)
+    search_s = 100 * (1 - CONFIRM_SHARE - FINAL_SHARE)
+    BudgetClock(100.0, spent_s=search_s + 3, began=time.monotonic(), n_final=0).check()
+    clock = BudgetClock(100.0, spent_s=search_s + 6, began=time.monotonic(), n_final=0)
     with pytest.raises(OutOfTime, match="used up"):
         clock.check()
 
 
 def test_the_final_training_has_its_share_until_a_speed_is_known() -> None:
     assert final_seconds(100.0, None, 5000) == 100 * FINAL_SHARE
+    assert plan_budget(100.0, used_s=0.0).final_s == 100 * FINAL_SHARE
+    quick = plan_budget(100.0, used_s=0.0, images_per_s=10_000.0, n_final=1000)
+    assert quick.final_s == pytest.approx(7.2)
+    assert quick.search_s == pytest.approx(100 - 7.2 - 100 * CONFIRM_SHARE)
 
 
 def test_a_whole_trial_is_estimated_from_the_median_first_rung() -> None:
