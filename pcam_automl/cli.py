@@ -334,7 +334,7 @@ def search(
         thaws=not no_thaw,
     )
     if finalize_:
-        finalize(study=study, storage=storage, data=data, device=device, json=json)
+        finalize(study=study, storage=storage, device=device, json=json)
 
 
 @app.command()

@@ -84,7 +84,12 @@ def _as_json(final: FinalResult) -> dict[str, Any]:
 
 def _say_thresholds(operating: Operating) -> None:
     """One line a rule."""
-    terminal.say(f"thresholds chosen on {operating.chosen_on}; figures on {operating.on}:")
+    same = operating.chosen_on == operating.on
+    terminal.say(
+        f"thresholds, chosen and judged on {operating.on}:"
+        if same
+        else f"thresholds, chosen on {operating.chosen_on}, judged on {operating.on}:"
+    )
     for point in operating.points:
         terminal.say(
             f"  {point.threshold:.3f} ({point.rule}): {100 * point.sensitivity:.1f} % of tumour found, "

@@ -34,14 +34,15 @@ from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
 from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
+from pcam_automl.training.pace import N_PARTS
 
 REPORT_S = 12.0
 """Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
 
 
 @contextmanager
-def _training_bar(stop: Callable[[], None]) -> Iterator[TrainWatch]:
-    """A bar of the training views, and one line an epoch."""
+def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iterator[TrainWatch]:
+    """A bar of the training views, and one line an epoch; of a training by the clock one of its ``parts``."""
     with terminal.Bars() as bars:
         task = bars.add("preparing", None)
 
@@ -54,10 +55,11 @@ def _training_bar(stop: Callable[[], None]) -> Iterator[TrainWatch]:
 
         def epoch(result: RungResult) -> None:
             bars.set(task, done=result.views)
+            name, of = ("epoch", "") if parts is None else ("part", f" of {parts}")
             score = f"  validation AUC {result.auc:.4f}  loss {result.loss:.4f}" if result.auc is not None else ""
             score += f"  Dice {result.dice:.4f}" if result.dice is not None else ""
             terminal.say(
-                f"epoch {result.rung + 1:>3}  train loss {result.train_loss:.4f}{score}  {result.images_per_s:,.0f} images/s"
+                f"{name} {result.rung + 1:>3}{of}  train loss {result.train_loss:.4f}{score}  {result.images_per_s:,.0f} images/s"
             )
 
         yield TrainWatch(begins=begins, views=lambda n: bars.step(task, n), epoch=epoch, note=terminal.say, stop=stop)
@@ -90,7 +92,7 @@ def run_finalize(
             folder = member_folder(out or opened.folder / "final", number)
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
-        ledger = Ledger(opened.study, "finalize")
+        ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None)
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=_seconds_left(opened, with_report))
         paced = options.seconds is not None and epochs is None
@@ -101,7 +103,11 @@ def run_finalize(
                 f"trial {trial.number}{value}: {recipe.backbone}, {'as many epochs as fit the budget' if paced else f'{recipe.epochs:g} epochs'} of {n_train:,} patches -> {folder}"
             )
 
-        with stop.deferred(), _training_bar(stop.check) as train, terminal.Bars() as bars:
+        with (
+            stop.deferred(),
+            _training_bar(stop.check, parts=N_PARTS if paced else None) as train,
+            terminal.Bars() as bars,
+        ):
             task = bars.add("predicting", None)
             watch = FinalWatch(
                 train,

@@ -100,10 +100,10 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
     """
     from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, set_budget, spent_s
 
-    ledger = Ledger(opened.study, "search")
+    held = budget_of(opened.study)
+    ledger = Ledger(opened.study, "search", kept=budget_s is not None or held is not None)
     if budget_s is None:
         return None, ledger
-    held = budget_of(opened.study)
     if held is not None and budget_s < held:
         raise StudyError(
             f"--budget is {terminal.duration(budget_s)}, study {opened.name!r} has {terminal.duration(held)}; give as much or more, or take another --study name"

@@ -29,6 +29,8 @@ MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
 LINEAGES_PER_TRIAL = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
+ROW_S = 2.0
+"""Of a trial, beside its views: network, probe, database, checkpoint; on two cores of 2026."""
 HARD_SHARE = 0.05
 """A rung that was estimated too short may run over the search's end by so much of the budget."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
@@ -59,8 +61,8 @@ def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = N
     """Split a budget: what the final training can use comes first, up to its share.
 
     Of nine lineages all nine see a ninth of a whole trial, three go on to a third, one to the end: with the decay branches
-    about 2.4 whole trials. A whole trial is then set so long that some 27 lineages fit, three of which run through:
-    more of them would each be too short to rank, fewer would be no search.
+    about 2.4 whole trials, and thirteen rows have their own costs. A whole trial is set so long that some 27 lineages would
+    fit without those costs, three of which run through: more of them would each be too short to rank, fewer would be no search.
 
     Args:
         total_s: the budget in seconds, positive.
@@ -72,7 +74,8 @@ def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = N
     search_s = total_s - confirm_s - final_s
     free_s = max(search_s - used_s, 0.2 * search_s)
     trial_s = min(max(free_s / 8.0, LEAST_TRIAL_S), MOST_TRIAL_S)
-    n_started = max(1, round(LINEAGES_PER_TRIAL * (free_s - trial_s) / (2.4 * trial_s)))
+    n_rows = 13  # of nine lineages: nine first rows, three thawed ones, one more
+    n_started = max(1, round(LINEAGES_PER_TRIAL * (free_s - trial_s) / (2.4 * trial_s + n_rows * ROW_S)))
     return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started)
 
 
@@ -97,10 +100,11 @@ class Ledger:
     Args:
         study: where it is written.
         command: ``search`` or ``finalize``, for people.
+        kept: whether anything is written; a study without a budget needs none.
     """
 
-    def __init__(self, study: optuna.Study, command: str) -> None:
-        self.study, self.command = study, command
+    def __init__(self, study: optuna.Study, command: str, *, kept: bool = True) -> None:
+        self.study, self.command, self.kept = study, command, kept
         self.began_at = time.time() - process_age_s()
         self._began = time.monotonic() - process_age_s()
         self._key = f"{_RUN_KEY}{uuid.uuid4().hex}"
@@ -111,6 +115,8 @@ class Ledger:
 
     def note(self) -> None:
         """Write how long it has lasted so far; a killed process loses what it spent since."""
+        if not self.kept:
+            return
         entry = {"command": self.command, "began": round(self.began_at, 3), "seconds": round(self.seconds, 3)}
         self.study.set_user_attr(self._key, json.dumps(entry))
 
