@@ -140,7 +140,8 @@ def _on_holdout(
     store = end.opened.store
     if not len(holdout):
         if decision.oof is not None and decision.oof_auc is not None:
-            return {"auc": decision.oof_auc, "auc_on": decision.oof.on, "auc_95": decision.oof_auc_95}, None, ()
+            on = decision.oof.on + _shorter(decision, end.networks[0])
+            return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
         return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
     label, group = np.asarray(store.label)[holdout].astype(np.int64), np.asarray(store.group)[holdout].astype(np.int64)
@@ -154,6 +155,15 @@ def _on_holdout(
         figures["calibration_on_holdout"] = {"log_loss": losses, "error": errors}
     steps = steps_of(label, group, _scorings(end, holdout, probs)) if compare else ()
     return figures, scores, steps
+
+
+def _shorter(decision: Decision, network: Predictor) -> str:
+    """What must be said of a figure whose networks saw fewer training images than the final one; empty where they did not."""
+    confirmed = decision.members[0].recipe.views
+    seen = network.bundle.provenance.get("views_seen")
+    if not confirmed or not seen or seen <= 1.5 * confirmed:
+        return ""
+    return f" and were trained on {confirmed:,} images; the final one saw {seen:,} and should do better, which only --holdout can show"
 
 
 def _scorings(end: _Ending, rows: np.ndarray, final: np.ndarray) -> list[tuple[str, np.ndarray]]:

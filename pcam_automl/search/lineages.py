@@ -68,6 +68,12 @@ def lineages_of(trials: Iterable[FrozenTrial]) -> list[Lineage]:
     return [Lineage(name, tuple(own)) for name, own in rows.items()]
 
 
+def not_superseded(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The rows without the finished ones that a later finished row of their lineage goes on from; failed rows stay."""
+    newest = {lineage_of(trial): trial.number for trial in trials if trial.state in FINISHED}
+    return [trial for trial in trials if trial.state not in FINISHED or newest[lineage_of(trial)] == trial.number]
+
+
 def current_rows(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The rows that count, by number: without those that a later row of their lineage goes on from."""
     kept = {lineage.name: (lineage.last if lineage.is_running else lineage.finished) for lineage in lineages_of(trials)}

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.goals import Goal
 from pcam_automl.search.importances import ped_anova
+from pcam_automl.search.lineages import not_superseded
 from pcam_automl.search.reading import FIGURES, auc_of, best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
@@ -58,7 +59,8 @@ class Summary:
 def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     """Count, find the best, rank the parameters."""
     trials = study.get_trials(deepcopy=False)
-    states = {state.name.lower(): n for state in TrialState if (n := sum(t.state == state for t in trials))}
+    counted = not_superseded(trials)  # a paused trial that went on counts once
+    states = {state.name.lower(): n for state in TrialState if (n := sum(t.state == state for t in counted))}
     importances, note = _importances(study, trials)
     best = best_of(trials, settings.goal)
     return Summary(

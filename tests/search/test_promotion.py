@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from pcam_automl.search.lineages import current_rows, lineages_of
+from pcam_automl.search.lineages import current_rows, lineages_of, not_superseded
 from pcam_automl.search.promotion import (
     by_promise,
     paused_of,
@@ -41,6 +41,7 @@ def test_a_lineage_is_one_recipe_whatever_rows_it_took() -> None:
     assert (first.last.number, second.last.number) == (3, 2)
     assert first.attr("thawed_from") == 0
     assert [trial.number for trial in current_rows(rows)] == [2, 3]
+    assert [trial.number for trial in not_superseded(rows)] == [1, 2, 3]  # the failed one stays
 
 
 def test_only_rows_that_stopped_before_the_last_rung_are_paused() -> None:

@@ -1,0 +1,111 @@
+"""`search --budget` and the `finalize` that spends the rest, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from pcam_automl import cli, clock
+from pcam_automl.search.budget import budget_of, intervals_of, set_budget, spent_s
+from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.reading import load_study
+
+SPACE = """\
+base: {batch_size: 16, crop_size: 32}
+parameters:
+  backbone: {choice: [test_resnet, test_vit]}
+  lr: {float: [1.0e-3, 1.0e-2], log: true}
+"""
+
+
+@pytest.fixture
+def run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process, as one that has just begun: (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
+        monkeypatch.setattr(clock, "_IMPORTED", time.monotonic())
+        torch.set_num_threads(1)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    (in_tmp / "tiny.yaml").write_text(SPACE)
+    return call
+
+
+def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> None:
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none")
+    code, out, err = run("search", *options, "--budget", "24s")
+    assert code == 0, err
+    assert "budget 24 s, 0.0 s of it spent: search" in err
+    assert "planned: about" in err
+    assert "the search's part of the budget is over" in err
+    study, _ = load_study("pcam")
+    assert budget_of(study) == 24.0
+    (searched,) = intervals_of(study)
+    assert searched.command == "search"
+    assert 1.0 < searched.seconds < 24.0
+    n = len(lineages_of(study.get_trials()))
+
+    code, _, err = run("search", *options, "--budget", "24s")  # its part is over: nothing more is begun
+    assert code == 0, err
+    assert len(lineages_of(load_study("pcam")[0].get_trials())) == n
+    assert run("search", *options, "--budget", "10s")[2].strip().splitlines()[-1].endswith("another --study name")
+
+    before = spent_s(load_study("pcam")[0])
+    code, out, err = run("finalize", "--no-report", "--json")
+    assert code == 0, err
+    assert "of the budget of 24 s are left for finalize" in err
+    assert "as many epochs as fit the budget" in err
+    assert "part  20 of 20" in err
+    assert Path(json.loads(out)["submission"]).is_file()
+    study, _ = load_study("pcam")
+    assert [one.command for one in intervals_of(study)] == ["search", "search", "finalize"]
+    assert spent_s(study) > before
+    card = json.loads((Path(json.loads(out)["out"]) / "model" / "bundle.json").read_text())
+    assert card["provenance"]["views_seen"] == card["metrics"]["epochs"][-1]["views"]
+    assert len(card["metrics"]["epochs"]) == 20
+
+
+def test_a_used_up_budget_is_said_with_the_ways_out(run: Any, easy_pack: Path) -> None:
+    code, _, err = run(
+        *("search", "--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--trials", 1, "--views", 64)
+    )
+    assert code == 0, err
+    study, _ = load_study("pcam")
+    assert intervals_of(study) == [], "a study without a budget counts no seconds"
+    set_budget(study, 0.001)
+    code, _, err = run("finalize", "--no-report")
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: study 'pcam' has used up its budget")
+    assert "--epochs E, or --no-budget" in line
+    assert run("finalize", "--no-report", "--epochs", 1, "--confirm", 0)[0] == 0
+    assert optuna.load_study(study_name="pcam", storage="sqlite:///studies/pcam.db").user_attrs
+
+
+def test_a_search_needs_a_number_of_trials_or_a_budget(run: Any, easy_pack: Path) -> None:
+    code, _, err = run("search", "--data", easy_pack)
+    assert (code, err.strip().splitlines()[-1]) == (
+        2,
+        "error: search needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m",
+    )
+    for option, value, said in (
+        ("--budget", "soon", "a duration must be positive"),
+        ("--checkpoint-quota", "much", "must be a size"),
+    ):
+        code, _, err = run("search", "--data", easy_pack, "--trials", 1, option, value)
+        assert code == 2
+        assert said in err.strip().splitlines()[-1]
