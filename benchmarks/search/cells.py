@@ -16,7 +16,7 @@ BUDGETS_MIN = (3.0, 6.0, 15.0)
 SEEDS = (0, 1, 2)
 OUTSIDE = ("optuna", "fastai", "raytune", "autogluon")
 """Systems of others."""
-DECISIONS = ("ours", "random", "tpe-without-rungs", "asha-without-thaw")
+DECISIONS = ("ours", "random", "tpe-without-rungs", "asha-without-thaw", "average", "cost-aware")
 """One engine, several ways to decide."""
 N_CALIBRATION = 20
 

@@ -89,7 +89,10 @@ def main() -> None:
             num_samples=MOST_TRIALS,
             time_budget_s=max(1.0, search_until - time.time()),
             max_concurrent_trials=N_CORES,
-            search_alg=OptunaSearch(lambda trial: space(trial, task.backbones), seed=task.seed),
+            # Of a space that is a function it does not take them from the TuneConfig.
+            search_alg=OptunaSearch(
+                lambda trial: space(trial, task.backbones), metric="auc", mode="max", seed=task.seed
+            ),
             scheduler=ASHAScheduler(max_t=N_REPORTS, grace_period=1, reduction_factor=3),
         ),
         run_config=tune.RunConfig(storage_path=str(task.out / "ray"), verbose=0),

@@ -1,7 +1,7 @@
 """Records a table of real rung results: random recipes, each trained through all rungs. Decides and prunes nothing.
 
-    python ../shared/data/unpack.py ../shared/data/colon96.zip /tmp/colon96
-    OMP_NUM_THREADS=1 python -m benchmarks.search.record --data /tmp/colon96 --n 300 --minutes 60
+    python unpack.py colon96.zip colon96
+    OMP_NUM_THREADS=1 python -m benchmarks.search.record --data colon96 --n 300 --minutes 60
 
 One line a recipe and rung is appended to `rungs.csv`, a recipe's lines all at once; what is there is skipped, so the same
 command goes on. Recipe `i` and its seed follow from (--seed, i) alone. `auc` and `loss` are of the validation fold, as in a

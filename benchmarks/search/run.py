@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ LATE = 1.03
 """A run that took longer than this share of its wall clock is flagged."""
 KILLED_AT = 1.5
 """At this share of the wall clock the process is ended; what it has not written counts as not there."""
+_INSTALLED = re.compile(r"/\S*?/(?=site-packages/)")  # where packages lie is this machine's
 _LAST = 1_500  # characters of a failed run's output that are kept
 _GRACE_S = 10.0
 
@@ -30,7 +32,7 @@ def weights_folder() -> Path:
     Raises:
         DataError: not set, or without a safetensors file.
     """
-    folder = Path(os.environ.get("PCAM_WEIGHTS_DIR", "../shared/weights"))
+    folder = Path(os.environ.get("PCAM_WEIGHTS_DIR", "weights"))
     if not list(folder.glob("*.safetensors")):
         raise DataError(f"PCAM_WEIGHTS_DIR must name a folder of safetensors named after the timm model, got {folder}")
     return folder.resolve()
@@ -57,7 +59,7 @@ def run_cell(cell: Cell, *, results: Path = RESULTS) -> Record:
             hidden = {str(out): "OUT", work: "WORK", str(REPO): ".", str(Path.home()): "~"}
             for path, shown in hidden.items():
                 output = output.replace(path, shown)
-            record["output"] = output[-_LAST:]
+            record["output"] = _INSTALLED.sub("", output)[-_LAST:]
     append_record(record, results)
     return record
 

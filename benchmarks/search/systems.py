@@ -41,6 +41,8 @@ SYSTEMS = {
     "random": System("random search, our engine", "pcam_automl", options=("--sampler", "random", "--pruner", "none")),
     "tpe-without-rungs": System("TPE without rungs", "pcam_automl", options=("--sampler", "tpe", "--pruner", "none")),
     "asha-without-thaw": System("ASHA without thaw", "pcam_automl", options=("--no-thaw",)),
+    "average": System("rungs scored by the average, no decay branch", "pcam_automl", options=("--set", "decay=0")),
+    "cost-aware": System("improvement per second", "pcam_automl", options=("--cost-aware",)),
     "optuna": System("plain Optuna", "optuna", "peer_optuna"),
     "fastai": System("fastai", "fastai", "peer_fastai"),
     "raytune": System("Ray Tune", "ray", "peer_raytune"),
