@@ -69,9 +69,9 @@ def lineages_of(trials: Iterable[FrozenTrial]) -> list[Lineage]:
 
 
 def not_superseded(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The rows without the finished ones that a later finished row of their lineage goes on from; failed rows stay."""
+    """The rows without the pruned ones that a later finished row of their lineage goes on from; failed rows stay."""
     newest = {lineage_of(trial): trial.number for trial in trials if trial.state in FINISHED}
-    return [trial for trial in trials if trial.state not in FINISHED or newest[lineage_of(trial)] == trial.number]
+    return [t for t in trials if t.state != TrialState.PRUNED or newest[lineage_of(t)] == t.number]
 
 
 def current_rows(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

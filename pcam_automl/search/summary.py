@@ -98,6 +98,8 @@ def _importances(study: optuna.Study, trials: list[FrozenTrial]) -> tuple[dict[s
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Of few trials or equal values: the shares are equal then, which the table shows by itself.
+            warnings.filterwarnings("ignore", "Target and region quantiles", UserWarning)
             found = ped_anova(study)
     except (ValueError, RuntimeError) as fault:  # e.g. every value equal, or no parameter common to the trials
         return {}, str(fault)[:200]
