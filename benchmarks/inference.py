@@ -48,6 +48,7 @@ from benchmarks.common import (
 from benchmarks.plain import ImageDataset, PlainPrediction, build_loader, evaluation_transform
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import ModelBundle, write_bundle
+from pcam_automl.calibration import probs_at
 from pcam_automl.data.pack import pack
 from pcam_automl.data.sources import open_source
 from pcam_automl.data.store import PatchStore
@@ -55,7 +56,7 @@ from pcam_automl.models.factory import build_network, normalisation, normalisati
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import Views, logits_of_rows, probs_of_logits
+from pcam_automl.training.scoring import Views, logits_of_rows
 
 LOADER_BATCH = 64
 TINY = "test_resnet"
@@ -69,10 +70,10 @@ import torch
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import load_bundle
 from pcam_automl.data.store import open_store
-from pcam_automl.predict import build_predictor, compute_of
+from pcam_automl.predict import build_predictor, compute_of, row_probs
 bundle, store, device = load_bundle(Path(sys.argv[1])), open_store(Path(sys.argv[2])), torch.device("cpu")
 predictor = build_predictor(bundle, compute_of(bundle, device), averaging="none")
-print(len(predictor.rows(open_patches(store, device), store.test_rows())))
+print(len(row_probs(predictor, open_patches(store, device), store.test_rows())))
 """
 
 
@@ -111,7 +112,7 @@ def measure_network(
         plain = PlainPrediction(network, loader, device, eight=eight)
         sides: dict[str, Side] = {OURS: ours, "plain loop": plain}
         rates = in_turn(sides, n_rounds)
-        difference = np.abs(probs_of_logits(ours.logits) - probs_of_logits(plain.logits)).max()
+        difference = np.abs(probs_at(ours.logits) - probs_at(plain.logits)).max()
         found[name] = {
             "images_per_s": rates,
             "ratios": ratios(rates[OURS], rates["plain loop"]),

@@ -21,7 +21,7 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.replay import BAND, StoredTrial, read_trial, replay
 from pcam_automl.search.study import Asked
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training.compute import use_device
 
 
@@ -48,7 +48,7 @@ def replays(data: Path, folder: Path, *, n_trials: int, views: int, device: torc
     asked = Asked(data=data, space="quick", weights="none", views=views, pruner="none", device=str(device))
     opened = create_or_open_study("replay", f"sqlite:///{folder / 'replay.db'}", asked, say=print)
     use_device(str(device))
-    run_worker(Objective(opened, device), n_trials=n_trials)
+    run_worker(Objective(opened, device), Limits(n_trials))
     lines = []
     for trial in opened.study.get_trials(deepcopy=False):
         stored = read_trial([trial], trial.number, opened.rungs, opened.settings.split_hash)

@@ -108,9 +108,9 @@ def changes(
     return loss, (reliability(label, raw).error, reliability(label, mended).error)
 
 
-def probs_at(logits: ArrayLike, temperature: float) -> Floats:
+def probs_at(logits: ArrayLike, temperature: float = 1.0) -> Floats:
     """Sigmoid of the logits at a temperature: (N,) in [0, 1], without overflow for logits of any size."""
-    from scipy.special import expit
+    from scipy.special import expit  # 0.2 s, which `--help` need not wait for
 
     return np.asarray(expit(np.asarray(logits, np.float64) / temperature))
 

@@ -6,10 +6,10 @@ A folder with ``ensemble.json`` holds the members' bundles (``model``, ``model-2
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ import torch
 from pcam_automl.batches import Patches
 from pcam_automl.bundle import CARD as BUNDLE_CARD
 from pcam_automl.bundle import load_bundle
-from pcam_automl.calibration import Calibration, probs_at
+from pcam_automl.calibration import Calibration
 from pcam_automl.errors import BundleError
 from pcam_automl.files import write_json
-from pcam_automl.predict import Judge, Predictor, build_predictor, compute_of
+from pcam_automl.predict import Judge, Predictor, Progress, Stop, build_predictor, compute_of
 from pcam_automl.training.scoring import Averaging
 
 FORMAT = "pcam-automl ensemble 1"
@@ -28,60 +28,30 @@ CARD = "ensemble.json"
 _WEIGHTS_SUM = 1e-6
 
 
-class Member(Protocol):
-    """What an ensemble asks of each of its members: logits, averaged over views and not calibrated.
-
-    A :class:`~pcam_automl.predict.Predictor` is one; anything that gives patches of a store and single images logits may be.
-    """
-
-    def row_logits(
-        self, patches: Patches, rows: np.ndarray, *, stop: Callable[[], None], progress: Callable[[int], None]
-    ) -> np.ndarray: ...
-
-    def image_logits(self, images: np.ndarray) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class Blended:
     """Members that judge together by the weighted mean of their logits, at one temperature.
 
     Attributes:
-        members: at least one.
+        members: at least one; their own temperatures are not used.
         weights: positive, summing to 1.
         temperature: of the mean logit.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[Judge, ...]
     weights: tuple[float, ...]
     temperature: float
 
     def row_logits(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
+        self, patches: Patches, rows: np.ndarray, stop: Stop = lambda: None, progress: Progress = lambda n: None
     ) -> np.ndarray:
-        """Logits (n,) float64 of store rows, not calibrated; ``progress`` counts every member's rows."""
-        parts = [member.row_logits(patches, rows, stop=stop, progress=progress) for member in self.members]
+        return self._mean([member.row_logits(patches, rows, stop, progress) for member in self.members])
+
+    def image_logits(self, images: np.ndarray) -> np.ndarray:
+        return self._mean([member.image_logits(images) for member in self.members])
+
+    def _mean(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         return np.asarray(np.asarray(self.weights) @ np.stack(parts).astype(np.float64))
-
-    def rows(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
-    ) -> np.ndarray:
-        """Probabilities (n,) of store rows."""
-        return probs_at(self.row_logits(patches, rows, stop=stop, progress=progress), self.temperature)
-
-    def images(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities (B,) of patches (B, S, S, 3) uint8."""
-        parts = [member.image_logits(images) for member in self.members]
-        return probs_at(np.asarray(self.weights) @ np.stack(parts).astype(np.float64), self.temperature)
 
 
 def member_folder(out: Path, number: int) -> Path:

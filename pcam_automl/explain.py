@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pcam_automl.augment import centre_view
 from pcam_automl.errors import InputError
-from pcam_automl.predict import Predictor
+from pcam_automl.predict import Predictor, image_probs
 from pcam_automl.recipe import CENTRE_PX
 
 LEAST_MAP = 4
@@ -274,7 +274,7 @@ def explain_patches(
     if recipe.task == "dense":
         raise InputError("a dense recipe's probability map says itself where the tumour is; leave --explain out")
     if probs is None:
-        probs = predictor.images(patches)
+        probs = image_probs(predictor, patches)
     batch = torch.from_numpy(patches).to(predictor.compute.device).permute(0, 3, 1, 2)
     view = centre_view(batch, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
     toward = torch.from_numpy(np.where(probs >= 0.5, 1.0, -1.0).astype(np.float32))

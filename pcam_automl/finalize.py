@@ -30,7 +30,7 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -63,9 +63,8 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
     if which in ("best", "highest"):
         best = top_candidates(study, 1)
         if not best:
-            raise StudyError(
-                f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); run pcam-automl search first"
-            )
+            remedy = "run pcam-automl search first" if budget_of(study) is None else "search with a longer --budget"
+            raise StudyError(f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); {remedy}")
         return best[0].trial
     if not which.isdigit():
         raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")

@@ -112,7 +112,7 @@ def auc_interval(
     """
     positive, scores = _checked(label, prob)
     _check_both(positive)
-    code = _group_codes(group, len(positive))
+    code = group_codes(group, len(positive))
     _check_draws(n)
     if int(code.max()) < 1:
         return 0.0, 1.0
@@ -146,7 +146,7 @@ def auc_draws(
     positive = [_checked(label, row)[0] for row in scores].pop()
     _check_both(positive)
     _check_draws(n)
-    return _drawn_aucs(positive, scores, _group_codes(group, len(positive)), n, seed)
+    return _drawn_aucs(positive, scores, group_codes(group, len(positive)), n, seed)
 
 
 def percentile_interval(
@@ -167,9 +167,14 @@ def log_loss(label: ArrayLike, prob: ArrayLike) -> float:
     Raises:
         DataError: no patches, labels other than 0 and 1, unequal lengths, or a probability outside [0, 1].
     """
+    return float(patch_losses(label, prob).mean())
+
+
+def patch_losses(label: ArrayLike, prob: ArrayLike) -> Floats:
+    """What :func:`log_loss` is the mean of: (N,) nats."""
     positive, probs = _checked(label, prob, probability=True)
     probs = probs.clip(1e-7, 1 - 1e-7)
-    return float(-np.log(np.where(positive, probs, 1 - probs)).mean())
+    return np.asarray(-np.log(np.where(positive, probs, 1 - probs)))
 
 
 def accuracy(label: ArrayLike, prob: ArrayLike, threshold: float = 0.5) -> float:
@@ -247,14 +252,18 @@ def _check_both(positive: Bools) -> None:
         raise DataError(f"the AUC needs both labels, got {len(positive)} patches of label {int(positive[0])}")
 
 
-def _group_codes(group: ArrayLike | None, n: int) -> NDArray[np.int64]:
-    """Codes from 0; a patch of unknown slide is a slide of its own."""
+def group_codes(group: ArrayLike | None, n: int) -> NDArray[np.int64]:
+    """Codes (n,) from 0 in the order of ``group``; a patch of unknown slide (negative, or all where None) is a slide of its own.
+
+    Raises:
+        DataError: not an integer code a patch.
+    """
     groups: NDArray[Any] = np.full(n, -1) if group is None else np.asarray(group)
     if groups.shape != (n,) or not np.issubdtype(groups.dtype, np.integer):
         raise DataError(f"groups must be ({n},) integer codes, got {groups.shape} of {groups.dtype}")
     codes = groups.astype(np.int64)
     unknown = codes < 0
-    codes[unknown] = codes.max() + 1 + np.arange(unknown.sum())
+    codes[unknown] = codes.max(initial=-1) + 1 + np.arange(unknown.sum())
     return np.unique(codes, return_inverse=True)[1].astype(np.int64)
 
 

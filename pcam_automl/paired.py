@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pcam_automl.errors import DataError
-from pcam_automl.metrics import auc, auc_draws, log_loss, percentile_interval
+from pcam_automl.metrics import auc, auc_draws, group_codes, patch_losses, percentile_interval
 
 N_DRAWS = 1000
 
@@ -49,7 +48,7 @@ def auc_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Array
     """
     value = auc(label, after) - auc(label, before)
     scores = np.stack([np.asarray(before, np.float64), np.asarray(after, np.float64)])
-    if len(np.unique(_codes(group, scores.shape[1]))) < 2:
+    if int(group_codes(group, scores.shape[1]).max()) < 1:
         return Gain(value, None, None)
     draws = auc_draws(label, scores, group, n=N_DRAWS, seed=seed)
     return _gain(value, draws[:, 1] - draws[:, 0])
@@ -61,9 +60,8 @@ def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Arra
     Raises:
         DataError: as :func:`pcam_automl.metrics.log_loss`.
     """
-    value = log_loss(label, before) - log_loss(label, after)
-    saved = _losses(label, before) - _losses(label, after)
-    code = _codes(group, len(saved))
+    saved = patch_losses(label, before) - patch_losses(label, after)
+    value, code = float(saved.mean()), group_codes(group, len(saved))
     n_groups = int(code.max()) + 1
     if n_groups < 2:
         return Gain(value, None, None)
@@ -77,18 +75,3 @@ def _gain(value: float, draws: Floats) -> Gain:
     if not len(valid):
         return Gain(value, None, None)
     return Gain(value, percentile_interval(valid), float((valid > 0).mean() + (valid == 0).mean() / 2))
-
-
-def _losses(label: ArrayLike, prob: ArrayLike) -> Floats:
-    """(N,) nats, clipped as in :func:`pcam_automl.metrics.log_loss`."""
-    probs = np.asarray(prob, np.float64).clip(1e-7, 1 - 1e-7)
-    return np.asarray(-np.log(np.where(np.asarray(label) == 1, probs, 1 - probs)))
-
-
-def _codes(group: ArrayLike, n: int) -> NDArray[np.int64]:
-    """Codes from 0; a patch of unknown slide is a slide of its own, as in :func:`pcam_automl.metrics.auc_interval`."""
-    code = np.asarray(group, np.int64)
-    if code.shape != (n,):
-        raise DataError(f"groups must be ({n},) integer codes, got {code.shape}")
-    own = np.where(code < 0, max(int(code.max()), -1) + 1 + np.arange(n), code)
-    return np.unique(own, return_inverse=True)[1].astype(np.int64)

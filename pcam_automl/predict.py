@@ -13,6 +13,7 @@ from torch import nn
 
 from pcam_automl.batches import Patches
 from pcam_automl.bundle import ModelBundle
+from pcam_automl.calibration import probs_at
 from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
 from pcam_automl.errors import DataError
 from pcam_automl.training.compute import Compute
@@ -22,12 +23,25 @@ from pcam_automl.training.scoring import (
     Views,
     logits_of_images,
     logits_of_rows,
-    probs_of_logits,
 )
+
+Stop = Callable[[], None]
+Progress = Callable[[int], None]
+
+
+def _go_on() -> None:
+    """Nobody asks to stop."""
+
+
+def _untold(n: int) -> None:
+    """Nobody watches."""
 
 
 class Judge(Protocol):
-    """What gives patches probabilities: one network, or several together."""
+    """What gives patches logits, averaged over views and not calibrated, and says at which temperature to read them.
+
+    One network does, and several together (ensemble.py). :func:`row_probs` and :func:`image_probs` read them.
+    """
 
     @property
     def temperature(self) -> float:
@@ -35,30 +49,26 @@ class Judge(Protocol):
         ...
 
     def row_logits(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
+        self, patches: Patches, rows: np.ndarray, stop: Stop = _go_on, progress: Progress = _untold
     ) -> np.ndarray:
-        """Logits (n,) of store rows, averaged over the views and not calibrated."""
+        """Logits (n,) of store rows; ``progress`` is told of every batch of every network."""
         ...
 
-    def rows(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
-    ) -> np.ndarray:
-        """Probabilities (n,) of store rows."""
+    def image_logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits (B,) of patches (B, S, S, 3) uint8 of the side S that it was trained on."""
         ...
 
-    def images(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities (B,) of patches (B, S, S, 3) uint8 of the side S that it was trained on."""
-        ...
+
+def row_probs(
+    judge: Judge, patches: Patches, rows: np.ndarray, stop: Stop = _go_on, progress: Progress = _untold
+) -> np.ndarray:
+    """Probabilities (n,) of store rows."""
+    return probs_at(judge.row_logits(patches, rows, stop, progress), judge.temperature)
+
+
+def image_probs(judge: Judge, images: np.ndarray) -> np.ndarray:
+    """Probabilities (B,) of patches (B, S, S, 3) uint8."""
+    return probs_at(judge.image_logits(images), judge.temperature)
 
 
 @dataclass(frozen=True)
@@ -83,35 +93,13 @@ class Predictor:
         return 1.0 if self.bundle.calibration is None else self.bundle.calibration.temperature
 
     def row_logits(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
+        self, patches: Patches, rows: np.ndarray, stop: Stop = _go_on, progress: Progress = _untold
     ) -> np.ndarray:
-        """Logits (n,) of store rows, averaged over the views and not calibrated."""
         return logits_of_rows(self.network, patches, rows, self.views, self.compute, stop=stop, progress=progress)
 
     def image_logits(self, images: np.ndarray) -> np.ndarray:
-        """The same of patches (B, S, S, 3) uint8."""
         batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
         return logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy()
-
-    def rows(
-        self,
-        patches: Patches,
-        rows: np.ndarray,
-        *,
-        stop: Callable[[], None] = lambda: None,
-        progress: Callable[[int], None] = lambda n: None,
-    ) -> np.ndarray:
-        """Probabilities (n,) of store rows."""
-        return probs_of_logits(self.row_logits(patches, rows, stop=stop, progress=progress) / self.temperature)
-
-    def images(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities (B,) of patches (B, S, S, 3) uint8 of the side S that the network was trained on."""
-        return probs_of_logits(self.image_logits(images) / self.temperature)
 
 
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
@@ -179,4 +167,4 @@ def predict_files(
             else:
                 ids.append(file.stem)
                 images.append(read)
-        yield ids, judge.images(np.stack(images)) if images else np.zeros(0), faults
+        yield ids, image_probs(judge, np.stack(images)) if images else np.zeros(0), faults

@@ -24,7 +24,7 @@ from pcam_automl.models.factory import n_parameters
 from pcam_automl.models.weights import Weights
 from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
-from pcam_automl.scores import Scores, scores_text
+from pcam_automl.scores import clusters_of_rows, scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.dense import DenseTask, always_negative_accuracy
@@ -192,7 +192,11 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
     if len(rows.score):
         _, scores = training.score()
         text = scores_text(scores, store.ids)
-        metrics |= {"auc": kept.auc, "auc_95": list(_interval(training, scores, store)), "auc_on": scores.on}
+        metrics |= {
+            "auc": kept.auc,
+            "auc_95": list(auc_interval(scores.label, scores.prob, clusters_of_rows(store, scores.rows))),
+            "auc_on": scores.on,
+        }
         metrics |= {"loss": kept.loss, "accuracy": kept.accuracy}
         if kept.dice is not None:
             metrics |= {"dice": kept.dice, "always_negative_accuracy": always_negative_accuracy(store, rows.score)}
@@ -221,14 +225,6 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
         record["inference"] = {"precision": precision, "auc_moved": moved}
     norm = data.normalisation
     return ModelBundle(recipe, norm, training.averaged_state(), metrics, {**provenance, **record}, text)
-
-
-def _interval(training: Training, scores: Scores, store: PatchStore) -> tuple[float, float]:
-    """95 % interval of the AUC over slides; where a slide is unknown over patches, of a dense task over whole images."""
-    group = np.asarray(store.group)[scores.rows].astype(np.int64)
-    if isinstance(training.task, DenseTask):  # the pixels of an image are not independent
-        group = np.where(group < 0, len(store.group_names) + scores.rows, group)
-    return auc_interval(scores.label, scores.prob, group)
 
 
 def _images_per_s(results: list[RungResult]) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,3 +70,29 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("PCAM_AUTOML_DATA", "PCAM_AUTOML_STORAGE", "PCAM_AUTOML_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def command_line(
+    in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process, as one that has just begun: (exit code, stdout, stderr)."""
+    import torch
+
+    from pcam_automl import cli, clock
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
+        monkeypatch.setattr(clock, "_IMPORTED", time.monotonic())
+        torch.set_num_threads(1)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import torch
 
-from pcam_automl import cli, clock
 from pcam_automl.search.budget import budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.reading import load_study
@@ -26,23 +22,10 @@ parameters:
 
 
 @pytest.fixture
-def run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process, as one that has just begun: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
-        monkeypatch.setattr(clock, "_IMPORTED", time.monotonic())
-        torch.set_num_threads(1)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
+def run(command_line: Any, in_tmp: Path) -> Any:
+    """A command line beside a small space of its own."""
     (in_tmp / "tiny.yaml").write_text(SPACE)
-    return call
+    return command_line
 
 
 def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> None:

@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from easy_set import easy_patches, write_easy_set, write_table
 from PIL import Image
-
-from pcam_automl import cli
 
 TINY_SPACE = """\
 base: {batch_size: 16, crop_size: 32, augment: 0.2}
@@ -31,23 +28,11 @@ TINY_RECIPE = "backbone: test_resnet\ncrop_size: 32\nbatch_size: 16\nlr: 3.0e-3\
 
 
 @pytest.fixture
-def run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
-        torch.set_num_threads(1)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
+def run(command_line: Any, in_tmp: Path) -> Any:
+    """A command line beside a small space of its own."""
     (in_tmp / "tiny.yaml").write_text(TINY_SPACE)
     (in_tmp / "recipe.yaml").write_text(TINY_RECIPE)
-    return call
+    return command_line
 
 
 def fails_with(result: tuple[int, str, str], *parts: str, code: int = 2) -> None:

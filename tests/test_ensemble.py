@@ -13,18 +13,21 @@ import torch
 from pcam_automl.calibration import Calibration, probs_at
 from pcam_automl.ensemble import Blended, is_ensemble, member_folder, open_judge, write_ensemble
 from pcam_automl.errors import BundleError
+from pcam_automl.predict import image_probs, row_probs
 
 CPU = torch.device("cpu")
 FITTED = Calibration(1.7, 100, "100 patches", (0.3, 0.2), (0.05, 0.01))
 
 
 class Constant:
-    """A member whose logits are one number."""
+    """A member whose logits are one number, and whose own temperature must not matter."""
+
+    temperature = 9.0
 
     def __init__(self, logit: float) -> None:
         self.logit = logit
 
-    def row_logits(self, patches: Any, rows: np.ndarray, *, stop: Any, progress: Any) -> np.ndarray:
+    def row_logits(self, patches: Any, rows: np.ndarray, stop: Any, progress: Any) -> np.ndarray:
         stop()
         progress(len(rows))
         return np.full(len(rows), self.logit, np.float32)
@@ -35,9 +38,9 @@ class Constant:
 
 def test_probabilities_are_of_the_weighted_mean_of_logits_at_the_temperature() -> None:
     blended, shown = Blended((Constant(2.0), Constant(-1.0)), (0.75, 0.25), 2.0), list[int]()
-    probs = blended.rows(None, np.arange(3), progress=shown.append)  # type: ignore[arg-type]
+    probs = row_probs(blended, None, np.arange(3), progress=shown.append)  # type: ignore[arg-type]
     assert probs == pytest.approx(probs_at(np.full(3, 1.25), 2.0))
-    assert blended.images(np.zeros((2, 8, 8, 3), np.uint8)) == pytest.approx(probs[:2])
+    assert image_probs(blended, np.zeros((2, 8, 8, 3), np.uint8)) == pytest.approx(probs[:2])
     assert sum(shown) == 6
 
 

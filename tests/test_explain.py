@@ -13,7 +13,7 @@ from pcam_automl.errors import InputError
 from pcam_automl.explain import attention, centre_share, explain_image, explain_patches, overlay, sentence
 from pcam_automl.models.factory import Normalisation, build_network
 from pcam_automl.models.weights import Weights
-from pcam_automl.predict import build_predictor
+from pcam_automl.predict import build_predictor, image_probs
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute
 
@@ -132,7 +132,7 @@ def test_explained_image_names_probability_and_share(bias: float, word: str) -> 
     assert picture.shape[1] > 2 * 96
     assert f"Probability {found.prob:.2f} of tumour" in text
     assert word in text
-    assert found.prob == pytest.approx(float(predictor.images(patch[None])[0]))  # type: ignore[attr-defined]
+    assert found.prob == pytest.approx(float(image_probs(predictor, patch[None])[0]))  # type: ignore[attr-defined]
 
 
 def test_sentence_gives_probability_and_share_in_plain_words() -> None:

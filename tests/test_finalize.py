@@ -34,7 +34,7 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
 from pcam_automl.training.schedule import rates_at
 
@@ -57,7 +57,7 @@ def made(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.delenv("PCAM_AUTOML_STORAGE", raising=False)
         study = create_or_open_study("pcam", None, asked, say=lambda text: None)
-        run_worker(Objective(study, CPU), n_trials=1)
+        run_worker(Objective(study, CPU), Limits(1))
         engine_of(study.study).dispose()
     return folder / "studies"
 
@@ -202,7 +202,7 @@ def test_read_only_data_serves_a_whole_run(easy_pack: Path, in_tmp: Path) -> Non
         device="cpu",
     )
     study = create_or_open_study("ro", None, asked, say=lambda text: None)
-    run_worker(Objective(study, CPU), n_trials=1)
+    run_worker(Objective(study, CPU), Limits(1))
     finalize(study, epochs=1.0, device=CPU, options=ONE)
     assert {f: f.stat().st_mtime_ns for f in easy_pack.iterdir()} == before
     assert np.isfinite(study.study.best_value)

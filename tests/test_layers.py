@@ -19,6 +19,7 @@ LAYERS = (
     {"predict", "predict_dense", "ensemble", "explain", "search", "train", "compare", "lr_find"},
     {"finalize", "finalizing", "dashboard", "terminal", "report"},
     {"commands"},
+    {"command_line"},
     {"cli", "__main__"},
 )
 HOMES = {

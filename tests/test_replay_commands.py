@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import torch
 
-from pcam_automl import cli
 from pcam_automl.search.priors import load_prior
 
 SPACE = """\
@@ -23,24 +20,10 @@ parameters:
 
 
 @pytest.fixture
-def run(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pcam-automl", *map(str, words)])
-        torch.set_num_threads(1)
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        out, err = capfd.readouterr()
-        return code, out, err
-
+def run(command_line: Any, in_tmp: Path) -> Any:
+    """A command line beside a small space of its own."""
     (in_tmp / "tiny.yaml").write_text(SPACE)
-    return call
+    return command_line
 
 
 def test_a_trial_is_replayed_exported_and_started_from(run: Any, easy_pack: Path, in_tmp: Path) -> None:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator
 
 import optuna
-from optuna.study import StudyDirection
 
 from pcam_automl import terminal
 from pcam_automl.config import StudySettings
 from pcam_automl.errors import first_few
 from pcam_automl.search.audit import READ_ATTRS, Audit, RungAudit, audit_study, first_rung_advice
-from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.lineages import lineages_of, sign_of
 from pcam_automl.search.probe_decisions import ProbeFidelity, probe_fidelity, results_of
 from pcam_automl.search.ranking import Ranking
 from pcam_automl.search.reading import load_study_to_read
@@ -52,7 +51,7 @@ def probe_audit(study: optuna.Study, settings: StudySettings) -> ProbeFidelity |
     if not results:
         return None
     lineages = lineages_of(study.get_trials(deepcopy=False))
-    maximise = study.direction != StudyDirection.MINIMIZE
+    maximise = sign_of(study) > 0
     return probe_fidelity(lineages, results, whole_step=settings.rungs[-1][0], maximise=maximise, seed=settings.seed)
 
 

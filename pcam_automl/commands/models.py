@@ -25,7 +25,7 @@ from pcam_automl.errors import InputError, StudyError, did_you_mean
 from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import Ledger, budget_of, intervals_of, spent_s, spent_with
+from pcam_automl.search.budget import Ledger, added_by, budget_of, intervals_of, spent_s, spent_with
 from pcam_automl.search.confirm import ConfirmWatch
 from pcam_automl.search.confirmations import Candidate
 from pcam_automl.search.pareto import PICKS, Pick
@@ -176,7 +176,7 @@ def _say_spent(opened: OpenStudy) -> None:
     total_s, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
         f"budget {terminal.duration(total_s)}: {terminal.duration(spent)} spent ({spent / total_s - 1.0:+.1%}); "
-        + ", ".join(f"{one.command} {terminal.duration(one.seconds)}" for one in intervals_of(opened.study))
+        + ", ".join(f"{name} {terminal.duration(s)}" for name, s in added_by(intervals_of(opened.study)))
     )
 
 

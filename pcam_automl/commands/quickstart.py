@@ -19,6 +19,8 @@ LEAST_AUC = 0.90
 STUDY = "quickstart"
 FINAL_EPOCHS = 5.0
 VIEWS = 14_000
+SEARCH_S = 100.0
+"""No trial begins after that: a machine without bf16 would take six minutes for all eight; the same command goes on."""
 CROP_PX = 48
 """Fixed, not planned from the speed: below about 10,000 no network gets going on this set, however busy the machine is."""
 
@@ -39,7 +41,7 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     _step(3, f"search: {n_trials} trials, from scratch, validated on slides that training does not see")
     pins = {"crop_size": CROP_PX}  # half the cost of 64 px
     asked = Asked(data=pack, space="quick", pins=pins, weights="none", views=VIEWS, seed=seed, device=device)
-    run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=None, as_json=False)
+    run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=SEARCH_S, as_json=False)
     _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
     final = run_finalize(
         STUDY,

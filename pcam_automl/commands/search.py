@@ -17,6 +17,7 @@ from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search.audit import Audit, audit_study
+from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
@@ -78,15 +79,7 @@ def run_search(
                     show = _SearchShow(bars, opened, limits, ledger)
                     objective = Objective(opened, device, stop=stop.check, watch=show.watch())
                     with stop.deferred():
-                        end = run_worker(
-                            objective,
-                            n_trials=limits.n_trials,
-                            timeout_s=timeout_s,
-                            clock=clock,
-                            quota_bytes=limits.quota_bytes,
-                            thaws=thaws,
-                            finished=show.finished,
-                        )
+                        end = run_worker(objective, limits, finished=show.finished)
         finally:
             ledger.note()
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
@@ -118,6 +111,7 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
     """What a trial will do, before the first one starts."""
     from pcam_automl.search.start import n_prescribed
+    from pcam_automl.search.worker import NEVER_ENDS, n_expected_of
 
     settings, plan = opened.settings, opened.settings.plan
     of = "" if n_trials is None else f" of {n_trials}"
@@ -141,8 +135,7 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     )
     estimated = " (~ estimated from its layers; a trial measures)" if about else ""
     terminal.say(f"  training images/s at {plan['planned_px']} px{estimated}: {speeds}")
-    expected = n_trials or int((plan.get("budget") or {}).get("n_started", 1))
-    if n_first := n_prescribed(len(settings.enqueued), expected):
+    if n_first := n_prescribed(len(settings.enqueued), n_expected_of(opened, n_trials or NEVER_ENDS)):
         terminal.say(
             f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}; then {settings.sampler}"
         )
@@ -218,6 +211,8 @@ def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     )
     text += f"  {params.get('backbone', ''):<24}" + (f" crop {params['crop_size']}" if "crop_size" in params else "")
     text += f"  {terminal.duration(float(attrs.get('seconds', 0.0)))}"
+    if THAWED_FROM in attrs:
+        text += f"  after trial {attrs[THAWED_FROM]}"
     if trial.state != TrialState.COMPLETE:
         text += f"  {attrs.get('reason', '')}"
     return text

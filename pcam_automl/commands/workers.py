@@ -98,17 +98,7 @@ def run_many(
 ) -> SearchEnd:
     """Run the workers under one bar for the study and one each; ``finished`` is called after each trial."""
     # What is asked agrees with the study by now; a worker needs only where the data are.
-    task = WorkerTask(
-        opened.name,
-        url,
-        Asked(data=opened.store.root),
-        limits.n_trials,
-        limits.timeout_s,
-        len(devices),
-        limits.clock,
-        limits.quota_bytes,
-        limits.thaws,
-    )
+    task = WorkerTask(opened.name, url, Asked(data=opened.store.root), limits, len(devices))
     with terminal.Bars() as bars:
         show = _WorkersShow(bars, opened, limits, devices, finished)
         with stop.deferred():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pcam_automl.metrics import auc
+from pcam_automl.metrics import auc, group_codes
 from pcam_automl.paired import Gain, auc_gain
 
 ROUNDS = 20
@@ -108,12 +108,12 @@ def cross_fitted(
     Returns:
         None where there are fewer than two slides, or no part can be selected on.
     """
-    own = np.where(group < 0, max(int(group.max()), -1) + 1 + np.arange(len(group)), group)
-    names, code = np.unique(own, return_inverse=True)
-    n_parts = min(PARTS, len(names))
+    code = group_codes(group, len(label))
+    n_slides = int(code.max()) + 1
+    n_parts = min(PARTS, n_slides)
     if n_parts < 2:
         return None
-    part = (np.random.default_rng(seed).permutation(len(names)) % n_parts)[code]
+    part = (np.random.default_rng(seed).permutation(n_slides) % n_parts)[code]
     blended, n_selected = logits[single].copy(), 0
     for number in range(n_parts):
         inside = part == number

@@ -11,13 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from pcam_automl.config import StudySettings
 from pcam_automl.counter import key_of
 from pcam_automl.metrics import percentile_interval
-from pcam_automl.search.lineages import Lineage, lineages_of
+from pcam_automl.search.lineages import Lineage, lineages_of, sign_of
 
 ETA = 3
 LEAST_LINEAGES = 8
@@ -116,7 +115,7 @@ def audit_study(study: optuna.Study, settings: StudySettings) -> Audit:
     """The audit of a study's own rungs."""
     steps = [views for views, _ in settings.rungs]
     trials = study.get_trials(deepcopy=False)
-    return audit_trials(trials, steps, maximise=study.direction != StudyDirection.MINIMIZE, seed=settings.seed)
+    return audit_trials(trials, steps, maximise=sign_of(study) > 0, seed=settings.seed)
 
 
 def rung_table(lineages: Sequence[Lineage], steps: Sequence[int]) -> Floats:

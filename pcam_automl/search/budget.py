@@ -27,10 +27,14 @@ search of 45 % of them found nothing better than its first trial. In four hours 
 search has nearly all."""
 MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
-LINEAGES_PER_TRIAL = 9
+BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
+N_BRACKETS = 3
+BRACKET_TRIALS, BRACKET_ROWS = 2.4, 13
+"""What a bracket costs: views of so many whole trials, decay branches included, and so many rows (nine first ones, three
+thawed, one thawed again)."""
 ROW_S = 2.0
-"""Of a trial, beside its views: network, probe, database, checkpoint; on two cores of 2026."""
+"""Of a row, beside its views: network, probe, database, checkpoint; on two cores of 2026."""
 HARD_SHARE = 0.05
 """A rung that was estimated too short may run over the search's end by so much of the budget."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
@@ -60,9 +64,8 @@ class BudgetPlan:
 def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = None, n_final: int = 0) -> BudgetPlan:
     """Split a budget: what the final training can use comes first, up to its share.
 
-    Of nine lineages all nine see a ninth of a whole trial, three go on to a third, one to the end: with the decay branches
-    about 2.4 whole trials, and thirteen rows have their own costs. A whole trial is set so long that some 27 lineages would
-    fit without those costs, three of which run through: more of them would each be too short to rank, fewer would be no search.
+    A whole trial is set so long that ``N_BRACKETS`` brackets, some 27 lineages, would fit if rows cost nothing: more of them would each
+    be too short to rank, fewer would be no search.
 
     Args:
         total_s: the budget in seconds, positive.
@@ -73,9 +76,9 @@ def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = N
     confirm_s, final_s = CONFIRM_SHARE * total_s, final_seconds(total_s, images_per_s, n_final)
     search_s = total_s - confirm_s - final_s
     free_s = max(search_s - used_s, 0.2 * search_s)
-    trial_s = min(max(free_s / 8.0, LEAST_TRIAL_S), MOST_TRIAL_S)
-    n_rows = 13  # of nine lineages: nine first rows, three thawed ones, one more
-    n_started = max(1, round(LINEAGES_PER_TRIAL * (free_s - trial_s) / (2.4 * trial_s + n_rows * ROW_S)))
+    trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
+    bracket_s = BRACKET_TRIALS * trial_s + BRACKET_ROWS * ROW_S
+    n_started = max(1, round(BRACKET * (free_s - trial_s) / bracket_s))  # trial 0 runs through beside them
     return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started)
 
 
@@ -147,6 +150,19 @@ def union_seconds(intervals: Iterable[Interval]) -> float:
     return total
 
 
+def added_by(intervals: Iterable[Interval]) -> list[tuple[str, float]]:
+    """(command, seconds) of each interval, by its end, without what earlier ones cover: of a search that finalized at its end
+    both parts. Together they are :func:`union_seconds`.
+    """
+    found: list[tuple[str, float]] = []
+    seen: list[Interval] = []
+    for one in sorted(intervals, key=lambda one: one.began + one.seconds):
+        before = union_seconds(seen)
+        seen.append(one)
+        found.append((one.command, union_seconds(seen) - before))
+    return found
+
+
 def spent_s(study: optuna.Study) -> float:
     """Seconds of the budget that are spent by noted runs."""
     return union_seconds(intervals_of(study))
@@ -208,13 +224,18 @@ class BudgetClock:
         rate = self.images_per_s if best is None else best.user_attrs.get("images_per_s")
         self.reserve_s = CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, rate, self.n_final)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether not even what runs may go on."""
+        return self.left_s() < -HARD_SHARE * self.total_s
+
     def check(self) -> None:
         """At every step of a trial.
 
         Raises:
             OutOfTime: a rung runs far beyond the search's end.
         """
-        if self.left_s() < -HARD_SHARE * self.total_s:
+        if self.is_over:
             raise OutOfTime("the search's part of the budget is used up")
 
 

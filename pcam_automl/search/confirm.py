@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pcam_automl.batches import Patches, open_masks, open_patches
+from pcam_automl.calibration import probs_at
 from pcam_automl.counter import key_of
 from pcam_automl.data.splits import Split
 from pcam_automl.errors import StudyError, TrainingDiverged
@@ -39,7 +40,7 @@ from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.training.compute import device_name
 from pcam_automl.training.engine import Rung, Training
 from pcam_automl.training.fit import fit, total_views
-from pcam_automl.training.scoring import Views, logits_of_rows, probs_of_logits
+from pcam_automl.training.scoring import Views, logits_of_rows
 from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 
 LEAST_SCORED = 500
@@ -288,7 +289,7 @@ class _Runner:
             logits = logits_of_rows(network, self._patches, rows, views, training.compute, stop=self.watch.stop)
         if not np.isfinite(logits).all():
             raise TrainingDiverged("the network's outputs on the scored patches are not finite")
-        return Scores(rows, label, probs_of_logits(logits), on)
+        return Scores(rows, label, probs_at(logits), on)
 
     def _release(self) -> None:
         """Give memory back before the next network, whose shapes are others."""

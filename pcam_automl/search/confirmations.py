@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.data.store import PatchStore
@@ -24,7 +23,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores, write_scores
 from pcam_automl.search.budget import budget_of
-from pcam_automl.search.lineages import current_rows, lineage_of
+from pcam_automl.search.lineages import current_rows, lineage_of, sign_of
 
 FOLDER = "confirmations"
 CARD, ONE_VIEW = "confirmation.json", "one_view.csv"
@@ -163,7 +162,7 @@ def top_candidates(study: optuna.Study, k: int) -> list[Candidate]:
 
     Of a study whose budget ended before any trial was complete, the lineages that came furthest.
     """
-    sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+    sign = sign_of(study)
     trials = study.get_trials(deepcopy=False)
     rows = [row for row in current_rows(trials) if row.value is not None and "recipe" in row.user_attrs]
     complete = [row for row in rows if row.state == TrialState.COMPLETE]

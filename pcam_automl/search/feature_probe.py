@@ -5,7 +5,6 @@ Legend: B images, F features behind the network's own pooling, px the input side
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pcam_automl.batches import Patches, in_batches, open_patches
+from pcam_automl.batches import Patches, open_patches
+from pcam_automl.calibration import probs_at
 from pcam_automl.data.store import PatchStore, channel_moments
 from pcam_automl.errors import DataError, RecipeError
 from pcam_automl.metrics import auc, auc_interval
@@ -25,7 +25,7 @@ from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.probe_decisions import ProbeResult
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import EVAL_BATCH, Averaging, Views, logits_of_rows, probs_of_logits
+from pcam_automl.training.scoring import Averaging, Views, logits_of_rows, mean_over_views, outputs_of_rows
 from pcam_automl.training.start import Rows
 
 N_TRAIN = 2_000
@@ -65,7 +65,7 @@ class Probe:
     ) -> NDArray[np.float64]:
         """Probabilities (n,) of store rows, in their order; logits are averaged over the views."""
         views = Views(self.views.recipe, self.views.normalisation, averaging)
-        return probs_of_logits(logits_of_rows(self.network, patches, rows, views, self.compute, stop=stop))
+        return probs_at(logits_of_rows(self.network, patches, rows, views, self.compute, stop=stop))
 
 
 def fit_probe(
@@ -163,7 +163,6 @@ def check_probed(recipe: Recipe, weights: Weights) -> None:
         )
 
 
-@torch.inference_mode()
 def features_of_rows(
     network: nn.Module,
     patches: Patches,
@@ -183,17 +182,9 @@ def features_of_rows(
         compute: precision and layout.
         stop: called once a batch; raises to end early.
     """
-    answers: list[Tensor] = []
-    batches = list(in_batches(rows, EVAL_BATCH))
-    for batch, following in itertools.zip_longest(batches, batches[1:]):
-        stop()
-        images = patches.gather(batch)
-        if following is not None:
-            patches.expect(following)
-        with compute.autocast():
-            shown = [network(compute.layout(view)).float() for view in views.of(images)]
-        answers.append(torch.stack(shown).mean(dim=0))
-    return np.asarray(torch.cat(answers).cpu().numpy())
+    found = outputs_of_rows(lambda images: mean_over_views(network, images, views, compute), patches, rows, stop=stop)
+    assert found is not None
+    return found
 
 
 class _Features(nn.Module):

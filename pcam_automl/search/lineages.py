@@ -6,13 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 LINEAGE = "lineage"
 """The trial's user attribute that names its lineage: a first run, its retries and its thaws share it."""
 THAWED_FROM = "thawed_from"
 """User attribute of a row that goes on from a paused one: that one's trial number."""
+DIVERGED = "diverged"
+"""Beginning of such a row's user attribute ``reason``."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def sign_of(study: Study) -> float:
+    """1 where larger values are better, -1 where smaller ones are: times a value it grows with quality."""
+    return -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Lineage:
     def attr(self, name: str) -> Any:
         """A user attribute of the newest row that has it; None where none does."""
         return next((row.user_attrs[name] for row in reversed(self.rows) if name in row.user_attrs), None)
+
+
+def has_diverged(trial: FrozenTrial) -> bool:
+    """Whether the row ended by a loss that is not finite: it is pruned, and nothing goes on from it."""
+    return str(trial.user_attrs.get("reason", "")).startswith(DIVERGED)
 
 
 def lineage_of(trial: FrozenTrial) -> str:

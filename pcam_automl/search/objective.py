@@ -34,7 +34,7 @@ from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, cpu_name, device_name
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
-from pcam_automl.training.fit import best_result, fit, total_views
+from pcam_automl.training.fit import best_result, branch_share, fit, total_views
 from pcam_automl.training.latency import latency_ms
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, choose_rows, start_training
@@ -205,7 +205,9 @@ class Objective:
             raise optuna.TrialPruned(f"pruned {where}")
         assert self.slot is not None
         if self.clock is not None and self.slot.number > 0:  # the first one runs through: a search needs a winner
-            next_s = result.seconds * rung_ratio([rung.views for rung in rungs], result.rung, _decay(training.recipe))
+            next_s = result.seconds * rung_ratio(
+                [rung.views for rung in rungs], result.rung, branch_share(training.recipe)
+            )
             if next_s > self.clock.left_s():
                 raise optuna.TrialPruned(f"paused {where}: the next one would not end in the search's time")
 
@@ -281,11 +283,6 @@ class Objective:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-
-
-def _decay(recipe: Recipe) -> float:
-    """Share of a rung's views in the decay branch."""
-    return recipe.decay if recipe.schedule == "wsd" else 0.0
 
 
 def figures_of(result: RungResult) -> dict[str, float]:

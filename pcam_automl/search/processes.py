@@ -20,12 +20,10 @@ from pcam_automl import errors
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import StopSignal, stop_signal
-from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.objective import Objective, Watch
-from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
 from pcam_automl.search.reading import best_of, n_finished_in
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.search.worker import SearchEnd, run_worker
+from pcam_automl.search.worker import Limits, SearchEnd, run_worker
 from pcam_automl.training.compute import use_device
 
 Kind = Literal["begins", "views", "rung", "note", "finished", "ended", "fault"]
@@ -56,12 +54,8 @@ class WorkerTask:
     name: str
     url: str | None
     asked: Asked
-    n_trials: int
-    timeout_s: float | None
+    limits: Limits
     n_workers: int
-    clock: BudgetClock | None = None
-    quota_bytes: int = DEFAULT_QUOTA_BYTES
-    thaws: bool = True
 
 
 def run_workers(
@@ -177,15 +171,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
                 tell("finished", trial, n_finished_in(trials), best_of(trials, opened.settings.goal))
 
             with stop.deferred():
-                end = run_worker(
-                    objective,
-                    n_trials=task.n_trials,
-                    timeout_s=task.timeout_s,
-                    clock=task.clock,
-                    quota_bytes=task.quota_bytes,
-                    thaws=task.thaws,
-                    finished=finished,
-                )
+                end = run_worker(objective, task.limits, finished=finished)
             tell("ended", end)
         except Interrupted as fault:
             code = fault.exit_code

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
-from pcam_automl.search.lineages import Lineage
+from pcam_automl.search.lineages import Lineage, has_diverged
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ def paused_of(lineages: Sequence[Lineage], steps: Sequence[int]) -> list[Paused]
         if lineage.last.state != TrialState.PRUNED or not reached or reached[-1] == len(steps) - 1:
             continue
         value = lineage.values[steps[reached[-1]]]
-        diverged = str(lineage.last.user_attrs.get("reason", "")).startswith("diverged")
-        if math.isfinite(value) and not diverged:
+        if math.isfinite(value) and not has_diverged(lineage.last):
             found.append(Paused(lineage, reached[-1], value))
     return found
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
-from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.lineages import lineage_of, sign_of
 from pcam_automl.search.wilcoxon import WilcoxonOverSlides
 
 PrunerName = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
@@ -49,7 +49,7 @@ class SuccessiveHalving(BasePruner):
         step = trial.last_step
         if step is None or step >= self.rungs[-1] or step < self.rungs[self.first_judged]:
             return False
-        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+        sign = sign_of(study)
         own, trials = _score(trial.intermediate_values[step], sign), study.get_trials(deepcopy=False)
         if own > -math.inf and self.spared(
             lineage_of(trial), [lineage_of(t) for t in trials if t.number < trial.number]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import ArrayLike, NDArray
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.config import StudySettings
@@ -20,7 +19,7 @@ from pcam_automl.errors import DataError, first_few
 from pcam_automl.metrics import auc, auc_draws, percentile_interval
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
-from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.lineages import lineages_of, sign_of
 
 MOST_BEHIND = 0.002
 """A trial that is further behind the best in AUC is never taken in its place."""
@@ -223,7 +222,7 @@ def complete_rows(study: optuna.Study) -> list[FrozenTrial]:
     rows = [lineage.finished for lineage in lineages_of(study.get_trials(deepcopy=False))]
     kept = [row for row in rows if row is not None and row.state == TrialState.COMPLETE]
     kept = [row for row in kept if row.value is not None and math.isfinite(row.value)]
-    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    sign = -sign_of(study)
     return sorted(kept, key=lambda row: (sign * float(row.value or 0.0), row.number))
 
 

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import StudyError, TrainingDiverged
 from pcam_automl.recipe import Recipe, build_recipe
-from pcam_automl.search.lineages import lineage_of
+from pcam_automl.search.lineages import has_diverged, lineage_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.plan import scaled
 from pcam_automl.search.study import OpenStudy
@@ -140,7 +140,7 @@ def read_trial(study_trials: Sequence[FrozenTrial], number: int, rungs: Sequence
         tuple(RungResult(**result) for result in reported),
         micro_batches,
         tuple(conditions_of(trial.user_attrs) for trial in trained_in),
-        _diverged(attrs),
+        has_diverged(row),
         tuple(notes),
     )
 
@@ -151,7 +151,7 @@ def _checked_row(study_trials: Sequence[FrozenTrial], number: int, split_hash: s
     if row is None:
         raise StudyError(f"there is no trial {number}; the study's are 0 to {len(study_trials) - 1}")
     attrs = row.user_attrs
-    if "recipe" not in attrs or "compute" not in attrs or not (attrs.get("rungs") or _diverged(attrs)):
+    if "recipe" not in attrs or "compute" not in attrs or not (attrs.get("rungs") or has_diverged(row)):
         why = attrs.get("reason", row.state.name.lower())
         raise StudyError(f"trial {number} has no scored rung to compare with ({why}); choose a complete or pruned one")
     if attrs.get("split_hash") != split_hash:
@@ -160,10 +160,6 @@ def _checked_row(study_trials: Sequence[FrozenTrial], number: int, split_hash: s
             "replay needs the split that it was trained on"
         )
     return row
-
-
-def _diverged(attrs: dict[str, Any]) -> bool:
-    return str(attrs.get("reason", "")).startswith("diverged")
 
 
 def _trained_in(lineage: Sequence[FrozenTrial], index: int, result: dict[str, Any]) -> FrozenTrial:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.config import Enqueued, StudySettings, storage_url, studies_folder
@@ -19,7 +18,7 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search.diversity import pick_diverse
-from pcam_automl.search.lineages import FINISHED, current_rows
+from pcam_automl.search.lineages import FINISHED, current_rows, has_diverged, sign_of
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.search.storage import open_storage
@@ -101,7 +100,7 @@ def tried_in(study: optuna.Study) -> list[Tried]:
     Complete trials stand before pruned ones, which were ended because they looked worse, and those that came farther
     before those that ended sooner.
     """
-    sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+    sign = sign_of(study)
     found = []
     for row in current_rows(study.get_trials(deepcopy=False)):
         value = _last_value(row)
@@ -116,7 +115,7 @@ def tried_in(study: optuna.Study) -> list[Tried]:
 
 
 def _last_value(row: FrozenTrial) -> float | None:
-    if str(row.user_attrs.get("reason", "")).startswith("diverged"):
+    if has_diverged(row):
         return None
     if row.state == TrialState.COMPLETE:
         return row.value

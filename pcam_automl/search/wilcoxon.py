@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from optuna.pruners import BasePruner
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from pcam_automl.search.lineages import lineage_of
+from pcam_automl.metrics import group_codes, patch_losses
+from pcam_automl.search.lineages import lineage_of, sign_of
 
 SLIDE_LOSSES = "slide_losses"
 """The trial's user attribute: rung's step (as text) to the mean log-losses of the same parts of the validation slides."""
@@ -20,7 +21,6 @@ MOST_PARTS = 64
 LEAST_PARTS = 6
 """With five pairs no order of them has a p-value below 0.03, and with three none below 0.1."""
 P_THRESHOLD = 0.1
-_EPS = 1e-7
 
 
 def losses_by_slide(label: NDArray[np.int64], prob: NDArray[np.float64], group: NDArray[np.integer]) -> list[float]:
@@ -33,12 +33,8 @@ def losses_by_slide(label: NDArray[np.int64], prob: NDArray[np.float64], group: 
         prob: (n,) in [0, 1].
         group: (n,) code of the slide, negative where unknown.
     """
-    codes = np.where(group < 0, group.max(initial=0) + 1 + np.arange(len(group)), group)
-    _, slide = np.unique(codes, return_inverse=True)
-    part = slide % MOST_PARTS
-    inside = np.clip(prob, _EPS, 1 - _EPS)
-    loss = -np.where(label == 1, np.log(inside), np.log1p(-inside))
-    means = np.bincount(part, loss) / np.bincount(part)
+    part = group_codes(group, len(label)) % MOST_PARTS
+    means = np.bincount(part, patch_losses(label, prob)) / np.bincount(part)
     return [round(float(mean), 4) for mean in means]
 
 
@@ -68,7 +64,7 @@ class WilcoxonOverSlides(BasePruner):
         own = trial.intermediate_values[step]
         if math.isnan(own):
             return True
-        sign = -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
+        sign = sign_of(study)
         best, theirs = _best_other(study.get_trials(deepcopy=False), trial, step, sign)
         losses = _losses(trial.user_attrs, step)
         if theirs is None or losses is None or len(losses) < LEAST_PARTS or sign * own >= sign * best:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import audit_trials, runs_through
-from pcam_automl.search.budget import BudgetClock, typical_trial_s
-from pcam_automl.search.lineages import FINISHED, Lineage, lineage_of, lineages_of
+from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
+from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineage_of, lineages_of, sign_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
@@ -29,6 +28,7 @@ from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_pro
 from pcam_automl.search.start import enqueued_for
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import OpenStudy
+from pcam_automl.training.fit import branch_share
 
 LEAST_FAILURES_ALLOWED = 10
 AUDIT_EVERY = 10
@@ -68,25 +68,12 @@ class Limits:
     thaws: bool = True
 
 
-def run_worker(
-    objective: Objective,
-    *,
-    n_trials: int,
-    timeout_s: float | None = None,
-    clock: BudgetClock | None = None,
-    quota_bytes: int = DEFAULT_QUOTA_BYTES,
-    thaws: bool = True,
-    finished: Finished = lambda trial, trials: None,
-) -> SearchEnd:
-    """Run trials until ``n_trials`` of the study are finished (complete or pruned), by whichever worker.
+def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lambda trial, trials: None) -> SearchEnd:
+    """Run trials until as many as the study shall have are finished (complete or pruned), by whichever worker.
 
     Args:
         objective: over the open study; its ``stop`` ends the run by raising.
-        n_trials: the study's total.
-        timeout_s: no new trial starts after this many seconds; the running one finishes.
-        clock: of a budget; see :class:`Limits`.
-        quota_bytes: what the checkpoints of paused lineages may take.
-        thaws: see :class:`Limits`.
+        limits: when to stop.
         finished: called with each trial that this worker ended, and with all trials of the study.
 
     Raises:
@@ -97,14 +84,14 @@ def run_worker(
     opened = objective.opened
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     steps = [views for views, _ in opened.settings.rungs]
-    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=clock is not None and thaws)
+    pauses = limits.clock is not None and limits.thaws
+    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=pauses)
     seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
     sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
     study.sampler = sampler
-    objective.clock = clock
+    objective.clock = limits.clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
-    limits = Limits(n_trials, timeout_s, clock, quota_bytes, thaws)
     try:
         with long_lived_left_alone():
             return _run_trials(objective, study, slots, sampler, limits, finished)
@@ -163,9 +150,8 @@ def _run_trials(
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
     """Prune from the second rung on while the audit says that the first one misleads; looked at every so many trials."""
     pruner = study.pruner
-    every = max(
-        AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1)
-    )  # of 5,000 rows every 1,000: the look takes a second there
+    # Of 5,000 rows every 1,000: there the look takes a second.
+    every = max(AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1))
     if not isinstance(pruner, SuccessiveHalving) or not trials or len(trials) % every:
         return
     settings = objective.opened.settings
@@ -203,12 +189,13 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     lineages, sign = lineages_of(trials), sign_of(opened.study)
     steps = [views for views, _ in opened.settings.rungs]
     waiting = [one for one in paused_of(lineages, steps) if is_held(opened.checkpoints, one.lineage.name)]
-    decay, left_s = opened.start.decay, clock.left_s()
+    decay, left_s = branch_share(opened.start), clock.left_s()
     fitting = [one for one in waiting if limits.thaws and seconds_to_next_rung(one, steps, decay) <= left_s]
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    if left_s >= whole_trial_s(opened, lineages) or not n_finished_in(trials):
+    wanted = not clock.is_over and not n_finished_in(trials)  # a search needs a winner
+    if wanted or left_s >= whole_trial_s(opened, lineages):
         slot = slots.claim(limits.n_trials, owner)
         if slot is not None:
             return Turn(slot)
@@ -219,18 +206,20 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
 
 
 def n_expected_of(opened: OpenStudy, n_trials: int) -> int:
-    """Lineages that the study will have: its total, or what its budget was planned for."""
-    planned = (opened.settings.plan.get("budget") or {}).get("n_started", n_trials)
-    return min(n_trials, int(planned))
+    """Lineages that the study will have: its total, or what a budget is planned for."""
+    planned = opened.settings.plan.get("budget")  # None of a study that was made without one
+    most = int(planned["n_started"]) if planned else N_BRACKETS * BRACKET if n_trials >= NEVER_ENDS else n_trials
+    return min(n_trials, most)
 
 
 def whole_trial_s(opened: OpenStudy, lineages: list[Lineage]) -> float:
     """Expected seconds of a trial through all rungs, by the first rungs that have been measured."""
     steps = [views for views, _ in opened.settings.rungs]
-    decay = opened.start.decay if opened.start.schedule == "wsd" else 0.0
+    decay = branch_share(opened.start)
     first = [float(rungs[0]["seconds"]) for lineage in lineages if (rungs := lineage.attr("rungs"))]
     ratios = [rung_ratio(steps, rung, decay) for rung in range(len(steps) - 1)]
-    return typical_trial_s(first, ratios, float(opened.settings.plan.get("trial_s") or math.inf))
+    planned = opened.settings.plan.get("budget")  # None of a study that was made without one
+    return typical_trial_s(first, ratios, float(planned["trial_s"]) if planned else math.inf)
 
 
 def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
@@ -240,11 +229,6 @@ def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
 
 def _end(study: optuna.Study, limits: Limits) -> str:
     return "done" if n_finished_in(study.get_trials(deepcopy=False)) >= limits.n_trials else "claimed elsewhere"
-
-
-def sign_of(study: optuna.Study) -> float:
-    """1 where larger values are better, -1 where smaller ones are."""
-    return -1.0 if study.direction == StudyDirection.MINIMIZE else 1.0
 
 
 # --- one trial -------------------------------------------------------------------------------------------------------
@@ -280,7 +264,7 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
         return 0
     slots.finish(slot)
     lineage = trial.user_attrs["lineage"]
-    if trial.state == TrialState.COMPLETE or str(trial.user_attrs.get("reason", "")).startswith("diverged"):
+    if trial.state == TrialState.COMPLETE or has_diverged(trial):
         objective.writer.flush()
         shutil.rmtree(folder / lineage, ignore_errors=True)  # it never goes on
     else:
@@ -304,13 +288,11 @@ def settle_lost(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) ->
 
 
 def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
-    """Parameters that the slot's next trial must take: its lineage's own, or the known-good recipe in slot 0."""
+    """Parameters of the slot's lineage, which its next row must take; empty where it has none yet."""
     if slot.lineage is not None:
         for row in reversed(opened.study.get_trials(deepcopy=False)):
             if row.user_attrs.get("lineage") == slot.lineage and row.params:
                 return dict(row.params)
-    if slot.number == 0 and slot.attempts == 1:
-        return dict(opened.space.params_of(opened.start))
     return {}
 
 

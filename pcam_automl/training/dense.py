@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pcam_automl.augment import augment_pair, augment_spec, draw, eight_views
 from pcam_automl.batches import Patches, in_batches
+from pcam_automl.calibration import probs_at
 from pcam_automl.colour import normalised
 from pcam_automl.counter import key_of
 from pcam_automl.data.store import PatchStore
@@ -25,7 +26,6 @@ from pcam_automl.models.factory import Normalisation, logit_of
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import probs_of_logits
 from pcam_automl.training.task import Score, TrainingData
 
 N_SCORED_PIXELS = 200_000
@@ -226,7 +226,7 @@ class DenseTask:
 
     def _figures(self, answers: np.ndarray, loss: float, counts: Confusion) -> tuple[Score, Scores]:
         assert self._sample is not None
-        probs, label = probs_of_logits(answers), self._sample.label
+        probs, label = probs_at(answers), self._sample.label
         images = f"{len(self.data.score_rows):,} validation images"
         scores = Scores(
             np.repeat(self._sample.rows, self._sample.n_each), label, probs, f"{len(label):,} px of {images}"

@@ -32,9 +32,14 @@ def total_views(recipe: Recipe, rungs: Sequence[Rung]) -> int:
     return rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
 
 
+def branch_share(recipe: Recipe) -> float:
+    """Share of a rung's views in its decay branch; 0 where there is one curve over all rungs."""
+    return recipe.decay if recipe.schedule == "wsd" else 0.0
+
+
 def stable_views(recipe: Recipe, rung: Rung) -> int:
     """Where a rung's decay branch leaves the stable phase."""
-    return rung.views - round(recipe.decay * rung.views) if recipe.schedule == "wsd" else rung.views
+    return rung.views - round(branch_share(recipe) * rung.views)
 
 
 def fit(

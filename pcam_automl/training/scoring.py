@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pcam_automl.augment import augment, augment_spec, centre_view, draw, eight_views
 from pcam_automl.batches import Patches, in_batches
+from pcam_automl.calibration import probs_at
 from pcam_automl.counter import key_of
 from pcam_automl.metrics import auc
 from pcam_automl.models.factory import Normalisation, logit_of
@@ -58,13 +59,18 @@ class Views:
 
 
 @torch.inference_mode()
-def logits_of_images(network: nn.Module, images: Tensor, views: Views, compute: Compute) -> Tensor:
-    """Logits (B,) float32 on the device for patches (B, 3, S, S) uint8, averaged over the views."""
-    total = torch.zeros(len(images), device=images.device)
+def mean_over_views(of_view: Callable[[Tensor], Tensor], images: Tensor, views: Views, compute: Compute) -> Tensor:
+    """What a network gives for patches (B, 3, S, S) uint8, averaged over the views: float32 on the device, (B, ...)."""
+    answers = []
     for view in views.of(images):
         with compute.autocast():
-            total += logit_of(network(compute.layout(view))).float()
-    return total / len(views)
+            answers.append(of_view(compute.layout(view)).float())
+    return torch.stack(answers).mean(dim=0)
+
+
+def logits_of_images(network: nn.Module, images: Tensor, views: Views, compute: Compute) -> Tensor:
+    """Logits (B,) float32 on the device for patches (B, 3, S, S) uint8, averaged over the views."""
+    return mean_over_views(lambda view: logit_of(network(view)), images, views, compute)
 
 
 def logits_of_rows(
@@ -88,6 +94,29 @@ def logits_of_rows(
         stop: called once a batch; raises to end early.
         progress: called with the number of rows done in each batch.
     """
+    answers = outputs_of_rows(
+        lambda images: logits_of_images(network, images, views, compute), patches, rows, stop=stop, progress=progress
+    )
+    return np.zeros(0, np.float32) if answers is None else answers
+
+
+def outputs_of_rows(
+    of_images: Callable[[Tensor], Tensor],
+    patches: Patches,
+    rows: np.ndarray,
+    *,
+    stop: Callable[[], None] = lambda: None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> np.ndarray | None:
+    """What a function of images gives for store rows, batch by batch, in the rows' order: (len(rows), ...); None for no rows.
+
+    Args:
+        of_images: patches (B, 3, S, S) uint8 on the device to a tensor (B, ...).
+        patches: the source of uint8 batches.
+        rows: (n,) int64.
+        stop: called once a batch; raises to end early.
+        progress: called with the number of rows done in each batch.
+    """
     answers: list[Tensor] = []
     batches = list(in_batches(rows, EVAL_BATCH))
     for batch, following in itertools.zip_longest(batches, batches[1:]):
@@ -95,11 +124,9 @@ def logits_of_rows(
         images = patches.gather(batch)
         if following is not None:
             patches.expect(following)
-        answers.append(logits_of_images(network, images, views, compute))
+        answers.append(of_images(images))
         progress(len(batch))
-    if not answers:
-        return np.zeros(0, np.float32)
-    return torch.cat(answers).cpu().numpy()
+    return torch.cat(answers).cpu().numpy() if answers else None
 
 
 def inference_precision(
@@ -120,12 +147,7 @@ def inference_precision(
     if compute.precision == "fp32" or len(np.unique(truth)) < 2:
         return "fp32", 0.0
     low, full = (
-        auc(truth, probs_of_logits(logits_of_rows(network, patches, judged, views, variant)))
+        auc(truth, probs_at(logits_of_rows(network, patches, judged, views, variant)))
         for variant in (compute, replace(compute, precision="fp32"))
     )
     return (compute.precision if abs(low - full) <= SAME_AUC else "fp32"), low - full
-
-
-def probs_of_logits(logits: np.ndarray) -> np.ndarray:
-    """Sigmoid in float64: (n,) in [0, 1], without overflow for logits of any size."""
-    return np.asarray(torch.sigmoid(torch.from_numpy(logits.astype(np.float64))).numpy())

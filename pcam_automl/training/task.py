@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from pcam_automl.augment import augment, augment_spec, draw
 from pcam_automl.batches import Patches
+from pcam_automl.calibration import probs_at
 from pcam_automl.errors import TrainingDiverged
 from pcam_automl.metrics import accuracy, auc, log_loss
 from pcam_automl.models.factory import Normalisation
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.training.compute import Compute
-from pcam_automl.training.scoring import Views, logits_of_rows, probs_of_logits
+from pcam_automl.training.scoring import Views, logits_of_rows
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,6 @@ class PatchTask:
         logits = logits_of_rows(network, self.data.patches, rows, views, self.compute, stop=stop)
         if not np.isfinite(logits).all():
             raise TrainingDiverged("the network's outputs on the validation patches are not finite")
-        probs, label = probs_of_logits(logits), self.data.label[rows].astype(np.int64)
+        probs, label = probs_at(logits), self.data.label[rows].astype(np.int64)
         scores = Scores(rows, label, probs, f"{len(rows):,} validation patches")
         return Score(auc(label, probs), log_loss(label, probs), accuracy(label, probs, 0.5)), scores

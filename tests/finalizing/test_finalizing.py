@@ -24,13 +24,13 @@ from pcam_automl.finalizing.blending import Blend, choose_blend
 from pcam_automl.finalizing.decision import decide
 from pcam_automl.finalizing.result import check_options
 from pcam_automl.metrics import auc
-from pcam_automl.predict import build_predictor
+from pcam_automl.predict import build_predictor, row_probs
 from pcam_automl.scores import Scores
 from pcam_automl.search.confirmations import Candidate, Confirmation
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def opened(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenStu
         device="cpu",
     )
     study = create_or_open_study("pcam", f"sqlite:///{root / 'pcam.db'}", asked, say=lambda text: None)
-    run_worker(Objective(study, CPU), n_trials=2)
+    run_worker(Objective(study, CPU), Limits(2))
     return study
 
 
@@ -92,7 +92,7 @@ def test_an_ensembles_submission_is_the_calibrated_mean_of_its_members_logits(
     assert np.allclose([written[i] for i in opened.store.ids[test]], expected, atol=2e-3)  # bf16 may have predicted
     judge, networks = open_judge(blended.out, CPU)
     assert len(networks) == 2
-    assert np.allclose(judge.rows(patches, test), [written[i] for i in opened.store.ids[test]], atol=1e-6)
+    assert np.allclose(row_probs(judge, patches, test), [written[i] for i in opened.store.ids[test]], atol=1e-6)
     first = open_judge(blended.out / "model", CPU)[0]
     assert first.temperature == load_bundle(blended.out / "model").calibration.temperature  # type: ignore[union-attr]
 

@@ -15,6 +15,7 @@ from pcam_automl.search.budget import (
     BudgetClock,
     Interval,
     Ledger,
+    added_by,
     budget_of,
     final_seconds,
     intervals_of,
@@ -44,6 +45,17 @@ def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:
 def test_overlapping_intervals_count_once(pairs: list[tuple[int, int]]) -> None:
     seconds = {second for began, n in pairs for second in range(began, began + n)}
     assert union_seconds(Interval("search", began, n) for began, n in pairs) == len(seconds)
+
+
+def test_of_a_search_that_finalized_at_its_end_both_parts_are_said() -> None:
+    chained = [Interval("finalize", 0.0, 100.0), Interval("search", 0.0, 30.0), Interval("finalize", 200.0, 5.0)]
+    assert added_by(chained) == [("search", 30.0), ("finalize", 70.0), ("finalize", 5.0)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
+def test_the_parts_make_the_whole(pairs: list[tuple[int, int]]) -> None:
+    intervals = [Interval("search", began, n) for began, n in pairs]
+    assert sum(seconds for _, seconds in added_by(intervals)) == union_seconds(intervals)
 
 
 def test_every_command_notes_what_it_spends() -> None:

@@ -34,7 +34,7 @@ from pcam_automl.search.confirmations import (
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training.engine import Rung
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def opened(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenStu
     pins, space = {"backbone": "test_resnet"}, str(root / "tiny.yaml")
     asked = Asked(data=easy_pack, space=space, weights="none", views=96, pins=pins, pruner="none", device="cpu")
     study = create_or_open_study("pcam", f"sqlite:///{root / 'pcam.db'}", asked, say=lambda text: None)
-    run_worker(Objective(study, CPU), n_trials=2)
+    run_worker(Objective(study, CPU), Limits(2))
     return study
 
 

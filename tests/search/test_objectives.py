@@ -21,7 +21,7 @@ from pcam_automl.metrics import log_loss, worst_domain_auc
 from pcam_automl.report.content import ReportContent
 from pcam_automl.report.search_figures import search_section
 from pcam_automl.scores import read_scores
-from pcam_automl.search.create import check_options
+from pcam_automl.search.asking import check_options
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains
 from pcam_automl.search.reading import best_of
 from pcam_automl.search.study import Asked

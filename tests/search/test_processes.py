@@ -23,6 +23,7 @@ from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +44,7 @@ def warm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def task_of(opened: OpenStudy, n: int, name: str | None = None) -> WorkerTask:
-    return WorkerTask(name or opened.name, opened.url, Asked(data=opened.store.root), n, None, 2)
+    return WorkerTask(name or opened.name, opened.url, Asked(data=opened.store.root), Limits(n), 2)
 
 
 @pytest.mark.slow  # each worker imports torch and timm, 15 s of a core; the default tests have the killed worker's study

@@ -21,7 +21,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.replay import Conditions, Replayed, judge, read_trial, replay
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training import engine
 from pcam_automl.training.engine import Rung, RungResult
 
@@ -55,7 +55,7 @@ def shared(easy_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenStu
     )
     study = create_or_open_study("tiny", url_in(folder), asked, say=lambda text: None)
     torch.set_num_threads(1)
-    run_worker(Objective(study, CPU), n_trials=1)
+    run_worker(Objective(study, CPU), Limits(1))
     return study
 
 
@@ -72,7 +72,7 @@ def next_number(opened: OpenStudy) -> int:
 
 def run_one_more(opened: OpenStudy) -> int:
     """Finish one more trial; returns the number of the last row."""
-    run_worker(Objective(opened, CPU), n_trials=n_finished_of(opened.study) + 1)
+    run_worker(Objective(opened, CPU), Limits(n_finished_of(opened.study) + 1))
     return next_number(opened) - 1
 
 
@@ -119,7 +119,7 @@ def test_a_trial_that_was_interrupted_and_went_on_replays_bit_for_bit(opened: Op
 
     first.stop = stop
     with pytest.raises(Interrupted):
-        run_worker(first, n_trials=n_finished_of(opened.study) + 1)
+        run_worker(first, Limits(n_finished_of(opened.study) + 1))
     whole = run_one_more(opened)
     trials = opened.study.trials
     assert trials[cut].user_attrs["lineage"] == trials[whole].user_attrs["lineage"]

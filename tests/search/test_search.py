@@ -33,12 +33,8 @@ from pcam_automl.models.factory import check_backbone, check_runs, smallest_inpu
 from pcam_automl.recipe import Recipe, build_recipe, load_recipe
 from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
-from pcam_automl.search.create import (
-    around_recipe,
-    check_networks,
-    create_or_open_study,
-    default_space,
-)
+from pcam_automl.search.asking import around_recipe, check_networks, default_space
+from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
@@ -46,7 +42,7 @@ from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
-from pcam_automl.search.worker import SearchEnd, run_worker
+from pcam_automl.search.worker import Limits, SearchEnd, run_worker
 from pcam_automl.training import speed as speed_module
 from pcam_automl.training.compute import Compute
 
@@ -74,7 +70,7 @@ def small(asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def search(opened: OpenStudy, n: int, **options: Any) -> SearchEnd:
-    return run_worker(Objective(opened, CPU), n_trials=n, **options)
+    return run_worker(Objective(opened, CPU), Limits(n, **options))
 
 
 def test_a_search_ends_with_its_total_and_repeated_does_nothing(tmp_path: Path, asked: Asked) -> None:
@@ -150,13 +146,13 @@ def test_an_interrupted_trial_goes_on_from_its_last_rung_in_the_same_slot(tmp_pa
 
     objective.stop = stop
     with pytest.raises(Interrupted):
-        run_worker(objective, n_trials=1)
+        run_worker(objective, Limits(1))
     assert [t.state for t in opened.study.get_trials()] == [TrialState.FAIL]
     assert opened.study.get_trials()[0].user_attrs["reason"] == "interrupted"
     seen: list[int] = []
     again = Objective(opened, CPU)
     again.watch.views = seen.append
-    run_worker(again, n_trials=1)
+    run_worker(again, Limits(1))
     first, second = opened.study.get_trials()
     assert second.state == TrialState.COMPLETE
     assert (second.user_attrs["lineage"], second.user_attrs["slot"]) == ("0", 0)
@@ -188,7 +184,7 @@ def _claim_and_die(folder: str) -> None:
 
     objective = Objective(opened_in(Path(folder), Asked()), CPU)
     objective.watch.rung = lambda number, result: os.kill(os.getpid(), signal.SIGKILL)
-    run_worker(objective, n_trials=1)
+    run_worker(objective, Limits(1))
 
 
 def test_failing_trials_are_recorded_and_stop_the_search_in_the_end(

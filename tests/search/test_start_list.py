@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from pcam_automl.config import Enqueued
-from pcam_automl.search.create import shipped_recipes
 from pcam_automl.search.plan import Plan, build_rungs
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list
+from pcam_automl.search.start_sources import shipped_recipes
 from pcam_automl.search.study import start_recipe
 
 RECIPES = shipped_recipes()

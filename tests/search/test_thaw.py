@@ -12,7 +12,8 @@ import torch
 from optuna.trial import TrialState
 
 from pcam_automl.config import parse_bytes
-from pcam_automl.errors import InputError, OutOfTime
+from pcam_automl.errors import InputError, OutOfTime, StudyError
+from pcam_automl.finalize import finalize
 from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
@@ -21,7 +22,7 @@ from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import SearchEnd, run_worker, settle_lost
+from pcam_automl.search.worker import Limits, SearchEnd, run_worker, settle_lost
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def run(opened: OpenStudy, n: int, clock: BudgetClock | None) -> tuple[SearchEnd
     seen: list[int] = []
     objective = Objective(opened, CPU)
     objective.watch.views = seen.append
-    return run_worker(objective, n_trials=n, clock=clock), sum(seen)
+    return run_worker(objective, Limits(n, clock=clock)), sum(seen)
 
 
 def test_paused_trials_go_on_until_the_time_is_over_and_nothing_is_trained_twice(tmp_path: Path, asked: Asked) -> None:
@@ -93,7 +94,7 @@ def test_without_time_for_a_rung_the_search_ends_with_its_trials_paused(tmp_path
         clock.left = 1e-9
 
     objective.watch.rung = over
-    assert run_worker(objective, n_trials=5, clock=clock) == SearchEnd(1, "budget")
+    assert run_worker(objective, Limits(5, clock=clock)) == SearchEnd(1, "budget")
     second = opened.study.get_trials()[1]
     assert second.state == TrialState.PRUNED
     assert list(second.intermediate_values) == [21]
@@ -120,9 +121,28 @@ def test_time_that_ends_within_a_rung_pauses_at_the_one_before(tmp_path: Path, a
     assert n_finished_of(opened.study) == 1
 
 
+def test_a_search_that_is_out_of_time_before_its_first_score_ends(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    assert run(opened, 5, told(left=-50.0))[0] == SearchEnd(0, "budget")  # nothing is begun
+    assert opened.study.get_trials() == []
+
+    class Ends(Told):
+        def check(self) -> None:
+            self.left = -50.0
+            super().check()
+
+    assert run(opened, 5, Ends(100.0, 0.0, time.monotonic(), 0))[0] == SearchEnd(0, "budget")
+    (trial,) = opened.study.get_trials()
+    assert (trial.state, trial.user_attrs["reason"][:12]) == (TrialState.FAIL, "interrupted:")
+    with pytest.raises(StudyError, match="no complete trial yet"):
+        finalize(opened, device=CPU)
+    assert run(opened, 1, told())[0] == SearchEnd(1, "budget")  # with more time the same lineage goes on in its slot
+    assert [t.user_attrs["lineage"] for t in opened.study.get_trials()] == ["0", "0"]
+
+
 def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, asked)
-    end = run_worker(Objective(opened, CPU), n_trials=3, clock=told(), quota_bytes=0)
+    end = run_worker(Objective(opened, CPU), Limits(3, clock=told(), quota_bytes=0))
     assert end == SearchEnd(3, "budget")
     assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
     assert list(opened.checkpoints.iterdir()) == []
@@ -130,7 +150,7 @@ def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, aske
 
 def test_a_thaw_that_its_worker_did_not_begin_is_undone(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, asked)
-    run_worker(Objective(opened, CPU), n_trials=2, clock=told(), quota_bytes=0)
+    run_worker(Objective(opened, CPU), Limits(2, clock=told(), quota_bytes=0))
     slots = Slots(engine_of(opened.study), opened.name)
     slot = slots.thaw("1", "elsewhere:1:2")
     assert slot is not None

@@ -16,7 +16,7 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training.compute import Compute
 
 SPEEDS = {"small": 1000.0, "large": 100.0}
@@ -115,7 +115,7 @@ def test_a_study_remembers_that_it_counts_seconds_and_its_workers_do(
         return log_improvement(log_ratio, seconds, alpha)
 
     monkeypatch.setattr("pcam_automl.search.cost.log_improvement_per_cost", noted)
-    run_worker(Objective(opened, torch.device("cpu")), n_trials=3)
+    run_worker(Objective(opened, torch.device("cpu")), Limits(3))
     assert judged == pytest.approx([2 / 3, 1 / 3])  # as the budget of three trials goes
     assert open_study("tiny", url, Asked(cost_aware=True)).settings.cost_aware
     with pytest.raises(RecipeError, match="--cost-aware needs --sampler tpe or tpe-qmc, got gp"):

@@ -34,7 +34,7 @@ from pcam_automl.search.warm_start import (
     warm_entries,
     weights_warning,
 )
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 
 CPU = torch.device("cpu")
 TEXT = """\
@@ -169,7 +169,7 @@ def test_the_first_trials_take_the_default_and_then_the_warm_start(
 
     objective.stop = stop
     with pytest.raises(Interrupted):
-        run_worker(objective, n_trials=8)
+        run_worker(objective, Limits(8))
     trials = opened.study.get_trials()
     assert [t.user_attrs.get("origin") for t in trials[:3]] == ["recipe default", "warm start first, trial 1", None]
     assert trials[0].params["lr"] == pytest.approx(2e-3)

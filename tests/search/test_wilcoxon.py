@@ -16,7 +16,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.study import VALIDATION_FOLD, Asked
 from pcam_automl.search.wilcoxon import MOST_PARTS, SLIDE_LOSSES, losses_by_slide, worse_p
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import Limits, run_worker
 from pcam_automl.training.compute import Compute
 
 RUNGS = (100, 300, 900)
@@ -119,7 +119,7 @@ def test_a_search_stores_a_loss_for_each_slide_and_rung_and_only_for_this_pruner
     url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
     for pruner in ("wilcoxon", "asha"):
         opened = create_or_open_study(pruner, url, replace(asked, views=64, pruner=pruner), say=lambda text: None)
-        run_worker(Objective(opened, torch.device("cpu")), n_trials=1)
+        run_worker(Objective(opened, torch.device("cpu")), Limits(1))
         (trial,) = opened.study.get_trials()
         if pruner == "asha":
             assert SLIDE_LOSSES not in trial.user_attrs

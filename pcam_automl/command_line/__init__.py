@@ -1,0 +1,1 @@
+"""The commands' names, options and help; what they do is in commands/."""

@@ -1,0 +1,69 @@
+"""Options that several commands have. Imports nothing slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Raw folder or prepared pack. Else PCAM_AUTOML_DATA, the study's own, ./data/pack or ./histopathologic-cancer-detection.",
+        metavar="PATH",
+    ),
+]
+Groups = Annotated[
+    Path | None,
+    typer.Option(
+        "--groups",
+        help="CSV id,group: the slide of each patch. train_groups.csv beside the labels is used unasked.",
+        metavar="CSV",
+    ),
+]
+Domains = Annotated[
+    Path | None, typer.Option("--domains", help="CSV id,domain: the scanner or centre of each patch.", metavar="CSV")
+]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="sqlite:///FILE, postgresql://... or mysql://... Else PCAM_AUTOML_STORAGE, else sqlite:///studies/pcam.db.",
+        metavar="URL",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="Same seed, same device, same weights: no measurement decides, some speed is lost."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Pin a recipe field, e.g. --set crop_size=64; repeatable.", metavar="FIELD=VALUE"),
+]
+Threshold = Annotated[
+    float | None, typer.Option("--threshold", help="Also write 0/1 labels at this probability.", metavar="T")
+]
+WeightsFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model.",
+        metavar="auto|hub|none|DIR",
+    ),
+]
+
+WithReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")]
+RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe (`recipes` lists them), or a YAML file.")]
+Fold = Annotated[
+    int, typer.Option("--fold", min=0, max=4, help="Validation fold, for recipes without a valid_share.", metavar="F")
+]
+SplitSeed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the split; the training's is --set seed=N.", metavar="N")
+]
