@@ -1,4 +1,4 @@
-"""The best trials confirmed, the chosen ones retrained on all labelled patches, then the test set's submission.
+"""The best trials confirmed, the chosen ones retrained on all labelled patches but those kept back, then the test set's submission.
 
 Searches nothing; what is chosen is decided in finalizing/, what is predicted and written in finalizing/patches.py and maps.py.
 """
@@ -25,6 +25,7 @@ from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
 from pcam_automl.errors import DataError, StudyError, first_few
 from pcam_automl.finalizing.decision import Decision, decide
+from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
 from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
@@ -154,25 +155,33 @@ def finalize(
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
     check_test_set(opened.store)
+    rows = final_rows(
+        opened,
+        options.keep_back,
+        options.confirm_folds,
+        limited=options.seconds is not None,
+        note=watch.train.note,
+    )
     out = (out or opened.folder / "final").resolve()
-    decision = _decided(opened, trial, which, epochs, device, options, watch, began)
+    decision = _decided(opened, trial, which, epochs, rows, device, options, watch, began)
     watch.decided(decision)
     (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
     for number, member in enumerate(decision.members):
         pace = None
         if options.seconds is not None and epochs is None:
             left_s = options.seconds - (time.perf_counter() - began)
-            pace = _pace(opened, member, left_s, len(decision.members) - number, device)
-        _train_member(opened, member, number, out, decision, epochs, device, watch, pace, pick)
+            pace = _pace(opened, member, rows, left_s, len(decision.members) - number, device)
+        _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
-        result = finish_maps(opened, first, decision, out, threshold=threshold, device=device, watch=watch)
+        result = finish_maps(opened, first, decision, rows, out, threshold=threshold, device=device, watch=watch)
     else:
         result = finish_patches(
             opened,
             first,
             decision,
+            rows,
             out,
             threshold=threshold,
             compare=options.compare,
@@ -187,24 +196,31 @@ def _decided(
     trial: FrozenTrial,
     which: str,
     epochs: float | None,
+    rows: FinalRows,
     device: torch.device,
     options: FinalOptions,
     watch: FinalWatch,
     began: float,
 ) -> Decision:
-    """What is trained on everything: the chosen trial, or what its confirmation and that of the next best say."""
+    """What is trained in the end: the chosen trial, or what its confirmation and that of the next best say.
+
+    A single candidate is not confirmed where seconds are limited and slides are kept back: there is nothing to choose, and
+    those slides say more of the final network than a shorter training would.
+    """
     chosen = Candidate(lineage_of(trial), trial)
     if options.confirm == 0:
         return Decision((chosen,), (1.0,))
     others = top_candidates(opened.study, options.confirm) if which == "best" else []
     candidates = [chosen, *(one for one in others if one.lineage != chosen.lineage)][: options.confirm]
+    if len(candidates) == 1 and options.seconds is not None and rows.kept_back:
+        return Decision((chosen,), (1.0,))
     label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
     confirmations = confirm(
         opened,
         candidates,
         folds=confirm_folds(opened.split, options.confirm_folds, label),
         device=device,
-        seconds=_confirm_seconds(opened, chosen, options.seconds, device),
+        seconds=_confirm_seconds(opened, chosen, rows, options.seconds, device),
         watch=watch.confirm,
     )
     left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
@@ -212,19 +228,21 @@ def _decided(
         candidates,
         confirmations,
         opened.store,
-        most_members=_most_members(opened, candidates, epochs, device, options.ensemble, left),
+        most_members=_most_members(opened, candidates, epochs, rows, device, options.ensemble, left),
         seed=opened.settings.seed,
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
     )
 
 
-def _confirm_seconds(opened: OpenStudy, chosen: Candidate, seconds: float | None, device: torch.device) -> float | None:
+def _confirm_seconds(
+    opened: OpenStudy, chosen: Candidate, rows: FinalRows, seconds: float | None, device: torch.device
+) -> float | None:
     """What the confirmations may take of limited seconds: a seventh, or what 60 epochs of final training leave, up to half."""
     if seconds is None:
         return None
     rate = images_per_s(opened, chosen, chosen.recipe, device)
-    needed_s = final_seconds(math.inf, rate, len(opened.split.order))
+    needed_s = final_seconds(math.inf, rate, len(rows.train))
     return max(CONFIRM_PART * seconds, min(0.5 * seconds, seconds - needed_s))
 
 
@@ -232,6 +250,7 @@ def _most_members(
     opened: OpenStudy,
     candidates: list[Candidate],
     epochs: float | None,
+    rows: FinalRows,
     device: torch.device,
     wanted: int,
     left: float | None,
@@ -239,20 +258,26 @@ def _most_members(
     """As many final trainings, and predictions of the test patches, as fit the seconds left; at least one."""
     if wanted == 1 or left is None:
         return wanted
-    n_test, slowest = len(opened.store.test_rows()), 0.0
+    n_shown, slowest = _n_shown(opened, rows), 0.0
     for candidate in candidates:
-        recipe, n_train = recipe_of_study(opened, candidate.trial, epochs)
-        steps = recipe.n_views(n_train) + n_test * 8 / EVAL_SPEEDUP
+        recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
+        steps = recipe.n_views(n_train) + n_shown / EVAL_SPEEDUP
         slowest = max(slowest, OVERHEAD * steps / images_per_s(opened, candidate, recipe, device))
     return max(1, min(wanted, int(left / slowest)))
 
 
-def _pace(opened: OpenStudy, member: Candidate, left_s: float, n_left: int, device: torch.device) -> Pace:
+def _n_shown(opened: OpenStudy, rows: FinalRows) -> int:
+    """Views that each final network is shown at the end, eight of a patch."""
+    return 8 * (len(opened.store.test_rows()) + len(rows.held))
+
+
+def _pace(
+    opened: OpenStudy, member: Candidate, rows: FinalRows, left_s: float, n_left: int, device: torch.device
+) -> Pace:
     """When the next of ``n_left`` final trainings ends, so that all of them and the prediction fit into ``left_s``."""
-    recipe, _ = recipe_of_study(opened, member.trial, None)
+    recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
     rate = images_per_s(opened, member, recipe, device)
-    n_shown = 8 * (len(opened.store.test_rows()) + len(opened.split.holdout_rows()))
-    predict_s = OVERHEAD * n_shown / (EVAL_SPEEDUP * rate)  # of each network
+    predict_s = OVERHEAD * _n_shown(opened, rows) / (EVAL_SPEEDUP * rate)  # of each network
     return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
 
 
@@ -260,6 +285,7 @@ def _train_member(
     opened: OpenStudy,
     member: Candidate,
     number: int,
+    rows: FinalRows,
     out: Path,
     decision: Decision,
     epochs: float | None,
@@ -268,11 +294,11 @@ def _train_member(
     pace: Pace | None,
     pick: Pick,
 ) -> None:
-    """One of the networks on everything, as a bundle with its calibration; nothing where it lies there already."""
-    trial, folder, rows = member.trial, member_folder(out, number), opened.split.order
-    recipe, n_train = recipe_of_study(opened, trial, epochs)
+    """One of the final networks, as a bundle with its calibration; nothing where it lies there already."""
+    trial, folder = member.trial, member_folder(out, number)
+    recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     watch.plan(trial, recipe, n_train, folder)
-    if not _is_done(folder, recipe, opened, rows):
+    if not _is_done(folder, recipe, opened, rows.train):
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
             "study": opened.name,
@@ -284,14 +310,15 @@ def _train_member(
             "pick": pick,
             "split_hash": opened.split.hash,
             "holdout": opened.settings.holdout,
+            "kept_back": len(rows.held) if rows.kept_back else 0,
             "weights": str(opened.weights),
         }
         last: dict[str, Tensor] = {}
-        keeps = number == 0 and recipe.task == "patch" and recipe.ema > 0 and len(opened.split.holdout_rows()) > 0
+        keeps = number == 0 and recipe.task == "patch" and recipe.ema > 0 and len(rows.held) > 0
         trained = train_to_bundle(
             recipe,
             opened.store,
-            train_rows=rows,
+            train_rows=rows.train,
             score_rows=np.zeros(0, np.int64),
             weights=opened.weights,
             device=device,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pcam_automl.errors import DataError
+from pcam_automl.intervals import auc_bounds
 
 _BLOCK_ROWS = 4_000_000  # weights held at a time by the bootstrap: 32 MB
 _MOST_PAIRED_GROUPS = 500
@@ -92,10 +93,11 @@ def worst_domain_auc(label: ArrayLike, prob: ArrayLike, domain: ArrayLike) -> fl
 def auc_interval(
     label: ArrayLike, prob: ArrayLike, group: ArrayLike | None = None, n: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap of :func:`auc`, drawn over slides; over patches where no slide is known.
+    """95 % interval of :func:`auc` from a bootstrap over slides; over patches where no slide is known.
 
-    Patches of one slide are not independent: an interval over patches would be far too narrow. Draws that hold
-    one label only are left out. One slide says nothing of others: its interval is (0, 1).
+    Patches of one slide are not independent: an interval over patches would be far too narrow. How draws become bounds is in
+    :func:`~pcam_automl.intervals.auc_bounds`. Draws that hold one label only are left out. One slide says nothing of others:
+    its interval is (0, 1).
 
     Args:
         label: (N,) 0 or 1.
@@ -114,9 +116,10 @@ def auc_interval(
     _check_both(positive)
     code = group_codes(group, len(positive))
     _check_draws(n)
-    if int(code.max()) < 1:
-        return 0.0, 1.0
-    return percentile_interval(_drawn_aucs(positive, scores[None], code, n, seed)[:, 0], otherwise=(0.0, 1.0))
+    n_slides, n_positive = int(code.max()) + 1, int(positive.sum())
+    draws = _drawn_aucs(positive, scores[None], code, n, seed)[:, 0] if n_slides > 1 else np.zeros(0)
+    value = auc(label, prob)
+    return auc_bounds(draws, value, n_slides=n_slides, n_positive=n_positive, n_negative=len(positive) - n_positive)
 
 
 def auc_draws(

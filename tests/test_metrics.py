@@ -10,6 +10,7 @@ from sklearn import metrics as sklearn_metrics
 
 from pcam_automl import metrics
 from pcam_automl.errors import DataError
+from pcam_automl.intervals import auc_bounds
 from pcam_automl.metrics import (
     LEAST_OF_A_LABEL,
     Confusion,
@@ -132,7 +133,7 @@ def test_interval_over_slides_is_wider_than_over_patches() -> None:
     assert over_slides[1] - over_slides[0] > 1.5 * (over_patches[1] - over_patches[0])
 
 
-def test_interval_follows_a_plain_bootstrap_of_repeated_slides() -> None:
+def test_draws_follow_a_plain_bootstrap_of_repeated_slides() -> None:
     label, prob, group = slides(6, 8, 2)
     prob = prob.round(1)  # ties
     rng = np.random.default_rng(0)
@@ -140,7 +141,8 @@ def test_interval_follows_a_plain_bootstrap_of_repeated_slides() -> None:
     for _ in range(1500):
         weight = np.bincount(rng.integers(0, 6, 6), minlength=6)[group]
         values.append(sklearn_metrics.roc_auc_score(label, prob, sample_weight=weight))
-    np.testing.assert_allclose(auc_interval(label, prob, group, n=4000), np.quantile(values, [0.025, 0.975]), atol=0.02)
+    drawn = percentile_interval(auc_draws(label, prob[None], group, n=4000)[:, 0])
+    np.testing.assert_allclose(drawn, np.quantile(values, [0.025, 0.975]), atol=0.02)
 
 
 def test_unknown_slides_count_patch_by_patch() -> None:
@@ -201,7 +203,15 @@ def test_paired_draws_are_aucs_of_repeated_slides(most_paired: int, monkeypatch:
         patches = np.concatenate([np.flatnonzero(group == member) for member in members])
         want = [pair_counting(label[patches], own[patches]) for own in probs]
         np.testing.assert_allclose(row, want, atol=1e-12)
-    assert auc_interval(label, probs[0], group, n=20, seed=9) == percentile_interval(drawn[:, 0])
+    n_positive = int(label.sum())
+    bounds = auc_bounds(
+        drawn[:, 0],
+        metrics.auc(label, probs[0]),
+        n_slides=5,
+        n_positive=n_positive,
+        n_negative=len(label) - n_positive,
+    )
+    assert auc_interval(label, probs[0], group, n=20, seed=9) == bounds
 
 
 def test_draws_do_not_depend_on_how_many_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ The training, its space and the split are those of plain Optuna (peer_training.p
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -91,8 +92,8 @@ def main() -> None:
             max_concurrent_trials=N_CORES,
             # Of a space that is a function it does not take them from the TuneConfig.
             search_alg=OptunaSearch(
-                lambda trial: space(trial, task.backbones), metric="auc", mode="max", seed=task.seed
-            ),
+                functools.partial(space, backbones=task.backbones), metric="auc", mode="max", seed=task.seed
+            ),  # Ray pickles the searcher: no lambda
             scheduler=ASHAScheduler(max_t=N_REPORTS, grace_period=1, reduction_factor=3),
         ),
         run_config=tune.RunConfig(storage_path=str(task.out / "ray"), verbose=0),

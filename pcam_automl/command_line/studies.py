@@ -135,8 +135,21 @@ def finalize(
             metavar="K",
         ),
     ] = 1,
+    keep_back: Annotated[
+        float | None,
+        typer.Option(
+            "--keep-back",
+            help="Share of the patches, in whole slides, that the final training leaves out, so that the printed AUC is of the final "
+            "network; by default 0.1 with a budget and no holdout, else 0: everything is trained on.",
+            metavar="F",
+        ),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="What each ingredient was worth on the holdout (needs one).")
+        bool,
+        typer.Option(
+            "--compare",
+            help="What each ingredient was worth on the holdout, or on the slides kept back (needs either).",
+        ),
     ] = False,
     no_budget: Annotated[
         bool,
@@ -163,7 +176,7 @@ def finalize(
         as_json=json,
         with_report=report,
         pick=pick,
-        options=FinalOptions(confirm, confirm_folds, ensemble, compare),
+        options=FinalOptions(confirm, confirm_folds, ensemble, compare, keep_back=keep_back),
         within_budget=not no_budget,
     )
 

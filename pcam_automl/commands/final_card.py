@@ -30,7 +30,7 @@ def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
 
 
 def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
-    """The holdout's, which `finalize` keeps beside the bundle; None where there is none."""
+    """Those of the holdout or the slides kept back, which `finalize` keeps beside the bundle; None where there are neither."""
     file = folder.parent / SCORES
     return read_scores(file, store.ids, store.part) if card and file.is_file() else None
 
@@ -72,12 +72,16 @@ def _final_notes(card: dict[str, Any]) -> list[str]:
         (loss, loss_after), (error, error_after) = fitted["log_loss"], fitted["error"]
         text = (
             f"Logits are divided by {fitted['temperature']:.2f}, which was fitted to {fitted['on']}: log-loss {loss:.4f} -> "
-            f"{loss_after:.4f}, mean error of the probabilities {100 * error:.1f} % -> {100 * error_after:.1f} %. It belongs to the "
-            "recipe, not to these weights, which were trained longer and on more"
+            f"{loss_after:.4f}, mean error of the probabilities {100 * error:.1f} % -> {100 * error_after:.1f} %. "
+            + (
+                "It was judged where it was fitted, which flatters it a little"
+                if "kept back" in fitted["on"]
+                else "It belongs to the recipe, not to these weights, which were trained longer and on more"
+            )
         )
         if held := card.get("calibration_on_holdout"):
             text += (
-                f"; on the holdout log-loss {held['log_loss'][0]:.4f} -> {held['log_loss'][1]:.4f}, "
+                f"; on the slides that judge the network log-loss {held['log_loss'][0]:.4f} -> {held['log_loss'][1]:.4f}, "
                 f"mean error {100 * held['error'][0]:.1f} % -> {100 * held['error'][1]:.1f} %"
             )
         notes.append(f"{text}.")

@@ -61,7 +61,11 @@ def print_final(final: FinalResult, as_json: bool) -> None:
         _say_thresholds(final.operating[-1])
     if final.steps:
         header = ("with", "AUC", "gain (95 %)", "log-loss", "saved (95 %)")
-        terminal.table("what each ingredient was worth on the holdout", header, [_step_cells(s) for s in final.steps])
+        terminal.table(
+            "what each ingredient was worth on slides that the network has not seen",
+            header,
+            [_step_cells(s) for s in final.steps],
+        )
     made = final.submission or final.maps
     terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches, so no submission)")
 

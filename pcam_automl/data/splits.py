@@ -142,6 +142,32 @@ def make_split(
     return _sealed(all_folds, rows[kept][place], seed, bool((slide >= 0).any()), tuple(notes), domains)
 
 
+def slides_aside(store: PatchStore, rows: Ints, share: float, *, seed: int) -> NDArray[np.bool_]:
+    """Which of ``rows`` are set aside: whole slides (and patches of equal pixels) of about ``share`` of each label and domain.
+
+    Args:
+        store: slides, labels, domains and digests.
+        rows: (n,) of the store.
+        share: in (0, 1].
+        seed: of the draw; the same gives the same slides.
+
+    Raises:
+        DataError: what is set aside, or what is left, would lack a label.
+    """
+    by_load = _is_dense(store, rows)
+    label = _tumour_load(store, rows) if by_load else np.asarray(store.label)[rows].astype(np.int64)
+    slide, domain = (np.asarray(values)[rows].astype(np.int64) for values in (store.group, store.domain))
+    joined, _ = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
+    strata, rng = _code(label, domain), np.random.default_rng([seed, 3])
+    aside = _aside(_bundles(joined, slide, strata, rng), strata, share, rng)
+    for part, what in ((aside, "the slides kept back"), (~aside, "what the slides kept back leave")):
+        if by_load:
+            _check_some(rows[part], what)
+        else:
+            _check_labels(label[part], what)
+    return aside
+
+
 def write_split(split: Split, path: Path) -> None:
     """Write the split as ``.npz``, whole or not at all; nothing in it is pickled."""
     with written_whole(path) as partial, partial.open("wb") as file:

@@ -13,6 +13,7 @@ from pcam_automl.bundle import load_bundle
 from pcam_automl.errors import DataError
 from pcam_automl.files import write_json
 from pcam_automl.finalizing.decision import Decision
+from pcam_automl.finalizing.kept_back import FinalRows
 from pcam_automl.finalizing.result import FinalResult, FinalWatch
 from pcam_automl.predict import compute_of
 from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
@@ -28,16 +29,17 @@ def finish_maps(
     opened: OpenStudy,
     trial: FrozenTrial,
     decision: Decision,
+    rows: FinalRows,
     out: Path,
     *,
     threshold: float | None,
     device: torch.device,
     watch: FinalWatch,
 ) -> FinalResult:
-    """Predict with ``out/model``; write maps, the holdout's scores and provenance. Arguments as of ``finish_patches``."""
+    """Predict with ``out/model``; write maps, the scores of ``rows.held`` and provenance. Arguments as of ``finish_patches``."""
     bundle, store = load_bundle(out / "model"), opened.store
     predictor = build_map_predictor(bundle, compute_of(bundle, device))
-    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
+    held = without_excluded(store, bundle.recipe, rows.held)
     test = store.test_rows()
     pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
@@ -52,20 +54,21 @@ def finish_maps(
         )
         on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
         notes = [*notes, *unscored]
-    if len(holdout):
-        watch.predicting(len(holdout), "holdout")
+    if len(held):
+        watch.predicting(len(held), rows.name)
         try:
-            score, scores = score_maps(predictor, store, holdout, stop=watch.train.stop)
+            score, scores = score_maps(predictor, store, held, stop=watch.train.stop)
         except (
             DataError
         ) as fault:  # masks of one value: a new study refuses such a holdout, an older one has trained by now
-            notes.append(f"the holdout is not scored: {fault}")
+            notes.append(f"the {rows.name}: not scored, {fault}")
         else:
-            pixel_auc, on = score.auc, f"pixels of {len(holdout)} holdout images"
-            scores = replace(scores, on=f"{len(scores.rows):,} px of {len(holdout):,} holdout images")
+            what = f"{len(held):,} images kept back" if rows.kept_back else f"{len(held):,} holdout images"
+            pixel_auc, on = score.auc, f"pixels of {what}"
+            scores = replace(scores, on=f"{len(scores.rows):,} px of {what}")
             write_scores(out / SCORES, scores, store.ids)
             figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
-            figures["always_negative_accuracy"] = always_negative_accuracy(store, holdout)
+            figures["always_negative_accuracy"] = always_negative_accuracy(store, held)
     provenance = {
         **bundle.provenance,
         **figures,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl.batches import Patches, open_patches
-from pcam_automl.bundle import CARD, ModelBundle, load_bundle
-from pcam_automl.calibration import changes, probs_at
+from pcam_automl.bundle import CARD, ModelBundle, load_bundle, write_calibration
+from pcam_automl.calibration import calibrate, changes, probs_at
 from pcam_automl.data.store import Flag, PatchStore
-from pcam_automl.ensemble import open_judge
+from pcam_automl.ensemble import member_folder, open_judge
 from pcam_automl.errors import first_few
 from pcam_automl.files import write_json, write_text
 from pcam_automl.finalizing.compare import Step, steps_of
 from pcam_automl.finalizing.decision import Decision
+from pcam_automl.finalizing.kept_back import FinalRows
 from pcam_automl.finalizing.result import FinalResult, FinalWatch
 from pcam_automl.metrics import auc, auc_interval
 from pcam_automl.operating import Operating, operate
@@ -63,6 +64,7 @@ def finish_patches(
     opened: OpenStudy,
     trial: FrozenTrial,
     decision: Decision,
+    rows: FinalRows,
     out: Path,
     *,
     threshold: float | None,
@@ -76,9 +78,10 @@ def finish_patches(
         opened: the study with its data.
         trial: of the first member.
         decision: what was chosen, and its out-of-fold probabilities.
+        rows: what was trained on and what judges.
         out: with ``model`` and, for several networks, ``ensemble.json``.
         threshold: also write 0/1 labels at this probability.
-        compare: whether the holdout shall say what each ingredient was worth.
+        compare: whether the holdout, or the slides kept back, shall say what each ingredient was worth.
         device: where to predict.
         watch: progress.
     """
@@ -87,8 +90,12 @@ def finish_patches(
         opened, out, judge, networks, open_patches(opened.store, torch.device(networks[0].compute.device)), watch
     )
     store, bundle = opened.store, networks[0].bundle
-    holdout = without_excluded(store, bundle.recipe, opened.split.holdout_rows())
-    figures, scores, steps = _on_holdout(end, trial, decision, holdout, compare)
+    rows = replace(rows, held=without_excluded(store, bundle.recipe, rows.held))
+    if rows.kept_back and decision.calibration is None:
+        decision = _calibrated(end, decision, rows)
+        judge, networks = open_judge(out, device)  # with its temperature
+        end = replace(end, judge=judge, networks=networks)
+    figures, scores, steps = _on_held(end, trial, decision, rows, compare)
     operating = _operating(decision, scores)
     _write_tables(out, operating)
     if decision.oof is not None:
@@ -133,28 +140,41 @@ def finish_patches(
     )
 
 
-def _on_holdout(
-    end: _Ending, trial: FrozenTrial, decision: Decision, holdout: np.ndarray, compare: bool
+def _on_held(
+    end: _Ending, trial: FrozenTrial, decision: Decision, rows: FinalRows, compare: bool
 ) -> tuple[dict[str, Any], Scores | None, tuple[Step, ...]]:
-    """The figures to print, the holdout's scores, and the steps; without a holdout the figures are out of fold, or the trial's."""
-    store = end.opened.store
-    if not len(holdout):
+    """The figures to print, the scores of ``rows.held``, and the steps; without such rows the figures are out of fold, or the trial's."""
+    store, held = end.opened.store, rows.held
+    if not len(held):
         if decision.oof is not None and decision.oof_auc is not None:
             on = decision.oof.on + _shorter(decision, end.networks[0])
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
         return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
-    label, group = np.asarray(store.label)[holdout].astype(np.int64), np.asarray(store.group)[holdout].astype(np.int64)
-    logits = end.logits(holdout, "holdout")
-    probs, on = probs_at(logits, end.judge.temperature), f"holdout of {len(holdout)} patches"
-    scores = Scores(holdout, label, probs, on)
+    label, group = np.asarray(store.label)[held].astype(np.int64), np.asarray(store.group)[held].astype(np.int64)
+    logits = end.logits(held, rows.name)
+    on = (
+        f"{len(held):,} patches of slides kept back from its training"
+        if rows.kept_back
+        else f"holdout of {len(held)} patches"
+    )
+    probs = probs_at(logits, end.judge.temperature)
+    scores = Scores(held, label, probs, on)
     write_scores(end.out / SCORES, scores, store.ids)
     figures: dict[str, Any] = {"auc": auc(label, probs), "auc_on": on, "auc_95": auc_interval(label, probs, group)}
-    if decision.calibration is not None:
+    if decision.calibration is not None and decision.oof is not None:  # else it was fitted to these very patches
         losses, errors = changes(logits, label, end.judge.temperature)
         figures["calibration_on_holdout"] = {"log_loss": losses, "error": errors}
-    steps = steps_of(label, group, _scorings(end, holdout, probs)) if compare else ()
+    steps = steps_of(label, group, _scorings(end, held, rows.name, probs)) if compare else ()
     return figures, scores, steps
+
+
+def _calibrated(end: _Ending, decision: Decision, rows: FinalRows) -> Decision:
+    """The decision with a temperature that is fitted to the slides kept back, where nothing was predicted out of fold."""
+    label = np.asarray(end.opened.store.label)[rows.held].astype(np.int64)
+    fitted = calibrate(end.logits(rows.held, rows.name), label, f"{len(rows.held):,} patches of slides kept back")
+    write_calibration(member_folder(end.out, 0), fitted)
+    return replace(decision, calibrations=(fitted,), calibration=fitted)
 
 
 def _shorter(decision: Decision, network: Predictor) -> str:
@@ -163,26 +183,26 @@ def _shorter(decision: Decision, network: Predictor) -> str:
     seen = network.bundle.provenance.get("views_seen")
     if not confirmed or not seen or seen <= 1.5 * confirmed:
         return ""
-    return f" and were trained on {confirmed:,} images; the final one saw {seen:,} and should do better, which only --holdout can show"
+    return f" and were trained on {confirmed:,} images; the final one saw {seen:,} and should do better, which --keep-back 0.1 or a holdout can show"
 
 
-def _scorings(end: _Ending, rows: np.ndarray, final: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _scorings(end: _Ending, rows: np.ndarray, name: str, final: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Probabilities of the first network with one ingredient more at a time, and those of all together at the end."""
     first, found = end.networks[0], list[tuple[str, np.ndarray]]()
 
     def plain(network: Predictor) -> np.ndarray:
-        return probs_at(end.logits(rows, "holdout, one view", network), 1.0)
+        return probs_at(end.logits(rows, f"{name}, one view", network), 1.0)
 
     averaged = first.views.averaging != "none"
     if (raw := _before_averaging(end)) is not None:
         found.append(("one view, last weights", plain(build_predictor(raw, first.compute, averaging="none"))))
     one_view = build_predictor(first.bundle, first.compute, averaging="none")
     found.append(("weight average" if found else "one view", plain(one_view)))
-    logits = end.logits(rows, "holdout", first) if averaged else None
+    logits = end.logits(rows, name, first) if averaged else None
     if logits is not None:
         found.append((f"{len(first.views)} views", probs_at(logits, 1.0)))
     if first.bundle.calibration is not None:
-        own = logits if logits is not None else end.logits(rows, "holdout", first)
+        own = logits if logits is not None else end.logits(rows, name, first)
         found.append(("temperature", probs_at(own, first.temperature)))
     if len(end.networks) > 1:
         found.append((f"ensemble of {len(end.networks)}", final))
@@ -205,7 +225,7 @@ def _before_averaging(end: _Ending) -> ModelBundle | None:
 
 
 def _operating(decision: Decision, scores: Scores | None) -> tuple[Operating, ...]:
-    """Out of fold, where the thresholds are chosen, then on the holdout, which did not choose them."""
+    """Out of fold, where the thresholds are chosen, then on the slides that no network saw, which did not choose them."""
     found: list[Operating] = []
     for one in (decision.oof, scores):
         if one is not None:

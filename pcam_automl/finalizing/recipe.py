@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 
 from pcam_automl.recipe import Recipe, build_recipe, merge_fields
@@ -48,16 +49,17 @@ def final_recipe(
     return build_recipe(fields, where="finalize")
 
 
-def n_final(opened: OpenStudy, trial: FrozenTrial) -> int:
-    """Patches that the final training of a trial's recipe uses: everything it does not exclude or balance away."""
+def n_final(opened: OpenStudy, trial: FrozenTrial, rows: np.ndarray) -> int:
+    """Patches of ``rows`` that the final training of a trial's recipe uses: all that it does not exclude or balance away."""
     recipe = build_recipe(json.loads(trial.user_attrs["recipe"])).model_copy(update={"subsample": 1.0})
-    rows = opened.split.order
     return len(choose_rows(opened.store, recipe, rows, rows[:0]).train)
 
 
-def recipe_of_study(opened: OpenStudy, trial: FrozenTrial, epochs: float | None) -> tuple[Recipe, int]:
-    """The final recipe of one of the study's trials, and the patches that it trains on."""
-    base, n_train = opened.space.base, n_final(opened, trial)
+def recipe_of_study(
+    opened: OpenStudy, trial: FrozenTrial, epochs: float | None, rows: np.ndarray
+) -> tuple[Recipe, int]:
+    """The final recipe of one of the study's trials, and how many of ``rows`` it trains on."""
+    base, n_train = opened.space.base, n_final(opened, trial, rows)
     planned = opened.settings.cap_s is not None or base.get("epochs") is not None
     own_epochs = base.get("epochs") or opened.start.epochs
     return final_recipe(trial, n_train, epochs, planned=planned, own_epochs=own_epochs), n_train

@@ -17,6 +17,8 @@ from pcam_automl.scores import Scores
 from pcam_automl.search.confirm import ConfirmWatch
 from pcam_automl.train import TrainWatch
 
+MOST_KEPT_BACK = 0.5
+
 
 @dataclass(frozen=True)
 class FinalOptions:
@@ -26,8 +28,10 @@ class FinalOptions:
         confirm: so many of the best trials are trained anew on other folds first; 0 takes the search's word.
         confirm_folds: on so many folds each, 1 to 4.
         ensemble: at most so many networks judge together, if that helps out of fold.
-        compare: measure on the holdout what each ingredient was worth.
+        compare: measure on the holdout, or on the slides kept back, what each ingredient was worth.
         seconds: wall clock of all of it, for choosing how many are confirmed and blended; None is no limit.
+        keep_back: share of the patches, in whole slides, that the final training leaves out to be judged by; None is a tenth
+            where ``seconds`` are limited and there is no holdout, else nothing.
     """
 
     confirm: int = 3
@@ -35,6 +39,7 @@ class FinalOptions:
     ensemble: int = 1
     compare: bool = False
     seconds: float | None = None
+    keep_back: float | None = None
 
 
 def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: int) -> None:
@@ -68,9 +73,15 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
             )
     if options.compare and dense:
         raise InputError("--compare belongs to task patch; leave it out for a dense study")
-    if options.compare and not n_holdout:
+    if options.keep_back is not None and not 0.0 <= options.keep_back <= MOST_KEPT_BACK:
+        raise InputError(f"--keep-back must be in [0, {MOST_KEPT_BACK}], got {options.keep_back:g}")
+    if options.keep_back and n_holdout:
         raise InputError(
-            "--compare needs slides that nothing has seen, and this study has no holdout; make one with `search --holdout 0.1`"
+            f"--keep-back {options.keep_back:g} is for studies without a holdout, and this one has a holdout of {n_holdout} patches; leave it out"
+        )
+    if options.compare and not (n_holdout or options.keep_back or (options.seconds and options.keep_back is None)):
+        raise InputError(
+            "--compare needs slides that the final network has not seen, and this study has no holdout; give --keep-back 0.1, or search with --holdout 0.1"
         )
 
 
@@ -91,19 +102,19 @@ class FinalResult:
     """What finalize made.
 
     Attributes:
-        out: folder with ``model/`` (the bundle), ``submission.csv``, ``submission.json`` and the holdout's ``scores.csv``.
+        out: folder with ``model/`` (the bundle), ``submission.csv``, ``submission.json`` and the ``scores.csv`` of the holdout or the slides kept back.
         submission: the checked file, None where the data has no test patches.
         trial: the trial that was retrained, of an ensemble the first.
-        auc: on the holdout, else out of fold, else the trial's validation AUC.
+        auc: on the holdout, else on the slides kept back, else out of fold, else the trial's validation AUC.
         auc_on: which of them.
         auc_95: its interval; None for the trial's.
         seconds: wall clock of this run.
         notes: test patches that could not be read.
-        scores: of the holdout, None where there is none.
+        scores: of the holdout or the slides kept back, None where there are neither.
         maps: folder of the test images' probability maps, for a dense task.
         on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
         decision: what was confirmed and chosen.
-        operating: thresholds and reject curves out of fold, then on the holdout; those of them that there are.
+        operating: thresholds and reject curves out of fold, then on the slides that the network has not seen; those of them that there are.
         steps: what each ingredient was worth on the holdout; empty unless asked for.
     """
 

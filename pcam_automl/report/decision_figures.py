@@ -56,7 +56,7 @@ def threshold_table(operating: tuple[Operating, ...]) -> Table:
         "They were chosen on these very patches, which flatters them a little."
         if last.chosen_on == last.on
         else f"They were chosen out of fold ({last.chosen_on}), by networks trained for a shorter time than the final one; the "
-        "lines of the holdout, which chose nothing, are the honest ones."
+        "lines of the slides that the network has not seen, which chose nothing, are the honest ones."
     )
     header = (
         "rule",
@@ -83,6 +83,8 @@ def _rule(rule: str) -> str:
 
 
 def _share_of(one: Operating) -> str:
+    if "kept back" in one.on:
+        return "kept back"
     return "holdout" if one.on.startswith("holdout") else "out of fold" if "did not see" in one.on else "scored patches"
 
 
@@ -160,7 +162,7 @@ def steps_table(final: FinalFigures) -> Table:
     return Table(
         ("with", "AUC", "gained", "log-loss (nats)", "saved"),
         rows,
-        "On the holdout, each line with one ingredient more than the line above. In brackets 95 % intervals of the difference, "
+        "On the slides that the network has not seen, each line with one ingredient more than the line above. In brackets 95 % intervals of the difference, "
         "drawn over slides, both sides on the same draws. A temperature changes no order, so no AUC.",
     )
 
@@ -193,7 +195,7 @@ def steps_figure(final: FinalFigures) -> Picture:
     shown = picture(
         figure,
         "ingredients.png",
-        alt=f"AUC gained on the holdout: {words}",
+        alt=f"AUC gained on slides that the network has not seen: {words}",
         caption="The same differences: right of the dotted line is better. An interval across the line may be chance.",
     )
     return Picture(shown.name, shown.png, shown.alt, shown.caption, wide=True)

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
+from pcam_automl.intervals import auc_bounds
 from pcam_automl.metrics import auc, auc_draws, percentile_interval
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
@@ -130,7 +131,8 @@ def rank(
     order = sorted(range(len(numbers)), key=lambda i: (-values[i], numbers[i]))
     drawn = auc_draws(label, np.asarray(probs, np.float64)[order], cluster, n_draws, seed)  # (draws, M)
     drawn = drawn[~np.isnan(drawn).any(axis=1)]
-    if len(np.unique(cluster)) < 2:  # one slide says nothing of others
+    n_slides, n_positive = len(np.unique(cluster)), int(np.sum(np.asarray(label) == 1))
+    if n_slides < 2:  # one says nothing of others
         drawn = drawn[:0]
     top = values[order[0]]
     behind = drawn[:, :1] - drawn
@@ -139,12 +141,17 @@ def rank(
         gap = percentile_interval(behind[:, place])
         se = float(behind[:, place].std(ddof=1)) if len(behind) > 1 else math.nan
         beaten = place > 0 and gap[0] > 0
+        bounds = (math.nan, math.nan)
+        if len(drawn):
+            own = auc(label, np.asarray(probs)[i])
+            n_negative = np.asarray(label).size - n_positive
+            bounds = auc_bounds(drawn[:, place], own, n_slides=n_slides, n_positive=n_positive, n_negative=n_negative)
         tied = place == 0 or (not beaten and top - values[i] <= margin(top, se))
         ranked.append(
             Ranked(
                 number=numbers[i],
                 auc=values[i],
-                interval=percentile_interval(drawn[:, place]),
+                interval=bounds,
                 behind=top - values[i],
                 behind_interval=gap,
                 behind_se=se,

@@ -159,7 +159,13 @@ def test_a_later_single_network_leaves_no_ensemble_behind_and_is_not_trained_aga
 @pytest.mark.parametrize(
     ("options", "which", "dense", "n_holdout", "fault"),
     [
-        (FinalOptions(compare=True), "best", False, 0, "--compare needs slides that nothing has seen.*--holdout 0.1"),
+        (
+            FinalOptions(compare=True),
+            "best",
+            False,
+            0,
+            "--compare needs slides that the final network has not seen.*--holdout 0.1",
+        ),
         (FinalOptions(ensemble=4), "best", False, 9, "--ensemble must be at most --confirm, got 4 and 3"),
         (FinalOptions(ensemble=2), "7", False, 9, "goes with --trial best, got 7"),
         (FinalOptions(ensemble=2), "best", True, 9, "--ensemble 2 belongs to task patch"),

@@ -1,0 +1,72 @@
+"""95 % intervals of an AUC from bootstrap draws over slides, honest for few slides and near 1. Draws nothing itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+_Z = 1.959963984540054  # of LEVEL
+_NEAR = 1e-9
+
+
+def auc_bounds(draws: ArrayLike, auc: float, *, n_slides: int, n_positive: int, n_negative: int) -> tuple[float, float]:
+    """At either end the wider of two: slides are the units, and never less than independent patches would leave open.
+
+    Quantiles of the draws would be too narrow: of ten slides they held the true AUC in 78 % of simulated cases, of four in
+    59 %, and of patches that are ranked without a fault they have no width at all (tests/test_intervals.py).
+
+    Args:
+        draws: AUCs of bootstrap draws over slides; those that are NaN are left out.
+        auc: measured, in [0, 1].
+        n_slides: at least 1; one says nothing of others, and the interval is (0, 1), as where no draw is left.
+        n_positive: patches of label 1, at least 1.
+        n_negative: of label 0, at least 1.
+    """
+    values: NDArray[np.float64] = np.asarray(draws, np.float64)
+    values = values[~np.isnan(values)]
+    if n_slides < 2 or not len(values):
+        return 0.0, 1.0
+    of_slides = _slide_interval(values, auc, n_slides, 0.5 / math.sqrt(n_positive * n_negative))
+    of_patches = score_interval(auc, n_positive, n_negative)
+    return min(of_slides[0], of_patches[0]), max(of_slides[1], of_patches[1])
+
+
+def _slide_interval(draws: NDArray[np.float64], auc: float, n_slides: int, least: float) -> tuple[float, float]:
+    """Student's t over slides, in logits, where an AUC's distribution is near to even; AUCs are kept ``least`` off 0 and 1.
+
+    As Obuchowski (Biometrics 1997) does for clustered AUCs, the variance being the bootstrap's.
+    """
+    from scipy.special import expit, logit
+    from scipy.stats import t  # 0.3 s, which `--help` need not wait for
+
+    spread = float(logit(draws.clip(least, 1 - least)).std())
+    half = float(t.ppf((1 + LEVEL) / 2, n_slides - 1)) * math.sqrt(n_slides / (n_slides - 1)) * spread
+    middle = float(logit(min(max(auc, least), 1 - least)))
+    return float(expit(middle - half)), float(expit(middle + half))
+
+
+def score_interval(auc: float, n_positive: int, n_negative: int) -> tuple[float, float]:
+    """95 % interval of an AUC of independent patches that has a width even at 0 and 1 (Newcombe, Statistics in Medicine 2006, method 5).
+
+    The bounds are the AUCs from which the measured one lies 1.96 standard errors off, by Hanley's and McNeil's error at the bound.
+
+    Args:
+        auc: measured, in [0, 1].
+        n_positive: patches of label 1, at least 1.
+        n_negative: of label 0, at least 1.
+    """
+    from scipy.optimize import brentq
+
+    more = (n_positive + n_negative) / 2 - 1
+
+    def gap(area: float) -> float:
+        spread = area * (1 - area) * (1 + more * ((1 - area) / (2 - area) + area / (1 + area)))
+        return abs(auc - area) - _Z * math.sqrt(spread / (n_positive * n_negative))
+
+    inner = min(max(auc, _NEAR), 1 - _NEAR)  # at 0 and 1 the gap of such an AUC is 0, too
+    low = 0.0 if auc <= _NEAR else float(brentq(gap, 0.0, inner))
+    high = 1.0 if auc >= 1 - _NEAR else float(brentq(gap, inner, 1.0))
+    return low, high

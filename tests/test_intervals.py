@@ -1,0 +1,73 @@
+"""Intervals of an AUC: they hold the true one about as often as they say, and have a width where nothing was misranked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pcam_automl.intervals import auc_bounds, score_interval
+from pcam_automl.metrics import auc, auc_draws, auc_interval, percentile_interval
+
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def slides(rng: np.random.Generator, n: int, per_slide: int, separation: float, spread: float) -> Drawn:
+    """Labels, scores and slides: each slide shifts all its scores, and those of label 1 once more."""
+    slide, label = np.repeat(np.arange(n), per_slide), (rng.random(n * per_slide) < 0.5).astype(np.int64)
+    shift, more = rng.normal(0, spread, (2, n))
+    return label, separation * label + rng.normal(0, 1, len(label)) + shift[slide] + more[slide] * label, slide
+
+
+@pytest.mark.parametrize(
+    ("n", "per_slide", "separation", "spread"),
+    [(4, 50, 3.0, 0.7), (10, 30, 3.0, 0.7), (10, 30, 5.0, 0.5), (36, 8, 2.0, 1.0)],
+)
+def test_the_true_auc_lies_inside_about_as_often_as_promised(
+    n: int, per_slide: int, separation: float, spread: float
+) -> None:
+    rng, inside, inside_quantiles, n_runs = np.random.default_rng(0), 0, 0, 100
+    label, score, _ = slides(rng, 2000, per_slide, separation, spread)
+    true = auc(label, score)
+    for _ in range(n_runs):
+        label, score, slide = slides(rng, n, per_slide, separation, spread)
+        low, high = auc_interval(label, score, slide, n=300)
+        inside += low <= true <= high
+        plain = percentile_interval(auc_draws(label, score[None], slide, n=300)[:, 0])
+        inside_quantiles += plain[0] <= true <= plain[1]
+    assert inside >= 87, f"{inside} of {n_runs}"
+    assert inside > inside_quantiles
+
+
+def test_patches_ranked_without_a_fault_leave_something_open() -> None:
+    label = np.arange(200) % 2
+    low, high = auc_interval(label, label.astype(float), np.arange(200) // 5)
+    assert high == 1.0
+    assert 0.95 < low < 0.99
+    few = auc_interval(label[:20], label[:20].astype(float), np.arange(20) // 5)
+    assert few[0] < low
+
+
+@given(area=st.floats(0.0, 1.0), positive=st.integers(1, 500), negative=st.integers(1, 500))
+def test_the_score_interval_holds_its_auc_and_mirrors(area: float, positive: int, negative: int) -> None:
+    low, high = score_interval(area, positive, negative)
+    assert 0.0 <= low <= area + 1e-9
+    assert area - 1e-9 <= high <= 1.0
+    mirrored = score_interval(1 - area, negative, positive)
+    assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_newcombes_bounds_are_those_of_their_definition() -> None:
+    """At the bound, the measured AUC lies 1.96 of Hanley's and McNeil's standard errors off."""
+    low, high = score_interval(0.9, 40, 60)
+    for bound in (low, high):
+        more = (40 + 60) / 2 - 1
+        variance = bound * (1 - bound) * (1 + more * ((1 - bound) / (2 - bound) + bound / (1 + bound))) / (40 * 60)
+        assert abs(0.9 - bound) / variance**0.5 == pytest.approx(1.96, abs=1e-3)
+
+
+@given(n_slides=st.integers(0, 5), area=st.floats(0.5, 1.0))
+def test_one_slide_or_no_draw_leaves_everything_open(n_slides: int, area: float) -> None:
+    draws = np.full(10, area) if n_slides < 2 else np.full(10, np.nan)
+    assert auc_bounds(draws, area, n_slides=n_slides, n_positive=5, n_negative=5) == (0.0, 1.0)
