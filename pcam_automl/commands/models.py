@@ -65,6 +65,27 @@ def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iter
         yield TrainWatch(begins=begins, views=lambda n: bars.step(task, n), epoch=epoch, note=terminal.say, stop=stop)
 
 
+@contextmanager
+def _final_watch(opened: OpenStudy, stop: Callable[[], None], *, paced: bool) -> Iterator[FinalWatch]:
+    """Bars and lines of a finalize; ``paced``: its training ends by the clock."""
+
+    def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
+        value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
+        length = "as many epochs as fit the budget" if paced else f"{recipe.epochs:g} epochs"
+        terminal.say(f"trial {trial.number}{value}: {recipe.backbone}, {length} of {n_train:,} patches -> {folder}")
+
+    with _training_bar(stop, parts=N_PARTS if paced else None) as train, terminal.Bars() as bars:
+        task = bars.add("predicting", None)
+        yield FinalWatch(
+            train,
+            plan,
+            lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
+            lambda n: bars.step(task, n),
+            _confirm_watch(train),
+            say_decision,
+        )
+
+
 def run_finalize(
     name: str,
     url: str | None,
@@ -96,27 +117,7 @@ def run_finalize(
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=_seconds_left(opened, with_report))
         paced = options.seconds is not None and epochs is None
-
-        def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
-            value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
-            terminal.say(
-                f"trial {trial.number}{value}: {recipe.backbone}, {'as many epochs as fit the budget' if paced else f'{recipe.epochs:g} epochs'} of {n_train:,} patches -> {folder}"
-            )
-
-        with (
-            stop.deferred(),
-            _training_bar(stop.check, parts=N_PARTS if paced else None) as train,
-            terminal.Bars() as bars,
-        ):
-            task = bars.add("predicting", None)
-            watch = FinalWatch(
-                train,
-                plan,
-                lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
-                lambda n: bars.step(task, n),
-                _confirm_watch(train),
-                say_decision,
-            )
+        with stop.deferred(), _final_watch(opened, stop.check, paced=paced) as watch:
             final = finalize(
                 opened,
                 which=which,

@@ -55,6 +55,12 @@ def final_rows(
             raise
         note(f"no slides are kept back, so the printed AUC is of shorter trainings: {fault}")
         rows = np.zeros(0, np.int64)
+    if len(rows):
+        slides = np.unique(opened.store.group[rows])
+        among = "" if slides[0] < 0 else f" of {len(slides)} slides"
+        note(
+            f"{len(rows):,} patches{among} are kept back to judge the final network; --keep-back 0 trains on them, too"
+        )
     return FinalRows(split.order[~np.isin(split.order, rows)], rows, len(rows) > 0)
 
 

@@ -37,6 +37,9 @@ ROW_S = 2.0
 """Of a row, beside its views: network, probe, database, checkpoint; on two cores of 2026."""
 HARD_SHARE = 0.05
 """A rung that was estimated too short may run over the search's end by so much of the budget."""
+FIRST_SHARE = 0.7
+"""Of the budget: until then the first trial may begin and run, however little start-up has left of the search's part, since without
+a complete trial there is nothing to finalize."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
 
 
@@ -229,13 +232,18 @@ class BudgetClock:
         """Whether not even what runs may go on."""
         return self.left_s() < -HARD_SHARE * self.total_s
 
-    def check(self) -> None:
-        """At every step of a trial.
+    @property
+    def is_over_for_first(self) -> bool:
+        """The same for the study's first trial, without which there would be nothing to finalize: that is later."""
+        return self.left_s() + self.reserve_s < (1.0 - FIRST_SHARE) * self.total_s
+
+    def check(self, *, first: bool = False) -> None:
+        """At every step of a trial; ``first``: of the study's first one.
 
         Raises:
             OutOfTime: a rung runs far beyond the search's end.
         """
-        if self.is_over:
+        if self.is_over_for_first if first else self.is_over:
             raise OutOfTime("the search's part of the budget is used up")
 
 

@@ -190,7 +190,7 @@ class Objective:
     def _check(self) -> None:
         self.stop()
         if self.clock is not None:
-            self.clock.check()
+            self.clock.check(first=self.slot is not None and self.slot.number == 0)
 
     def _judge(self, trial: Trial, training: Training, rungs: tuple[Rung, ...], result: RungResult) -> None:
         """Whether the trial goes on behind a rung.

@@ -194,7 +194,7 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    wanted = not clock.is_over and not n_finished_in(trials)  # a search needs a winner
+    wanted = not clock.is_over_for_first and not n_finished_in(trials)  # a search needs a winner
     if wanted or left_s >= whole_trial_s(opened, lineages):
         slot = slots.claim(limits.n_trials, owner)
         if slot is not None:

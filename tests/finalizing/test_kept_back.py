@@ -74,7 +74,10 @@ def test_a_holdout_judges_alone_and_nothing_is_kept_back_unless_seconds_are_limi
     assert len(rows.train) + len(rows.held) == len(opened.split.order)
     place = {row: k for k, row in enumerate(opened.split.order.tolist())}
     assert [place[row] for row in rows.train.tolist()] == sorted(place[row] for row in rows.train.tolist())
-    assert notes == []
+    assert notes == [
+        f"{len(rows.held)} patches of {len(rows.held) // 3} slides are kept back to judge the final network; "
+        "--keep-back 0 trains on them, too"
+    ]
 
 
 def test_where_a_label_is_too_rare_it_is_said_and_what_was_asked_for_is_refused() -> None:

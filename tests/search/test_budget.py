@@ -12,6 +12,7 @@ from pcam_automl.errors import OutOfTime
 from pcam_automl.search.budget import (
     CONFIRM_SHARE,
     FINAL_SHARE,
+    FIRST_SHARE,
     BudgetClock,
     Interval,
     Ledger,
@@ -97,6 +98,18 @@ def test_a_rung_may_run_over_the_end_by_a_little_only() -> None:
     clock = BudgetClock(100.0, spent_s=search_s + 6, began=time.monotonic(), n_final=0)
     with pytest.raises(OutOfTime, match="used up"):
         clock.check()
+
+
+def test_the_first_trial_may_take_of_what_the_final_training_would_have() -> None:
+    """Start-up alone may use up the search's part of a short budget; without a trial there is nothing to finalize."""
+    clock = BudgetClock(100.0, spent_s=100 * FIRST_SHARE - 2, began=time.monotonic(), n_final=0)
+    assert clock.is_over
+    assert not clock.is_over_for_first
+    clock.check(first=True)
+    clock = BudgetClock(100.0, spent_s=100 * FIRST_SHARE + 2, began=time.monotonic(), n_final=0)
+    assert clock.is_over_for_first
+    with pytest.raises(OutOfTime):
+        clock.check(first=True)
 
 
 def test_the_final_training_has_its_share_until_a_speed_is_known() -> None:

@@ -107,7 +107,7 @@ def test_time_that_ends_within_a_rung_pauses_at_the_one_before(tmp_path: Path, a
     opened = opened_in(tmp_path, asked)
 
     class Ends(Told):
-        def check(self) -> None:
+        def check(self, *, first: bool = False) -> None:
             if opened.study.get_trials(deepcopy=False)[-1].intermediate_values:
                 self.left = 0.0
                 raise OutOfTime("the search's part of the budget is used up")
@@ -127,9 +127,9 @@ def test_a_search_that_is_out_of_time_before_its_first_score_ends(tmp_path: Path
     assert opened.study.get_trials() == []
 
     class Ends(Told):
-        def check(self) -> None:
+        def check(self, *, first: bool = False) -> None:
             self.left = -50.0
-            super().check()
+            super().check(first=first)
 
     assert run(opened, 5, Ends(100.0, 0.0, time.monotonic(), 0))[0] == SearchEnd(0, "budget")
     (trial,) = opened.study.get_trials()
