@@ -92,3 +92,11 @@ def test_a_search_needs_a_number_of_trials_or_a_budget(run: Any, easy_pack: Path
         code, _, err = run("search", "--data", easy_pack, "--trials", 1, option, value)
         assert code == 2
         assert said in err.strip().splitlines()[-1]
+
+
+def test_a_budget_that_start_up_uses_up_is_refused_with_a_longer_one(run: Any, easy_pack: Path) -> None:
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none")
+    code, _, err = run("search", *options, "--budget", "0.1s", "--finalize")
+    assert code == 2
+    assert "are spent before the first trial, which leaves it no time; give --budget 2m or more" in err
+    assert load_study("pcam")[0].get_trials() == []

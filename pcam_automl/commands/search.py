@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from dataclasses import replace
@@ -70,6 +71,7 @@ def run_search(
             n_trials or NEVER_ENDS, timeout_s, clock, DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes, thaws
         )
         print_plan(opened, n_trials, clock)
+        _check_time(opened, clock)
         try:
             if len(devices) > 1:
                 end = run_many(opened, url, asked, devices, limits, stop=stop, finished=ledger.note)
@@ -106,6 +108,21 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
     began = time.monotonic() - process_age_s()
     rate = opened.settings.plan["images_per_s"].get(opened.start.backbone)
     return BudgetClock(budget_s, spent, began, len(opened.split.order), rate), ledger
+
+
+def _check_time(opened: OpenStudy, clock: BudgetClock | None) -> None:
+    """Whether a first trial may begin at all.
+
+    Raises:
+        StudyError: start-up, or earlier commands, have used up what it could have.
+    """
+    if clock is None or not clock.is_over_for_first or n_finished_of(opened.study):
+        return
+    used_s = clock.spent_s + time.monotonic() - clock.began
+    raise StudyError(
+        f"{terminal.duration(used_s)} of the budget of {terminal.duration(clock.total_s)} are spent before the first trial, which leaves it no time; "
+        f"give --budget {max(2, math.ceil(used_s / 15))}m or more"
+    )
 
 
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
