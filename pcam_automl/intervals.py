@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,11 +40,10 @@ def _slide_interval(draws: NDArray[np.float64], auc: float, n_slides: int, least
 
     As Obuchowski (Biometrics 1997) does for clustered AUCs, the variance being the bootstrap's.
     """
-    from scipy.special import expit, logit
-    from scipy.stats import t  # 0.3 s, which `--help` need not wait for
+    from scipy.special import expit, logit, stdtrit  # scipy.stats would take `status` two seconds to import
 
     spread = float(logit(draws.clip(least, 1 - least)).std())
-    half = float(t.ppf((1 + LEVEL) / 2, n_slides - 1)) * math.sqrt(n_slides / (n_slides - 1)) * spread
+    half = float(stdtrit(n_slides - 1, (1 + LEVEL) / 2)) * math.sqrt(n_slides / (n_slides - 1)) * spread
     middle = float(logit(min(max(auc, least), 1 - least)))
     return float(expit(middle - half)), float(expit(middle + half))
 
@@ -58,8 +58,6 @@ def score_interval(auc: float, n_positive: int, n_negative: int) -> tuple[float,
         n_positive: patches of label 1, at least 1.
         n_negative: of label 0, at least 1.
     """
-    from scipy.optimize import brentq
-
     more = (n_positive + n_negative) / 2 - 1
 
     def gap(area: float) -> float:
@@ -67,6 +65,14 @@ def score_interval(auc: float, n_positive: int, n_negative: int) -> tuple[float,
         return abs(auc - area) - _Z * math.sqrt(spread / (n_positive * n_negative))
 
     inner = min(max(auc, _NEAR), 1 - _NEAR)  # at 0 and 1 the gap of such an AUC is 0, too
-    low = 0.0 if auc <= _NEAR else float(brentq(gap, 0.0, inner))
-    high = 1.0 if auc >= 1 - _NEAR else float(brentq(gap, inner, 1.0))
+    low = 0.0 if auc <= _NEAR else _crossing(gap, outer=0.0, inner=inner)
+    high = 1.0 if auc >= 1 - _NEAR else _crossing(gap, outer=1.0, inner=inner)
     return low, high
+
+
+def _crossing(gap: Callable[[float], float], *, outer: float, inner: float) -> float:
+    """Where ``gap`` changes its sign, positive at ``outer`` and negative at ``inner``, by halving: scipy.optimize takes a second to import."""
+    while abs(outer - inner) > _NEAR / 10:
+        middle = (outer + inner) / 2
+        outer, inner = (middle, inner) if gap(middle) > 0 else (outer, middle)
+    return (outer + inner) / 2

@@ -11,7 +11,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
     {"errors", "__init__", "waiting", "heap"},
     {
-        *("files", "recipe", "config", "goals", "metrics", "counter", "configs_folder", "versions", "interrupt"),
+        *(
+            "files",
+            "recipe",
+            "config",
+            "goals",
+            "metrics",
+            "intervals",
+            "counter",
+            "configs_folder",
+            "versions",
+            "interrupt",
+        ),
         *("calibration", "operating", "paired", "clock"),
     },
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
