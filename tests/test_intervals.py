@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as scipy_t
 
-from pcam_automl.intervals import auc_bounds, score_interval
+from pcam_automl.intervals import auc_bounds, score_interval, student_t
 from pcam_automl.metrics import auc, auc_draws, auc_interval, percentile_interval
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -65,6 +66,11 @@ def test_newcombes_bounds_are_those_of_their_definition() -> None:
         more = (40 + 60) / 2 - 1
         variance = bound * (1 - bound) * (1 + more * ((1 - bound) / (2 - bound) + bound / (1 + bound))) / (40 * 60)
         assert abs(0.9 - bound) / variance**0.5 == pytest.approx(1.96, abs=1e-3)
+
+
+@pytest.mark.parametrize("freedom", [1, 5, 29, 30, 31, 100, 5000])
+def test_the_quantile_of_students_t_is_scipys(freedom: int) -> None:
+    assert student_t(freedom) == pytest.approx(scipy_t.ppf(0.975, freedom), abs=1e-5)
 
 
 @given(n_slides=st.integers(0, 5), area=st.floats(0.5, 1.0))
