@@ -12,6 +12,7 @@ NAMES = (
     "training",
     "inference",
     "overhead",
+    "intervals",
     "waiting",
     "convolutions",
     "startup",

@@ -213,6 +213,9 @@ def _decided(
     others = top_candidates(opened.study, options.confirm) if which == "best" else []
     candidates = [chosen, *(one for one in others if one.lineage != chosen.lineage)][: options.confirm]
     if len(candidates) == 1 and options.seconds is not None and rows.kept_back:
+        watch.train.note(
+            f"trial {trial.number} is the only candidate: not confirmed, its seconds go to the final training"
+        )
         return Decision((chosen,), (1.0,))
     label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
     confirmations = confirm(

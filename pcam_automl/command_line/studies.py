@@ -160,7 +160,7 @@ def finalize(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Confirm the best trials, retrain the chosen one on all the data, write the checked submission."""
+    """Confirm the best trials, retrain the chosen one on all the data but slides kept back, write the checked submission."""
     from pcam_automl.commands.models import run_finalize
     from pcam_automl.finalizing.result import FinalOptions
 

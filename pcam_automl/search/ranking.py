@@ -143,9 +143,10 @@ def rank(
         beaten = place > 0 and gap[0] > 0
         bounds = (math.nan, math.nan)
         if len(drawn):
-            own = auc(label, np.asarray(probs)[i])
             n_negative = np.asarray(label).size - n_positive
-            bounds = auc_bounds(drawn[:, place], own, n_slides=n_slides, n_positive=n_positive, n_negative=n_negative)
+            bounds = auc_bounds(
+                drawn[:, place], values[i], n_slides=n_slides, n_positive=n_positive, n_negative=n_negative
+            )
         tied = place == 0 or (not beaten and top - values[i] <= margin(top, se))
         ranked.append(
             Ranked(
