@@ -12,7 +12,6 @@ from benchmarks.intervals import coverage
 from pcam_automl.intervals import auc_bounds, score_interval, student_t
 from pcam_automl.metrics import auc_interval
 
-
 FEW_SLIDES = ((4, 50, 3.0, 0.7), (10, 30, 3.0, 0.7), (10, 30, 5.0, 0.5))
 
 
