@@ -42,7 +42,7 @@ bench: setup
 
 # PCAM_BENCH_DEVICE=cuda:1 make bench-gpu takes another one.
 bench-gpu: setup
-	PCAM_BENCH_DEVICE=$${PCAM_BENCH_DEVICE:-cuda:0} $(BIN)/python -m benchmarks batches training inference overhead
+	PCAM_BENCH_DEVICE=$${PCAM_BENCH_DEVICE:-cuda:0} $(BIN)/python -m benchmarks batches training inference overhead workers
 
 # Pins for Python 3.11-3.13 on every platform; no index address is written into the file. The extra `benchmark` is left out:
 # half a gigabyte that one benchmark needs.

@@ -12,6 +12,7 @@ NAMES = (
     "training",
     "inference",
     "overhead",
+    "workers",
     "intervals",
     "waiting",
     "convolutions",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from easy_set import TINY
 
-from benchmarks import batches, common, convolutions, inference, overhead, plain, roofline, training
+from benchmarks import batches, common, convolutions, inference, overhead, plain, roofline, training, workers
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import PcamError
 from pcam_automl.models.factory import build_network
@@ -206,6 +206,15 @@ def test_the_peak_of_a_process_is_seen() -> None:
     assert said.split() == ["done"]
     with pytest.raises(RuntimeError, match="ended with 3"):
         inference.peak_anonymous_bytes([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_two_workers_are_compared_with_one(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {1: (10.0, 20.0, 12.0), 2: (8.0, 8.0, 6.0)}
+    rounds = [{n: {"wall_s": 30.0, "trials_s": seconds[n][r]} for n in seconds} for r in range(3)]
+    workers.report(rounds, 6)
+    (one, two) = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert (one[0], one[5], one[-1]) == ("1", "30.0", "1.00x")
+    assert (two[0], two[5], two[-1]) == ("2", "45.0", "2.00x")
 
 
 def test_a_search_is_timed_by_its_parts(

@@ -42,12 +42,15 @@ _NETWORK_FIELDS = (
 )
 
 
-def _built_otherwise(recipe: Recipe) -> list[str]:
-    """The fields beside the backbone that change the network, where they are not the defaults."""
+def network_shape(recipe: Recipe) -> list[str]:
+    """What the seconds of a network depend on beside its input: the backbone, and the other fields where they are not the defaults."""
     return [
-        f"{name}={value}"
-        for name in _NETWORK_FIELDS
-        if (value := getattr(recipe, name)) != Recipe.model_fields[name].default
+        recipe.backbone,
+        *(
+            f"{name}={value}"
+            for name in _NETWORK_FIELDS
+            if (value := getattr(recipe, name)) != Recipe.model_fields[name].default
+        ),
     ]
 
 
@@ -172,9 +175,10 @@ class SpeedBook:
         return self.quick or not entry.get("quick")
 
     def _key(self, recipe: Recipe, device: torch.device) -> str:
-        network = [recipe.backbone, *_built_otherwise(recipe)]
         batch = str(self.probe_batch(recipe, device))
-        return "/".join([*network, str(recipe.network_px), batch, device_name(device), torch.__version__, PROBE])
+        return "/".join(
+            [*network_shape(recipe), str(recipe.network_px), batch, device_name(device), torch.__version__, PROBE]
+        )
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""

@@ -54,6 +54,17 @@ def test_a_study_of_the_log_loss_goes_down(tmp_path: Path, asked: Asked) -> None
         opened_in(tmp_path, Asked(objective="auc"))
 
 
+def test_the_latency_of_a_network_is_measured_once(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr("pcam_automl.search.objective.latency_ms", lambda *_: timed.append(1) or 7.0 + len(timed))
+    opened = opened_in(tmp_path, replace(asked, views=32, pruner="none"))
+    search(opened, 4)
+    seen = {(t.params["backbone"], t.user_attrs["latency_ms"]) for t in opened.study.get_trials()}
+    assert len(seen) == len(timed) == len({backbone for backbone, _ in seen}) == 2
+
+
 def test_a_study_of_the_worst_domain_reports_it_at_every_rung(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, replace(asked, objective="worst_domain_auc", views=64))
     search(opened, 1)
