@@ -148,6 +148,15 @@ def search(
             metavar="SIZE",
         ),
     ] = "5GB",
+    max_retries: Annotated[
+        int,
+        typer.Option(
+            "--max-retries",
+            min=0,
+            help="How often a trial whose worker was killed goes on from its last checkpoint.",
+            metavar="N",
+        ),
+    ] = 3,
     no_thaw: Annotated[
         bool, typer.Option("--no-thaw", help="With --budget: what is pruned stays ended; for comparisons.")
     ] = False,
@@ -205,6 +214,7 @@ def search(
         per_device=workers_per_device,
         quota_bytes=quota_bytes,
         thaws=not no_thaw,
+        max_retries=max_retries,
     )
     if finalize_:
         finalize(study=study, storage=storage, device=device, json=json)

@@ -46,6 +46,7 @@ def run_search(
     per_device: str | None = None,
     quota_bytes: int | None = None,
     thaws: bool = True,
+    max_retries: int = 3,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
     over; in this process or in several.
@@ -68,7 +69,12 @@ def run_search(
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
         clock, ledger = _budget(opened, asked.budget_s)
         limits = Limits(
-            n_trials or NEVER_ENDS, timeout_s, clock, DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes, thaws
+            n_trials or NEVER_ENDS,
+            timeout_s,
+            clock,
+            DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes,
+            thaws,
+            max_retries,
         )
         print_plan(opened, n_trials, clock)
         _check_time(opened, clock)

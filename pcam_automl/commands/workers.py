@@ -17,8 +17,10 @@ from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.slots import Slots
+from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd
+from pcam_automl.search.worker import Limits, SearchEnd, settle_lost
 from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
 
@@ -101,8 +103,14 @@ def run_many(
     task = WorkerTask(opened.name, url, Asked(data=opened.store.root), limits, len(devices))
     with terminal.Bars() as bars:
         show = _WorkersShow(bars, opened, limits, devices, finished)
+        slots = Slots(engine_of(opened.study), opened.name)
+
+        def settle() -> None:
+            trials = opened.study.get_trials(deepcopy=False)
+            settle_lost(opened.study, slots, trials, max_retries=limits.max_retries)
+
         with stop.deferred():
-            return run_workers(task, devices, stop=stop, heard=show.heard)
+            return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle)
 
 
 class StudyBar:

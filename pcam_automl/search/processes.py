@@ -1,4 +1,4 @@
-"""Several worker processes on one study and one machine. Starts, hears and ends them; replaces none."""
+"""Several worker processes on one study and one machine. Starts, hears, replaces and ends them; trains nothing."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from pcam_automl.training.compute import use_device
 Kind = Literal["begins", "views", "rung", "note", "finished", "ended", "fault"]
 _VIEWS_EVERY_S = 0.2
 _LAST_WORDS_S = 10.0
+DEATHS_IN_A_ROW = 3
+"""A worker that was killed so often without finishing a trial in between is not replaced again: a machine out of memory, say."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,14 @@ class WorkerTask:
 
 
 def run_workers(
-    task: WorkerTask, devices: Sequence[str], *, stop: StopSignal, heard: Callable[[Heard], None]
+    task: WorkerTask,
+    devices: Sequence[str],
+    *,
+    stop: StopSignal,
+    heard: Callable[[Heard], None],
+    settle: Callable[[], None] = lambda: None,
 ) -> SearchEnd:
-    """Run a worker on each of ``devices`` until the study has its trials.
+    """Run a worker on each of ``devices`` until the study has its trials; a killed one is replaced.
 
     The first signal lets every worker end its step, store and give back its slot; the second ends them at once.
 
@@ -70,71 +77,107 @@ def run_workers(
         devices: one a worker; ``cpu`` several times shares the cores.
         stop: of this process.
         heard: called in this process with what the workers say.
+        settle: ends the trials of dead workers; called as soon as one is dead.
 
     Raises:
         Interrupted: a signal came.
         SearchFailed, InputError: a worker's own fault, once all have ended; or all were killed.
     """
-    context = multiprocessing.get_context("spawn")
-    workers: list[BaseProcess] = []
-    pipes: dict[
-        Connection, int
-    ] = {}  # one each: a queue's lock would stay with a worker that is killed while it speaks
+    crew = _Crew(task, devices, heard, settle)
     try:
-        for number, device in enumerate(devices):
-            here, there = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(task, number, device, there), name=f"worker {number}")
-            worker.start()
-            there.close()  # so that the worker's end is the last one
-            workers.append(worker)
-            pipes[here] = number
-        return _listen(workers, pipes, stop, heard)
+        for number in range(len(devices)):
+            crew.start(number)
+        return crew.listen(stop)
     finally:
-        _end(workers)
+        _end(list(crew.workers.values()))
 
 
-def _listen(
-    workers: Sequence[BaseProcess], pipes: dict[Connection, int], stop: StopSignal, heard: Callable[[Heard], None]
-) -> SearchEnd:
-    ends: dict[int, SearchEnd] = {}
-    faults: list[tuple[str, str]] = []
-    interrupted: Interrupted | None = None
-    while pipes:
-        for pipe in wait(list(pipes), timeout=0.2):
-            assert isinstance(pipe, Connection)
-            try:
-                event: Heard = pipe.recv()
-            except (EOFError, OSError):  # it has ended, perhaps in the middle of a word
-                number = pipes.pop(pipe)
-                workers[number].join()
-                if (code := workers[number].exitcode or 0) < 0:
-                    text = f"worker {number} ended by {signal.Signals(-code).name}; its trial goes on in another one"
-                    heard(Heard(number, "note", (text,)))
-                continue
-            if event.kind == "ended":
-                ends[event.worker] = event.values[0]
-            elif event.kind == "fault":
-                faults.append(event.values)
-            else:
-                heard(event)
-        if interrupted is None:
-            try:
-                stop.check()
-            except Interrupted as fault:
-                interrupted = fault
-                for worker in workers:
-                    if worker.is_alive():
-                        worker.terminate()
-    if interrupted is not None:
-        raise interrupted
-    if faults:
-        name, text = faults[0]
-        raise getattr(errors, name, SearchFailed)(text)
-    if not ends:
-        raise SearchFailed("every worker was killed; finished trials are stored, the same command goes on")
-    whys = {end.why for end in ends.values()}
-    why = next(why for why in ("done", "timeout", "budget", "claimed elsewhere") if why in whys)
-    return SearchEnd(sum(end.n_finished for end in ends.values()), why)
+class _Crew:
+    """The running workers by number, and the pipe that each speaks through.
+
+    One pipe each: a queue's lock would stay with a worker that is killed while it speaks.
+    """
+
+    def __init__(
+        self, task: WorkerTask, devices: Sequence[str], heard: Callable[[Heard], None], settle: Callable[[], None]
+    ) -> None:
+        self.task, self.devices, self.heard, self.settle = task, devices, heard, settle
+        self.workers: dict[int, BaseProcess] = {}
+        self.pipes: dict[Connection, int] = {}
+        self.deaths = [0] * len(devices)
+        self.ends: list[SearchEnd] = []
+        self.faults: list[tuple[str, str]] = []
+        self._context = multiprocessing.get_context("spawn")
+
+    def start(self, number: int) -> None:
+        """Start worker ``number``, or another one in its place."""
+        here, there = self._context.Pipe(duplex=False)
+        words = (self.task, number, self.devices[number], there)
+        worker = self._context.Process(target=_work, args=words, name=f"worker {number}")
+        worker.start()
+        there.close()  # so that the worker's end is the last one
+        self.workers[number] = worker
+        self.pipes[here] = number
+
+    def listen(self, stop: StopSignal) -> SearchEnd:
+        """Until every worker has ended."""
+        interrupted: Interrupted | None = None
+        while self.pipes:
+            for pipe in wait(list(self.pipes), timeout=0.2):
+                assert isinstance(pipe, Connection)
+                try:
+                    self._take(pipe.recv())
+                except (EOFError, OSError):  # it has ended, perhaps in the middle of a word
+                    self._ended(pipe, replace=interrupted is None)
+            if interrupted is None:
+                try:
+                    stop.check()
+                except Interrupted as fault:
+                    interrupted = fault
+                    for worker in self.workers.values():
+                        if worker.is_alive():
+                            worker.terminate()
+        if interrupted is not None:
+            raise interrupted
+        if self.faults:
+            name, text = self.faults[0]
+            raise getattr(errors, name, SearchFailed)(text)
+        if not self.ends:
+            raise SearchFailed("every worker was killed; finished trials are stored, the same command goes on")
+        whys = {end.why for end in self.ends}
+        why = next(why for why in ("done", "timeout", "budget", "claimed elsewhere") if why in whys)
+        return SearchEnd(sum(end.n_finished for end in self.ends), why)
+
+    def _take(self, event: Heard) -> None:
+        if event.kind == "ended":
+            self.ends.append(event.values[0])
+        elif event.kind == "fault":
+            self.faults.append(event.values)
+        else:
+            if event.kind == "finished":
+                self.deaths[event.worker] = 0
+            self.heard(event)
+
+    def _ended(self, pipe: Connection, *, replace: bool) -> None:
+        """A worker's pipe is closed: it has said how it ended, or was killed."""
+        number = self.pipes.pop(pipe)
+        pipe.close()
+        worker = self.workers[number]
+        worker.join()
+        if (code := worker.exitcode or 0) >= 0:
+            return
+        self.settle()
+        self.deaths[number] += 1
+        over = any(end.why in ("done", "timeout", "budget") for end in self.ends)
+        again = replace and not over and self.deaths[number] < DEATHS_IN_A_ROW
+        text = f"worker {number} ended by {signal.Signals(-code).name}; its trial goes on from its last checkpoint"
+        if again:
+            text += ", another worker takes its place"
+        elif replace and not over:
+            text += f"; it was killed {DEATHS_IN_A_ROW} times without finishing a trial and is not replaced (out of memory?)"
+        self.heard(Heard(number, "note", (text,)))
+        if again:
+            self.start(number)
 
 
 def _end(workers: Sequence[BaseProcess]) -> None:

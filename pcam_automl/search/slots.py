@@ -187,8 +187,12 @@ class Slots:
             values |= {"lineage": None, "trial_number": None}
         return self._update(slot.number, values, *_held_by(slot))
 
-    def reap(self, is_alive: Callable[[str], bool | None] = owner_alive) -> list[Slot]:
-        """Reopen, with their lineage, the claims whose owner is certainly dead; those slots as they were before.
+    def reap(
+        self,
+        is_alive: Callable[[str], bool | None] = owner_alive,
+        goes_on: Callable[[Slot], bool] = lambda slot: True,
+    ) -> list[Slot]:
+        """Reopen the claims whose owner is certainly dead, with their lineage where it goes on; those slots as they were before.
 
         A thaw that had not begun is undone.
         """
@@ -197,7 +201,7 @@ class Slots:
         for slot in dead:
             if slot.state == "thawing":
                 self.leave_paused(slot)
-            elif self.reopen(slot, keep_lineage=True):
+            elif self.reopen(slot, keep_lineage=goes_on(slot)):
                 given_back.append(slot)
         return given_back
 

@@ -35,6 +35,9 @@ AUDIT_EVERY = 10
 """Rows between two looks at whether small rungs mislead."""
 AUDITED_FROM = 100
 """Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
+MAX_RETRIES = 3
+"""Deaths of its worker that a trial survives: more than that, and it is likely what kills them."""
+LOST = "worker lost"
 NEVER_ENDS = 1_000_000
 """Total of a search that only its budget limits."""
 
@@ -59,6 +62,8 @@ class Limits:
         clock: of a budget. While it lasts, paused lineages go on, too.
         quota_bytes: what the checkpoints of paused lineages may take.
         thaws: whether they go on while a budget lasts; for comparisons.
+        max_retries: how often a trial whose worker was killed goes on from its last checkpoint before it is given up and
+            its slot takes another recipe.
     """
 
     n_trials: int
@@ -66,6 +71,7 @@ class Limits:
     clock: BudgetClock | None = None
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     thaws: bool = True
+    max_retries: int = MAX_RETRIES
 
 
 def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lambda trial, trials: None) -> SearchEnd:
@@ -117,7 +123,7 @@ def _run_trials(
         objective.stop()
         if limits.timeout_s is not None and time.monotonic() - began >= limits.timeout_s:
             return SearchEnd(n_finished, "timeout")
-        settle_lost(study, slots, trials)
+        settle_lost(study, slots, trials, max_retries=limits.max_retries)
         if limits.clock is not None:
             limits.clock.learn(best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
@@ -272,19 +278,37 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     return 0 if objective.thawed_from is not None else 1
 
 
-def settle_lost(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> None:
-    """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back."""
+def settle_lost(
+    study: optuna.Study, slots: Slots, trials: list[FrozenTrial], *, max_retries: int = MAX_RETRIES
+) -> list[int]:
+    """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
+
+    Returns:
+        Numbers of the rows that this call ended as ``worker lost``.
+    """
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
     slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
     lost = [slot for slot in slots.claimed() if slot.owner is not None and owner_alive(slot.owner) is False]
     if not lost:
-        return
+        return []
     trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
+    ended = []
     for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
         if slot.trial_number is not None and trials[slot.trial_number].state == TrialState.RUNNING:
-            study._storage.set_trial_user_attr(trials[slot.trial_number]._trial_id, "reason", "worker lost")
+            study._storage.set_trial_user_attr(trials[slot.trial_number]._trial_id, "reason", LOST)
             study.tell(slot.trial_number, state=TrialState.FAIL, skip_if_finished=True)
-    slots.reap(owner_alive)
+            ended.append(slot.trial_number)
+    spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
+    slots.reap(owner_alive, goes_on=lambda slot: slot.number not in spent)
+    return ended
+
+
+def n_lost(study: optuna.Study, lineage: str | None) -> int:
+    """How often a worker died inside the lineage."""
+    if lineage is None:
+        return 0
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return sum(t.user_attrs.get("lineage") == lineage and t.user_attrs.get("reason") == LOST for t in failed)
 
 
 def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:

@@ -162,7 +162,10 @@ def test_an_interrupted_trial_goes_on_from_its_last_rung_in_the_same_slot(tmp_pa
     assert sum(seen) < 192, "the first two rungs were computed again"
 
 
-def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(tmp_path: Path, asked: Asked) -> None:
+@pytest.mark.parametrize(("max_retries", "lineage"), [(3, "0"), (0, "1")])
+def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(
+    tmp_path: Path, asked: Asked, max_retries: int, lineage: str
+) -> None:
     opened = opened_in(tmp_path, replace(asked, views=64))
     slots = Slots(engine_of(opened.study), opened.name)
     dead = warm_context().Process(target=_claim_and_die, args=(str(tmp_path),))
@@ -170,9 +173,10 @@ def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(tmp_path: Pat
     dead.join(180)
     assert dead.exitcode == -9
     assert [t.state for t in opened.study.get_trials()] == [TrialState.RUNNING]
-    search(opened, 2)
+    search(opened, 2, max_retries=max_retries)
     states = [t.state for t in opened.study.get_trials()]
     assert states[0] == TrialState.FAIL
+    assert opened.study.get_trials()[1].user_attrs["lineage"] == lineage, "given up only after so many retries"
     assert opened.study.get_trials()[0].user_attrs["reason"] == "worker lost"
     assert n_finished_of(opened.study) == 2
     assert slots.counts()["done"] == 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pcam_automl.config import Enqueued
+from pcam_automl.recipe import Recipe
 from pcam_automl.search.plan import Plan, build_rungs
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
@@ -34,12 +35,13 @@ def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[
 @pytest.mark.parametrize(
     ("space", "pretrained", "expected"),
     [
-        ("default", False, ["recipe default"]),
+        ("default", False, ["recipe default", "recipe default at 96 px"]),
         (
             "default",
             True,
             [
                 "recipe default",
+                "recipe default at 96 px",
                 "recipe densenet169_onecycle (on densenet121)",
                 "recipe resnet152v2_transfer (on resnet50)",
             ],
@@ -53,19 +55,40 @@ def test_the_notebooks_recipes_that_fit_follow_the_default(space: str, pretraine
     assert origins(found, plan_for(found)) == expected
 
 
+def test_the_start_is_tried_at_the_largest_crop_where_that_is_not_its_own_and_not_too_slow() -> None:
+    space = space_of("default", False)
+    start = start_recipe("default", False)
+
+    def second(recipe: Recipe, rate: float = 1000.0) -> dict[str, object] | None:
+        entries = start_list(space, recipe, (), {}, plan_for(space, rate), name="mine").entries
+        return entries[1].params if len(entries) > 1 else None
+
+    found = second(start)
+    assert found is not None
+    assert found == {**space.params_of(start), "crop_size": 96}
+    upscaled = second(start.model_copy(update={"crop_size": 48, "input_size": 96}))
+    assert upscaled is not None
+    assert (upscaled["crop_size"], upscaled["upscale"]) == (96, 2.0)
+    assert second(start.model_copy(update={"crop_size": 96})) is None
+    assert second(start, rate=200.0) is None, "2.25 times the pixels: a third of the views"
+    fixed = space.pinned({"crop_size": 64})
+    assert len(start_list(fixed, start, (), {}, plan_for(fixed), name="mine").entries) == 1
+
+
 def test_a_recipe_too_slow_for_half_of_the_views_is_left_out_by_name() -> None:
     space = space_of("default", True)
     plan = plan_for(space, slow=("densenet121",))
     found = start_list(space, start_recipe("default", True), (), RECIPES, plan, name="default")
-    assert [entry.origin for entry in found.entries] == ["recipe default", "recipe resnet152v2_transfer (on resnet50)"]
+    rest = ["recipe default at 96 px", "recipe resnet152v2_transfer (on resnet50)"]
+    assert [entry.origin for entry in found.entries] == ["recipe default", *rest]
     (line,) = [line for line in found.left_out if "densenet169" in line]
     assert line.startswith(
         "recipe densenet169_onecycle: densenet121 would see 5% of a trial's views here, less than 50%"
     )
     without_cap = replace(plan, cap_s=None)
-    assert len(origins(space, without_cap)) == 3, "where the views are given, seconds decide nothing"
+    assert len(origins(space, without_cap)) == 4, "where the views are given, seconds decide nothing"
     dropped = replace(without_cap, dropped={"densenet121": "too slow"})
-    assert len(origins(space, dropped)) == 2
+    assert len(origins(space, dropped)) == 3
 
 
 def test_reasons_name_weights_task_and_backbone() -> None:
@@ -81,7 +104,7 @@ def test_reasons_name_weights_task_and_backbone() -> None:
 def test_a_recipe_with_stages_gives_the_rates_of_its_last_one() -> None:
     space = space_of("default", True)
     found = start_list(space, start_recipe("default", True), (), RECIPES, plan_for(space), name="default")
-    params = found.entries[1].params
+    params = found.entries[2].params
     assert (params["backbone"], params["lr"], params["frozen"]) == ("densenet121", 4e-4, 0.3)
     assert (params["weight_decay"], params["crop_size"], params["batch_size"]) == (1e-4, 96, 128)
 
@@ -98,6 +121,11 @@ def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() 
         "warm start other, trial 3",
         "recipe keras_cnn_1",
         "recipe keras_cnn_2",
+    ]
+    space = space_of("default", False)
+    assert origins(space, plan_for(space), asked=asked[:1])[1:] == [
+        "warm start other, trial 3",
+        "recipe default at 96 px",
     ]
     many = tuple(Enqueued(origin=f"{i}", params={"lr": 1e-4 * (i + 1)}) for i in range(20))
     assert len(origins(space, plan_for(space), asked=many)) == MOST_ENTRIES
