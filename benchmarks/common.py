@@ -28,7 +28,7 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, load_recipe
-from pcam_automl.training.compute import Compute, device_name, use_device
+from pcam_automl.training.compute import Compute, cpu_name, device_name, use_device
 from pcam_automl.training.engine import Training
 from pcam_automl.training.schedule import Rates
 from pcam_automl.training.speed import SpeedBook
@@ -62,6 +62,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device_name(device),
+        "cpu": cpu_name(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -20,7 +20,7 @@ from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd, settle_lost
+from pcam_automl.search.worker import Limits, SearchEnd, Settled, settle_lost
 from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
 
@@ -105,12 +105,27 @@ def run_many(
         show = _WorkersShow(bars, opened, limits, devices, finished)
         slots = Slots(engine_of(opened.study), opened.name)
 
-        def settle() -> None:
+        def settle() -> str:
             trials = opened.study.get_trials(deepcopy=False)
-            settle_lost(opened.study, slots, trials, max_retries=limits.max_retries)
+            return settled_text(settle_lost(opened.study, slots, trials, max_retries=limits.max_retries), limits)
 
         with stop.deferred():
             return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle)
+
+
+def settled_text(found: Settled, limits: Limits) -> str:
+    """What becomes of a dead worker's trial, for people."""
+    if not found.ended:
+        return "it was in no trial, or another worker has taken that over"
+    parts = []
+    for number in found.ended:
+        gone = (
+            f"is given up after {limits.max_retries} retries"
+            if number in found.given_up
+            else "goes on from its checkpoint"
+        )
+        parts.append(f"trial {number} {gone}")
+    return ", ".join(parts)
 
 
 class StudyBar:

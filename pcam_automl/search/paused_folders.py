@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,10 +61,10 @@ def keep_within(
 
 
 def _size(folder: Path) -> int:
+    """Bytes of what is there now: a checkpoint may be just being written or replaced, by this process's writer or another's."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except FileNotFoundError:  # a checkpoint that is just being replaced
-            continue
+    for parent, _, files in os.walk(folder):  # leaves out what vanishes before it is listed
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
     return total

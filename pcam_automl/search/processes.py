@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
@@ -30,7 +30,8 @@ Kind = Literal["begins", "views", "rung", "note", "finished", "ended", "fault"]
 _VIEWS_EVERY_S = 0.2
 _LAST_WORDS_S = 10.0
 DEATHS_IN_A_ROW = 3
-"""A worker that was killed so often without finishing a trial in between is not replaced again: a machine out of memory, say."""
+"""A worker that died so often without finishing a trial in between is not replaced again: a machine out of memory, say. With
+more ``max_retries`` it is more, so that a trial that kills its workers is given up before they are."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_workers(
     *,
     stop: StopSignal,
     heard: Callable[[Heard], None],
-    settle: Callable[[], None] = lambda: None,
+    settle: Callable[[], str] = lambda: "its trial goes on in another one",
 ) -> SearchEnd:
     """Run a worker on each of ``devices`` until the study has its trials; a killed one is replaced.
 
@@ -77,7 +78,7 @@ def run_workers(
         devices: one a worker; ``cpu`` several times shares the cores.
         stop: of this process.
         heard: called in this process with what the workers say.
-        settle: ends the trials of dead workers; called as soon as one is dead.
+        settle: ends the trials of dead workers and says what becomes of them; called as soon as one is dead.
 
     Raises:
         Interrupted: a signal came.
@@ -99,12 +100,15 @@ class _Crew:
     """
 
     def __init__(
-        self, task: WorkerTask, devices: Sequence[str], heard: Callable[[Heard], None], settle: Callable[[], None]
+        self, task: WorkerTask, devices: Sequence[str], heard: Callable[[Heard], None], settle: Callable[[], str]
     ) -> None:
         self.task, self.devices, self.heard, self.settle = task, devices, heard, settle
         self.workers: dict[int, BaseProcess] = {}
         self.pipes: dict[Connection, int] = {}
         self.deaths = [0] * len(devices)
+        self.most_deaths = max(DEATHS_IN_A_ROW, task.limits.max_retries + 2)
+        self.spoken: set[int] = set()  # workers that have said how they ended
+        self._began = time.monotonic()
         self.ends: list[SearchEnd] = []
         self.faults: list[tuple[str, str]] = []
         self._context = multiprocessing.get_context("spawn")
@@ -112,7 +116,10 @@ class _Crew:
     def start(self, number: int) -> None:
         """Start worker ``number``, or another one in its place."""
         here, there = self._context.Pipe(duplex=False)
-        words = (self.task, number, self.devices[number], there)
+        limits = self.task.limits
+        if limits.timeout_s is not None:  # the search's, not anew with each replacement
+            limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - self._began)))
+        words = (replace(self.task, limits=limits), number, self.devices[number], there)
         worker = self._context.Process(target=_work, args=words, name=f"worker {number}")
         worker.start()
         there.close()  # so that the worker's end is the last one
@@ -128,7 +135,7 @@ class _Crew:
                 try:
                     self._take(pipe.recv())
                 except (EOFError, OSError):  # it has ended, perhaps in the middle of a word
-                    self._ended(pipe, replace=interrupted is None)
+                    self._ended(pipe, replaced=interrupted is None)
             if interrupted is None:
                 try:
                     stop.check()
@@ -149,6 +156,8 @@ class _Crew:
         return SearchEnd(sum(end.n_finished for end in self.ends), why)
 
     def _take(self, event: Heard) -> None:
+        if event.kind in ("ended", "fault"):
+            self.spoken.add(event.worker)
         if event.kind == "ended":
             self.ends.append(event.values[0])
         elif event.kind == "fault":
@@ -158,23 +167,26 @@ class _Crew:
                 self.deaths[event.worker] = 0
             self.heard(event)
 
-    def _ended(self, pipe: Connection, *, replace: bool) -> None:
+    def _ended(self, pipe: Connection, *, replaced: bool) -> None:
         """A worker's pipe is closed: it has said how it ended, or was killed."""
         number = self.pipes.pop(pipe)
         pipe.close()
         worker = self.workers[number]
         worker.join()
-        if (code := worker.exitcode or 0) >= 0:
+        code = worker.exitcode or 0
+        if code == 0 or number in self.spoken:
             return
-        self.settle()
         self.deaths[number] += 1
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        text = f"worker {number} ended by {how}; {self.settle()}"
         over = any(end.why in ("done", "timeout", "budget") for end in self.ends)
-        again = replace and not over and self.deaths[number] < DEATHS_IN_A_ROW
-        text = f"worker {number} ended by {signal.Signals(-code).name}; its trial goes on from its last checkpoint"
+        again = replaced and not over and self.deaths[number] < self.most_deaths
         if again:
-            text += ", another worker takes its place"
-        elif replace and not over:
-            text += f"; it was killed {DEATHS_IN_A_ROW} times without finishing a trial and is not replaced (out of memory?)"
+            text += "; another worker takes its place"
+        elif replaced and not over:
+            text += (
+                f"; it ended so {self.most_deaths} times without finishing a trial and is not replaced (out of memory?)"
+            )
         self.heard(Heard(number, "note", (text,)))
         if again:
             self.start(number)

@@ -82,9 +82,10 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe | 
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
     if not isinstance(largest, int) or largest <= recipe.crop_size:
         return None
-    if views_share(recipe, recipe.backbone, plan, pixels=(largest / plan.planned_px) ** 2) < LEAST_VIEWS_SHARE:
-        return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
+    pixels = ((size or largest) / plan.planned_px) ** 2
+    if views_share(recipe, recipe.backbone, plan, pixels=pixels) < LEAST_VIEWS_SHARE:
+        return None
     return recipe.model_copy(update={"crop_size": largest, "input_size": size})
 
 

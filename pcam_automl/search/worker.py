@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
@@ -278,29 +279,46 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     return 0 if objective.thawed_from is not None else 1
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Rows of dead workers that were ended, and those of them whose lineage does not go on."""
+
+    ended: tuple[int, ...] = ()
+    given_up: tuple[int, ...] = ()
+
+
 def settle_lost(
     study: optuna.Study, slots: Slots, trials: list[FrozenTrial], *, max_retries: int = MAX_RETRIES
-) -> list[int]:
+) -> Settled:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
 
-    Returns:
-        Numbers of the rows that this call ended as ``worker lost``.
+    Any number of processes may do it at once: who comes second finds the row ended.
     """
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
     slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
     lost = [slot for slot in slots.claimed() if slot.owner is not None and owner_alive(slot.owner) is False]
     if not lost:
-        return []
+        return Settled()
     trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
     ended = []
     for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
-        if slot.trial_number is not None and trials[slot.trial_number].state == TrialState.RUNNING:
-            study._storage.set_trial_user_attr(trials[slot.trial_number]._trial_id, "reason", LOST)
-            study.tell(slot.trial_number, state=TrialState.FAIL, skip_if_finished=True)
-            ended.append(slot.trial_number)
+        number = slot.trial_number
+        if number is not None and trials[number].state == TrialState.RUNNING and _fail_lost(study, trials[number]):
+            ended.append(number)
     spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
-    slots.reap(owner_alive, goes_on=lambda slot: slot.number not in spent)
-    return ended
+    dead = {slot.owner for slot in lost}  # not who died since: their rows are not failed yet
+    reaped = slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
+    given_up = [s.trial_number for s in reaped if s.number in spent and s.trial_number is not None]
+    return Settled(tuple(ended), tuple(given_up))
+
+
+def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """End a dead worker's row; False if another process was quicker."""
+    try:
+        study._storage.set_trial_user_attr(trial._trial_id, "reason", LOST)
+        return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
 
 
 def n_lost(study: optuna.Study, lineage: str | None) -> int:

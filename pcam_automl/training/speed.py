@@ -20,6 +20,7 @@ from pcam_automl.training.compute import (
     QUICK,
     THOROUGH,
     Compute,
+    cpu_name,
     device_name,
     fixed_variant,
     measure_compiled,
@@ -57,7 +58,8 @@ def network_shape(recipe: Recipe) -> list[str]:
 class SpeedBook:
     """Fastest variant and step time of a network on a device, measured once and kept.
 
-    The key is (backbone, network px, batch, device, threads, torch version, probe).
+    The key is (backbone, network px, batch, device, CPU and its instructions, threads, torch version, probe): a studies folder may
+    move to a machine without bf16.
 
     Args:
         file: the JSON; made at the first measurement.
@@ -176,9 +178,10 @@ class SpeedBook:
 
     def _key(self, recipe: Recipe, device: torch.device) -> str:
         batch = str(self.probe_batch(recipe, device))
-        return "/".join(
-            [*network_shape(recipe), str(recipe.network_px), batch, device_name(device), torch.__version__, PROBE]
-        )
+        where = device_name(device)
+        if device.type == "cpu":
+            where += f", {cpu_name().replace('/', ' ')}"
+        return "/".join([*network_shape(recipe), str(recipe.network_px), batch, where, torch.__version__, PROBE])
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""

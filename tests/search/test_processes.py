@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 from warm_processes import warm_context
 
+from pcam_automl.commands.workers import settled_text
 from pcam_automl.errors import Interrupted, SearchFailed, StudyError
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search import processes
@@ -81,8 +82,10 @@ class Killer:
             self.killed.append(int(owners[0].split(":")[-2]))
             os.kill(self.killed[-1], signal.SIGKILL)
 
-    def settle(self) -> None:
-        settle_lost(self.opened.study, self.slots, self.opened.study.get_trials(deepcopy=False))
+    def settle(self) -> str:
+        limits = Limits(1)
+        found = settle_lost(self.opened.study, self.slots, self.opened.study.get_trials(deepcopy=False))
+        return settled_text(found, limits)
 
     @property
     def notes(self) -> list[str]:
@@ -120,9 +123,54 @@ def test_a_worker_that_only_dies_is_not_replaced_for_ever(opened: OpenStudy, war
     killer = Killer(opened, "begins", at=tuple(range(1, 100)))
     with stop_signal("") as stop, stop.deferred(), pytest.raises(SearchFailed, match="every worker was killed"):
         run_workers(task_of(opened, 3), ["cpu"], stop=stop, heard=killer, settle=killer.settle)
-    assert len(killer.killed) == processes.DEATHS_IN_A_ROW
-    assert "killed 3 times without finishing a trial and is not replaced" in killer.notes[-1]
+    assert len(killer.killed) == 5, "the trial is given up first"
+    assert "trial 2 goes on from its checkpoint" in killer.notes[2]
+    assert "trial 3 is given up after 3 retries" in killer.notes[3]
+    assert "it ended so 5 times without finishing a trial and is not replaced" in killer.notes[-1]
+    assert [t.user_attrs["lineage"] for t in opened.study.get_trials()] == ["0", "0", "0", "0", "4"]
     assert TrialState.RUNNING not in {t.state for t in opened.study.get_trials()}
+
+
+def _gone(*_: object) -> None:
+    os._exit(3)
+
+
+def test_a_worker_that_ends_without_a_word_counts_as_dead(
+    opened: OpenStudy, warm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_work", _gone)
+    said: list[Heard] = []
+    with stop_signal("") as stop, stop.deferred(), pytest.raises(SearchFailed, match="every worker was killed"):
+        run_workers(task_of(opened, 3), ["cpu"], stop=stop, heard=said.append)
+    assert [event.values[0].startswith("worker 0 ended by exit code 3") for event in said] == [True] * 5
+
+
+def test_a_replaced_worker_has_what_is_left_of_the_search_s_time(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float | None] = []
+
+    class Process:
+        def __init__(self, args: tuple[WorkerTask, int, str, object], **_: object) -> None:
+            given.append(args[0].limits.timeout_s)
+
+        def start(self) -> None:
+            return None
+
+    class Pipe:
+        def close(self) -> None:
+            return None
+
+    pipe = Pipe()
+    context = SimpleNamespace(Pipe=lambda duplex: (pipe, pipe), Process=Process)
+    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+    clock = iter((100.0, 100.0, 159.0, 900.0))
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    task = WorkerTask(opened.name, opened.url, Asked(), Limits(3, timeout_s=60.0), 1)
+    crew = processes._Crew(task, ["cpu"], lambda event: None, lambda: "")
+    for _ in range(3):
+        crew.start(0)
+    assert given == [60.0, 1.0, 0.0]
 
 
 def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None) -> None:

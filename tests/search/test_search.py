@@ -37,16 +37,17 @@ from pcam_automl.search.asking import around_recipe, check_networks, default_spa
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
-from pcam_automl.search.slots import Slots
+from pcam_automl.search.slots import Slots, owner_of_this_process
 from pcam_automl.search.space import load_space, parse_space
-from pcam_automl.search.storage import engine_of
+from pcam_automl.search.storage import engine_of, open_storage
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
-from pcam_automl.search.worker import Limits, SearchEnd, run_worker
+from pcam_automl.search.worker import Limits, SearchEnd, Settled, run_worker, settle_lost
 from pcam_automl.training import speed as speed_module
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
+DEAD = f"{owner_of_this_process().partition(':')[0]}:999999999:x"
 
 
 def url_in(folder: Path) -> str:
@@ -180,6 +181,60 @@ def test_a_trial_of_a_dead_worker_is_marked_and_its_slot_continued(
     assert opened.study.get_trials()[0].user_attrs["reason"] == "worker lost"
     assert n_finished_of(opened.study) == 2
     assert slots.counts()["done"] == 2
+
+
+def claimed_by(study: optuna.Study, slots: Slots, owner: str) -> None:
+    slot, trial = slots.claim(9, owner), study.ask()
+    assert slot is not None
+    trial.set_user_attr("lineage", str(trial.number))
+    slots.started(slot, trial.number, str(trial.number))
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_two_processes_may_settle_a_dead_worker_at_once(tmp_path: Path) -> None:
+    study, other = (optuna.load_study(study_name="s", storage=open_storage(_empty(tmp_path))) for _ in range(2))
+    slots = Slots(engine_of(study), "s")
+    claimed_by(study, slots, DEAD)
+    read, found = study.get_trials, []
+
+    def read_and_be_overtaken(*args: Any, **options: Any) -> Any:
+        trials = read(*args, **options)
+        if not found:
+            found.append(settle_lost(other, Slots(engine_of(other), "s"), []))
+        return trials
+
+    study.get_trials = read_and_be_overtaken  # type: ignore[method-assign]
+    assert settle_lost(study, slots, []) == Settled()
+    assert found == [Settled((0,))]
+    assert [t.state for t in read()] == [TrialState.FAIL]
+    assert slots.counts() == {"claimed": 0, "done": 0, "open": 1}
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_worker_that_dies_while_another_is_settled_waits_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.load_study(study_name="s", storage=open_storage(_empty(tmp_path)))
+    slots, later = Slots(engine_of(study), "s"), DEAD.replace(":x", ":later")
+    claimed_by(study, slots, DEAD)
+    claimed_by(study, slots, later)
+    asked: list[str] = []
+
+    def alive(owner: str) -> bool:
+        asked.append(owner)
+        return owner == later and asked.count(later) == 1  # it dies just after it was asked for
+
+    monkeypatch.setattr("pcam_automl.search.worker.owner_alive", alive)
+    assert settle_lost(study, slots, []) == Settled((0,))
+    assert [t.state for t in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
+    assert settle_lost(study, slots, []) == Settled((1,))
+    assert [t.state for t in study.get_trials()] == [TrialState.FAIL, TrialState.FAIL]
+
+
+def _empty(folder: Path) -> str:
+    url = f"sqlite:///{folder / 's.db'}"
+    optuna.create_study(study_name="s", storage=open_storage(url), load_if_exists=True)
+    return url
 
 
 def _claim_and_die(folder: str) -> None:

@@ -69,6 +69,9 @@ def test_the_start_is_tried_at_the_largest_crop_where_that_is_not_its_own_and_no
     upscaled = second(start.model_copy(update={"crop_size": 48, "input_size": 96}))
     assert upscaled is not None
     assert (upscaled["crop_size"], upscaled["upscale"]) == (96, 2.0)
+    assert second(start.model_copy(update={"crop_size": 48, "input_size": 96}), rate=1200.0 / 4) is None, (
+        "9 times the pixels"
+    )
     assert second(start.model_copy(update={"crop_size": 96})) is None
     assert second(start, rate=200.0) is None, "2.25 times the pixels: a third of the views"
     fixed = space.pinned({"crop_size": 64})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,6 +21,7 @@ from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.paused_folders import keep_within
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
@@ -146,6 +150,24 @@ def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, aske
     assert end == SearchEnd(3, "budget")
     assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
     assert list(opened.checkpoints.iterdir()) == []
+
+
+def test_the_quota_is_counted_while_a_checkpoint_is_being_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0", ".1.partial"):
+        (tmp_path / "3" / name).mkdir(parents=True)
+        (tmp_path / "3" / name / "state.json").write_text("12345")
+    scandir = os.scandir
+
+    def renamed_just_before(path: Any = ".") -> Any:
+        if str(path).endswith(".partial"):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", renamed_just_before)
+    assert keep_within(tmp_path, [], [1], quota_bytes=5, sign=1.0) == []
+    assert not (tmp_path / "3" / ".1.partial").exists()
 
 
 def test_a_thaw_that_its_worker_did_not_begin_is_undone(tmp_path: Path, asked: Asked) -> None:
