@@ -28,7 +28,8 @@ NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 if __name__ == "__main__":
     choose_waiting()  # as `pcam-automl` does; it helps a DataLoader's workers beside torch's threads as well
     if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
-        sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        print(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
+        sys.exit(2)
     for name in sys.argv[1:] or NAMES:
         module, remedy = NEEDS.get(name, ("torch", ""))
         if not sys.argv[1:] and importlib.util.find_spec(module) is None:

@@ -9,7 +9,7 @@ Each round is a fresh process and a fresh study on a synthetic pack that is made
 checkpoints; each without what it calls of the others. Imports (torch, timm, optuna, scikit-learn, many of them late) are shown
 apart and taken off the wall time. Overhead is what is left besides training and evaluation: claims and samplers, the database,
 plans, probes, networks, checkpoints, the clean-up. It is a share: the same seconds weigh less in longer trials (3,000 views take
-some four seconds, a trial of ``search`` is planned to take thirty), so seconds a trial are printed, too; and probes are
+some three seconds, a trial of ``search`` is planned for up to thirty), so seconds a trial are printed, too; and probes are
 remembered, so a second study in the same folder does without most of them. Writes results/overhead.json, for planned trials
 results/overhead_planned.json. Target: 5 %.
 """
