@@ -107,7 +107,10 @@ def run_many(
 
         def settle() -> str:
             trials = opened.study.get_trials(deepcopy=False)
-            return settled_text(settle_lost(opened.study, slots, trials, max_retries=limits.max_retries), limits)
+            found = settle_lost(
+                opened.study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries
+            )
+            return settled_text(found, limits)
 
         with stop.deferred():
             return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -124,7 +125,7 @@ def _run_trials(
         objective.stop()
         if limits.timeout_s is not None and time.monotonic() - began >= limits.timeout_s:
             return SearchEnd(n_finished, "timeout")
-        settle_lost(study, slots, trials, max_retries=limits.max_retries)
+        settle_lost(study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries)
         if limits.clock is not None:
             limits.clock.learn(best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
@@ -288,11 +289,17 @@ class Settled:
 
 
 def settle_lost(
-    study: optuna.Study, slots: Slots, trials: list[FrozenTrial], *, max_retries: int = MAX_RETRIES
+    study: optuna.Study,
+    slots: Slots,
+    trials: list[FrozenTrial],
+    *,
+    checkpoints: Path,
+    max_retries: int = MAX_RETRIES,
 ) -> Settled:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
 
-    Any number of processes may do it at once: who comes second finds the row ended.
+    Any number of processes may do it at once: who comes second finds the row ended. A lineage whose workers died too often is
+    given up with its checkpoints: its slot takes another recipe, or, where it had been thawed and counts already, is done.
     """
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
     slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
@@ -307,9 +314,15 @@ def settle_lost(
             ended.append(number)
     spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
     dead = {slot.owner for slot in lost}  # not who died since: their rows are not failed yet
-    reaped = slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
-    given_up = [s.trial_number for s in reaped if s.number in spent and s.trial_number is not None]
-    return Settled(tuple(ended), tuple(given_up))
+    counted = {lineage_of(trial) for trial in trials if trial.state in FINISHED}
+    for slot in lost:
+        if slot.number in spent and slot.lineage is not None:
+            shutil.rmtree(checkpoints / slot.lineage, ignore_errors=True)  # another process may be at the same
+            if slot.lineage in counted:
+                slots.finish(slot)
+    slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
+    given_up = [s.trial_number for s in lost if s.number in spent and s.trial_number in ended]
+    return Settled(tuple(ended), tuple(n for n in given_up if n is not None))
 
 
 def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:

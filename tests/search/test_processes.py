@@ -84,7 +84,9 @@ class Killer:
 
     def settle(self) -> str:
         limits = Limits(1)
-        found = settle_lost(self.opened.study, self.slots, self.opened.study.get_trials(deepcopy=False))
+        study = self.opened.study
+        trials = study.get_trials(deepcopy=False)
+        found = settle_lost(study, self.slots, trials, checkpoints=self.opened.checkpoints)
         return settled_text(found, limits)
 
     @property

@@ -200,11 +200,11 @@ def test_two_processes_may_settle_a_dead_worker_at_once(tmp_path: Path) -> None:
     def read_and_be_overtaken(*args: Any, **options: Any) -> Any:
         trials = read(*args, **options)
         if not found:
-            found.append(settle_lost(other, Slots(engine_of(other), "s"), []))
+            found.append(settle_lost(other, Slots(engine_of(other), "s"), [], checkpoints=tmp_path))
         return trials
 
     study.get_trials = read_and_be_overtaken  # type: ignore[method-assign]
-    assert settle_lost(study, slots, []) == Settled()
+    assert settle_lost(study, slots, [], checkpoints=tmp_path) == Settled()
     assert found == [Settled((0,))]
     assert [t.state for t in read()] == [TrialState.FAIL]
     assert slots.counts() == {"claimed": 0, "done": 0, "open": 1}
@@ -225,10 +225,35 @@ def test_a_worker_that_dies_while_another_is_settled_waits_for_the_next_time(
         return owner == later and asked.count(later) == 1  # it dies just after it was asked for
 
     monkeypatch.setattr("pcam_automl.search.worker.owner_alive", alive)
-    assert settle_lost(study, slots, []) == Settled((0,))
+    assert settle_lost(study, slots, [], checkpoints=tmp_path) == Settled((0,))
     assert [t.state for t in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
-    assert settle_lost(study, slots, []) == Settled((1,))
+    assert settle_lost(study, slots, [], checkpoints=tmp_path) == Settled((1,))
     assert [t.state for t in study.get_trials()] == [TrialState.FAIL, TrialState.FAIL]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+@pytest.mark.parametrize(("thawed", "state"), [(False, "open"), (True, "done")])
+def test_a_trial_that_is_given_up_leaves_no_checkpoint_and_the_total_exact(
+    tmp_path: Path, thawed: bool, state: str
+) -> None:
+    study = optuna.load_study(study_name="s", storage=open_storage(_empty(tmp_path)))
+    slots, checkpoints = Slots(engine_of(study), "s"), tmp_path / "checkpoints"
+    if thawed:
+        claimed_by(study, slots, "elsewhere:1:2")
+        slots.finish(slots.all()[0])
+        study.tell(0, state=TrialState.PRUNED)
+        slot, trial = slots.thaw("0", DEAD), study.ask()
+        assert slot is not None
+        trial.set_user_attr("lineage", "0")
+        slots.started(slot, trial.number, "0")
+    else:
+        claimed_by(study, slots, DEAD)
+    (checkpoints / "0").mkdir(parents=True)
+    lost = len(study.get_trials()) - 1
+    found = settle_lost(study, slots, [], checkpoints=checkpoints, max_retries=0)
+    assert found == Settled((lost,), (lost,))
+    assert [slot.state for slot in slots.all()] == [state]
+    assert not (checkpoints / "0").exists()
 
 
 def _empty(folder: Path) -> str:

@@ -179,7 +179,7 @@ def test_a_thaw_that_its_worker_did_not_begin_is_undone(tmp_path: Path, asked: A
     assert (slot.state, slot.number, slot.attempts) == ("thawing", 1, 2)
     assert slots.thaw("1", "another") is None
     trials = opened.study.get_trials()
-    settle_lost(opened.study, slots, trials)
+    settle_lost(opened.study, slots, trials, checkpoints=opened.checkpoints)
     assert slots.counts() == {"claimed": 1, "done": 1, "open": 0}, "another host's thaw is not taken for finished"
     assert slots.claim(2, "third") is None
     slots.leave_paused(slot)
