@@ -26,7 +26,6 @@ from torchvision.transforms import InterpolationMode, v2
 from benchmarks.common import (
     KEY,
     OURS,
-    RESULTS,
     Side,
     constant_rates,
     device_here,
@@ -35,16 +34,15 @@ from benchmarks.common import (
     measured_compute,
     ratios,
     recipe_for,
-    setting,
     spread,
     start,
     synthetic_store,
     variant_of,
     wait_for,
     workers_for,
-    write_result,
 )
 from benchmarks.plain import ImageDataset, build_loader, loading
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.augment import AugmentSpec, augment_spec
 from pcam_automl.batches import ViewStream
 from pcam_automl.data.store import PatchStore

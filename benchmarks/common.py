@@ -5,7 +5,6 @@ result file. Times nothing by itself.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.settings import host, setting
 from pcam_automl.batches import ViewStream, open_patches
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.pack import pack
@@ -34,17 +34,11 @@ from pcam_automl.training.schedule import Rates
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import choose_rows, start_training
 
-RESULTS = Path(__file__).parent / "results"
 OURS = "pcam-automl"
 KEY = 1
 """Of every lineage here: all rounds draw from one stream of views."""
 Side = Callable[[], float]
 """One round of one side; returns a rate, or for `lower is better` a time."""
-
-
-def setting(name: str, default: int) -> int:
-    """``PCAM_BENCH_<name>`` as a number."""
-    return int(os.environ.get(f"PCAM_BENCH_{name}", str(default)))
 
 
 def device_here() -> torch.device:
@@ -59,11 +53,10 @@ def workers_for(device: torch.device) -> int:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a figure was measured on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
+        **host(),
         "device": device_name(device),
         "cpu": cpu_name(),
-        "cores": cores,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -139,12 +132,6 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def write_result(file: Path, found: dict[str, Any]) -> None:
-    """A result as JSON, dated."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), **found}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import RESULTS, device_here, machine, setting, write_result
+from benchmarks.common import device_here, machine
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.models.convolution import route_of, routed_conv2d
 
 LAYERS = (  # channels in and out, kernel, map, stride, padding, groups

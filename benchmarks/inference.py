@@ -29,7 +29,6 @@ import torch
 
 from benchmarks.common import (
     OURS,
-    RESULTS,
     Side,
     device_here,
     in_turn,
@@ -37,15 +36,14 @@ from benchmarks.common import (
     measured_compute,
     ratios,
     recipe_for,
-    setting,
     spread,
     synthetic_store,
     variant_of,
     wait_for,
     workers_for,
-    write_result,
 )
 from benchmarks.plain import ImageDataset, PlainPrediction, build_loader, evaluation_transform
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.calibration import probs_at

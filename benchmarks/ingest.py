@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 import tifffile
 
-N_PATCHES = int(os.environ.get("PCAM_BENCH_PATCHES", "20000"))
-N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "5"))
+from benchmarks.settings import RESULTS, host, setting
+
+N_PATCHES = setting("PATCHES", 20_000)
+N_ROUNDS = setting("ROUNDS", 5)
 COMPRESSION = os.environ.get("PCAM_BENCH_COMPRESSION", "none")
 N_DIFFERENT = 500
 NOT_INSTALLED = "not installed"
@@ -161,9 +163,10 @@ def measure_sides(folder: Path) -> dict[str, Any]:
         name: [core for _, core in runs[name]] if name in runs else NOT_INSTALLED for name in SIDES
     }
     return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": host(),
         "patches": N_PATCHES,
         "compression": COMPRESSION,
-        "cores": os.cpu_count(),
         "seconds": seconds,
         "core_seconds": cores,
         "ratios": {
@@ -195,8 +198,8 @@ def main() -> None:
             f"({min(ratios):.2f} to {max(ratios):.2f})"
         )
     print(f"  peak anonymous memory of ours, workers included: {found['peak_anonymous_mb']:.0f} MB")
-    results = Path(__file__).parent / "results" / "ingest.json"
-    results.parent.mkdir(exist_ok=True)
+    results = RESULTS / "ingest.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(results.read_text()) if results.is_file() else {}
     known = {key: run for key, run in known.items() if isinstance(run, dict) and "compression" in run}
     known[f"{N_PATCHES} {COMPRESSION}"] = found

@@ -8,13 +8,10 @@ that of 3,000 slides. Writes results/intervals.json.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from pcam_automl.metrics import auc, auc_draws, auc_interval, percentile_interval
 
-RESULTS = Path(__file__).parent / "results"
 CASES = (
     (4, 50, 3.0, 0.7),
     (6, 40, 4.0, 0.7),
@@ -55,7 +52,7 @@ def coverage(case: tuple[int, int, float, float], n_repeats: int, n_draws: int =
 
 def main() -> None:
     """Measure, print, write ``benchmarks/results/intervals.json``."""
-    from benchmarks.common import setting, write_result
+    from benchmarks.settings import RESULTS, setting, write_result
 
     n_repeats, rows = setting("REPEATS", 150), []
     print(

@@ -10,13 +10,11 @@ binary cross-entropy, in turn: every round runs each variant once. Warm-up and c
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.models.cnn import NETWORKS
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 
 PX, BATCH, LR, KERAS_EPS = 64, 256, 1e-4, 1e-7
-N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "5"))
-N_STEPS = int(os.environ.get("PCAM_BENCH_STEPS", "8"))
-N_THREADS = int(os.environ.get("PCAM_BENCH_THREADS", "2"))
+N_ROUNDS = setting("ROUNDS", 5)
+N_STEPS = setting("STEPS", 8)
+N_THREADS = setting("THREADS", 2)
 TOLERANCE = 1e-4
 Side = Callable[[], None]
 
@@ -195,11 +194,9 @@ def main() -> None:
     for name in ("keras_cnn_1", "keras_cnn_2"):
         found[name] = measure(keras, name)
         report(name, found[name])
-    results = Path(__file__).parent / "results" / "keras_cnn.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(
-        json.dumps({"batch": BATCH, "px": PX, "threads": N_THREADS, "steps": N_STEPS, "networks": found}, indent=2)
-        + "\n"
+    write_result(
+        RESULTS / "keras_cnn.json",
+        {"batch": BATCH, "px": PX, "threads": N_THREADS, "steps": N_STEPS, "networks": found},
     )
 
 

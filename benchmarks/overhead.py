@@ -31,7 +31,6 @@ from typing import Any
 
 from pcam_automl.waiting import choose_waiting
 
-RESULTS = Path(__file__).parent / "results"
 IMPORTS, TRAIN, SCORE = "imports", "training steps", "evaluation"
 WRAPPED = {
     IMPORTS: "importlib._bootstrap:_find_and_load",  # every import of a module that is not there yet comes through it
@@ -150,7 +149,8 @@ def report(rounds: list[dict[str, Any]], trials: int) -> None:
 
 def main() -> None:
     """Measure, print, write ``benchmarks/results/overhead.json``."""
-    from benchmarks.common import device_here, machine, setting, synthetic_store, write_result
+    from benchmarks.common import device_here, machine, synthetic_store
+    from benchmarks.settings import RESULTS, setting, write_result
 
     device = device_here()
     trials, views, n_rounds = setting("TRIALS", 20), setting("VIEWS", 3000), setting("ROUNDS", 5)

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "recipes"
+from benchmarks import settings
+
+RESULTS = settings.RESULTS / "recipes"
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: python -m benchmarks recipes -->", "<!-- end of the table -->"
 SECONDS = float(os.environ.get("PCAM_BENCH_SECONDS", "45"))

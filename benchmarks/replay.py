@@ -15,7 +15,8 @@ from pathlib import Path
 import optuna
 import torch
 
-from benchmarks.common import RESULTS, device_here, machine, setting, write_result
+from benchmarks.common import device_here, machine
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective

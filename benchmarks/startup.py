@@ -11,7 +11,6 @@ the backbone that it starts with, which later ones find in `speed.json`: it is s
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -20,8 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "5"))
-N_TRIALS = int(os.environ.get("PCAM_BENCH_TRIALS", "1000"))
+from benchmarks.settings import RESULTS, setting, write_result
+
+N_ROUNDS = setting("ROUNDS", 5)
+N_TRIALS = setting("TRIALS", 1000)
 
 OPTUNA = """
 import sys, optuna
@@ -103,13 +104,9 @@ def main() -> None:
         wanted = f"  wanted {WANTED_S[name]:.1f} s" if name in WANTED_S else ""
         print(f"  {name:<30} median {middle:6.2f} s ({min(values):.2f} to {max(values):.2f}){wanted}")
     print(f"  the machine's first search, which also times a network: {first_search_s:.1f} s, once")
-    results = Path(__file__).parent / "results" / "startup.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(
-        json.dumps(
-            {"trials": N_TRIALS, "cores": os.cpu_count(), "seconds": times, "first_search_s": first_search_s}, indent=2
-        )
-        + "\n"
+    write_result(
+        RESULTS / "startup.json",
+        {"trials": N_TRIALS, "rounds": N_ROUNDS, "seconds": times, "first_search_s": first_search_s},
     )
 
 

@@ -26,11 +26,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-SIZES = [int(text) for text in os.environ.get("PCAM_BENCH_TRIALS", "10,1000,10000").split(",")]
-N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "9"))
+from benchmarks.settings import RESULTS, numbers, setting, write_result
+
+SIZES = numbers("TRIALS", "10,1000,10000")
+N_ROUNDS = setting("ROUNDS", 9)
 POSTGRES = os.environ.get("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test")
 SIDES = ("bare Optuna", "pcam-automl")
-RESULTS = Path(__file__).parent / "results"
 LIMIT_MS, LIMIT_RATIO = 50.0, 1.1
 
 Times = dict[str, dict[int, dict[str, list[float]]]]
@@ -266,8 +267,7 @@ def main() -> None:
             print(f"  {storage:<12}{size:>8,}{shown[0]:>24}{shown[1]:>24}   {ratio:.2f}")
             rows.append({"storage": storage, "trials": size, "seconds": found, "ratio": ratio})
     print(f"  wanted: at most {LIMIT_MS:.0f} ms at 1,000 trials, a ratio of at most {LIMIT_RATIO} at 10,000")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "study_size.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=2) + "\n")
+    write_result(RESULTS / "study_size.json", {"rounds": N_ROUNDS, "rows": rows})
     draw(times, RESULTS / "study_size.png")
 
 

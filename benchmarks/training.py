@@ -32,7 +32,6 @@ import torch
 
 from benchmarks.common import (
     OURS,
-    RESULTS,
     Apart,
     Side,
     device_here,
@@ -42,13 +41,11 @@ from benchmarks.common import (
     our_training,
     ratios,
     recipe_for,
-    setting,
     spread,
     start,
     synthetic_store,
     variant_of,
     workers_for,
-    write_result,
 )
 from benchmarks.plain import (
     FASTAI,
@@ -62,6 +59,7 @@ from benchmarks.plain import (
     training_transform,
 )
 from benchmarks.roofline import ceilings, copy_bytes_per_s, matrix_flops, step_of_image
+from benchmarks.settings import RESULTS, numbers, setting, write_result
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.models.factory import Normalisation, build_network, normalisation_of
 from pcam_automl.models.weights import Weights
@@ -244,7 +242,7 @@ def main() -> None:
     device = device_here()
     settings, folder = settings_for(device), RESULTS / f"training_{device.type}"
     networks = os.environ.get("PCAM_BENCH_NETWORKS", NETWORKS + " resnet50" * (device.type == "cuda")).split()
-    crops = [int(text) for text in os.environ.get("PCAM_BENCH_CROPS", "48 64 96").split()]
+    crops = numbers("CROPS", "48 64 96")
     print(f"training: {settings}; {machine(device)}; fastai {fastai_version()}")
     print("| network | crop | ours, images/s | plain loop | fastai | ours / plain | ours / fastai | variant of ours |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

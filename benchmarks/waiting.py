@@ -13,12 +13,11 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-from benchmarks.common import write_result
+from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.waiting import BUSY_SPIN_COUNT
 
-N_ROUNDS = int(os.environ.get("PCAM_BENCH_ROUNDS", "5"))
+N_ROUNDS = setting("ROUNDS", 5)
 NETWORKS = os.environ.get("PCAM_BENCH_NETWORKS", "mobilenetv3_small_100 resnet10t").split()
 SETTINGS: dict[str, dict[str, str]] = {
     "libgomp's default": {},
@@ -42,11 +41,11 @@ print(64 / statistics.median(seconds[1:]))
 """
 
 
-def images_per_s(network: str, setting: dict[str, str]) -> float:
+def images_per_s(network: str, waits: dict[str, str]) -> float:
     """Training images a second in a fresh process."""
     bare = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     line = [sys.executable, "-c", STEPS, network]
-    run = subprocess.run(line, env={**bare, **setting}, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(line, env={**bare, **waits}, stdout=subprocess.PIPE, text=True, check=True)
     return float(run.stdout.split()[-1])
 
 
@@ -59,8 +58,8 @@ def main() -> None:
             try:
                 rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
                 for _ in range(N_ROUNDS):
-                    for name, setting in SETTINGS.items():
-                        rates[name].append(images_per_s(network, setting))
+                    for name, waits in SETTINGS.items():
+                        rates[name].append(images_per_s(network, waits))
             finally:
                 if busy is not None:
                     busy.kill()
@@ -72,7 +71,7 @@ def main() -> None:
                     f"  {name:<18} {statistics.median(values):6.0f} ({min(values):.0f} to {max(values):.0f})",
                     flush=True,
                 )
-    write_result(Path(__file__).parent / "results" / "waiting.json", {"rounds": N_ROUNDS, "images_per_s": found})
+    write_result(RESULTS / "waiting.json", {"rounds": N_ROUNDS, "images_per_s": found})
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ from typing import Any
 
 from benchmarks.overhead import arguments_for
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def run_search(pack: Path, *, n_workers: int, trials: int, views: int, device: str) -> dict[str, float]:
     """One search in a fresh process: ``wall_s`` of the command, ``trials_s`` from the first begin to the last end."""
@@ -57,7 +55,8 @@ def report(rounds: list[dict[int, dict[str, float]]], trials: int) -> None:
 
 def main() -> None:
     """Measure, print, write ``benchmarks/results/workers.json``."""
-    from benchmarks.common import device_here, machine, setting, synthetic_store, write_result
+    from benchmarks.common import device_here, machine, synthetic_store
+    from benchmarks.settings import RESULTS, setting, write_result
 
     device = device_here()
     trials, views, n_rounds = setting("TRIALS", 12), setting("VIEWS", 3000), setting("ROUNDS", 5)

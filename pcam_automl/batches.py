@@ -87,7 +87,7 @@ class StreamedPatches:
         if in_use is not None:
             in_use.synchronize()  # the copy of two batches ago
         if staging is None or len(staging) < len(rows):
-            staging = torch.empty((len(rows), *self.tensor.shape[1:]), dtype=torch.uint8, pin_memory=bool(self._stream))
+            staging = self._new_staging(len(rows))
         held = staging[: len(rows)]
         torch.index_select(self.tensor, 0, torch.from_numpy(rows), out=held)
         if self._stream is None:
@@ -99,6 +99,13 @@ class StreamedPatches:
             copied.record(self._stream)
         self._staging.append((staging, copied))
         return batch, copied
+
+    def _new_staging(self, n: int) -> Tensor:
+        shape = (n, *self.tensor.shape[1:])
+        if self._stream is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        with torch.cuda.device(self.device):  # pinning by this thread would open a context on the first device
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
 def open_patches(store: PatchStore, device: torch.device) -> Patches:

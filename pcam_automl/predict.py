@@ -16,7 +16,7 @@ from pcam_automl.bundle import ModelBundle
 from pcam_automl.calibration import probs_at
 from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
 from pcam_automl.errors import DataError
-from pcam_automl.training.compute import Compute
+from pcam_automl.training.compute import Compute, has_precision
 from pcam_automl.training.scoring import (
     EVAL_BATCH,
     Averaging,
@@ -108,7 +108,10 @@ def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
     if measured.get("device") != str(device):
         return Compute(str(device))
     judged = bundle.provenance.get("inference", measured)  # of a dense network the training's own
-    return Compute(str(device), judged.get("precision", "fp32"), measured.get("channels_last", False))
+    precision = judged.get("precision", "fp32")
+    if not has_precision(device, precision):  # another machine's CPU
+        precision = "fp32"
+    return Compute(str(device), precision, measured.get("channels_last", False))
 
 
 def patch_side(bundle: ModelBundle) -> int:

@@ -13,7 +13,18 @@ import pytest
 import torch
 from easy_set import TINY
 
-from benchmarks import batches, common, convolutions, inference, overhead, plain, roofline, training, workers
+from benchmarks import (
+    batches,
+    common,
+    convolutions,
+    inference,
+    overhead,
+    plain,
+    roofline,
+    settings,
+    training,
+    workers,
+)
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import PcamError
 from pcam_automl.models.factory import build_network
@@ -45,6 +56,25 @@ def test_sides_take_turns_and_the_first_changes() -> None:
     assert found == {"a": [3.0, 6.0], "b": [4.0, 5.0]}
     assert common.ratios(found["b"], found["a"]) == [4 / 3, 5 / 6]
     assert common.spread([3.0, 1.0, 2.0]) == "2.00 (1.00 to 3.00)"
+
+
+def test_settings_are_whole_numbers_or_end_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCAM_BENCH_ROUNDS", "7")
+    assert settings.setting("ROUNDS", 5) == 7
+    monkeypatch.setenv("PCAM_BENCH_ROUNDS", "")
+    assert settings.setting("ROUNDS", 5) == 5
+    assert settings.numbers("CROPS", "48, 64 96") == [48, 64, 96]
+    for wrong in ("abc", "-1", "1.5", " , "):
+        monkeypatch.setenv("PCAM_BENCH_ROUNDS", wrong)
+        with pytest.raises(SystemExit, match="PCAM_BENCH_ROUNDS must be a whole number"):
+            settings.setting("ROUNDS", 5)
+
+
+def test_a_result_says_when_and_where(tmp_path: Path) -> None:
+    settings.write_result(tmp_path / "new" / "one.json", {"rounds": 3})
+    kept = json.loads((tmp_path / "new" / "one.json").read_text())
+    assert set(kept) == {"date", "machine", "rounds"}
+    assert set(kept["machine"]) == {"cpu", "cores", "python"}
 
 
 def test_a_variant_is_named_by_what_is_on() -> None:

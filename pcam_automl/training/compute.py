@@ -9,13 +9,13 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import joblib
 import torch
 from torch import Tensor, nn
 
+from pcam_automl.cpu import cpu_model
 from pcam_automl.errors import InputError, did_you_mean
 from pcam_automl.heap import keep_freed_memory
 from pcam_automl.models.convolution import set_routed
@@ -168,21 +168,26 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def cpu_name() -> str:
     """Model and instruction set of the CPU, on which the last bits of a training depend: ``AMD EPYC 9R45, AVX512``."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(models, platform.processor() or platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def has_precision(device: torch.device, precision: Precision) -> bool:
+    """Whether the device computes in this precision itself; a CPU without bf16 emulates it, far slower than float32."""
+    if precision == "fp32":
+        return True
+    if device.type == "cuda":
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    mkldnn = torch.ops.mkldnn
+    return precision == "bf16" and mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
 def _variants(device: torch.device) -> list[Compute]:
     name = str(device)
     if device.type == "cuda":
-        precision: Precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        precision: Precision = "bf16" if has_precision(device, "bf16") else "fp16"
         return [Compute(name, precision, True), Compute(name, precision, False)]
     variants = [Compute(name, "fp32", True, routed=True), Compute(name, "fp32", True), Compute(name, "fp32", False)]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():  # else bf16 is emulated
+    if has_precision(device, "bf16"):
         variants = [Compute(name, "bf16", True, routed=True), Compute(name, "bf16", True), *variants]
     return variants
 

@@ -15,6 +15,7 @@ from pcam_automl.training import compute as compute_module
 from pcam_automl.training.compute import (
     Compute,
     fixed_variant,
+    has_precision,
     measure,
     measure_compiled,
     measure_fitting,
@@ -100,6 +101,15 @@ def test_fp16_is_the_low_precision_of_a_gpu_without_bf16(monkeypatch: pytest.Mon
     assert fixed_variant(torch.device("cuda:0")).precision == "fp16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert fixed_variant(torch.device("cuda:0")).precision == "bf16"
+
+
+def test_a_cpu_has_bf16_or_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not has_precision(cpu, "bf16")
+    assert has_precision(cpu, "fp32")
+    assert not has_precision(cpu, "fp16")
+    assert fixed_variant(cpu).precision == "fp32"
 
 
 def test_deterministic_mode_is_torchs_own() -> None:
