@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pcam_automl.config import StudySettings
 from pcam_automl.search.lineages import FINISHED
 from pcam_automl.search.reading import SETTINGS_KEY
-from pcam_automl.search.slots import _TABLE as SLOTS
+from pcam_automl.search.slots import TABLE as SLOTS
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.training.engine import RungResult

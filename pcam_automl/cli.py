@@ -15,7 +15,7 @@ from pcam_automl import (
     __version__,
     clock,  # noqa: F401 - first: a budget counts from here
 )
-from pcam_automl.command_line import data, networks, search, studies
+from pcam_automl.command_line import data, networks, queue, search, studies
 from pcam_automl.errors import Interrupted, PcamError
 from pcam_automl.waiting import choose_waiting
 
@@ -35,6 +35,9 @@ app = typer.Typer(
 for _command in (
     data.prepare,
     search.search,
+    queue.submit,
+    queue.worker,
+    queue.serve,
     studies.status,
     studies.audit,
     studies.replay,

@@ -14,7 +14,9 @@ from pcam_automl.goals import Goal, ObjectiveName, goal_of
 
 SplitBy = Literal["slides", "domains"]
 DEFAULT_STUDY = "pcam"
+STORAGE_VARIABLE = "PCAM_AUTOML_STORAGE"
 DEFAULT_STORAGE = "sqlite:///studies/pcam.db"
+GRACE_S, LEAST_GRACE_S = 300.0, 2.0
 DATA_PLACES = ("data/pack", "histopathologic-cancer-detection")
 HOW_TO_GET_DATA = (
     "get it with `kaggle competitions download -c histopathologic-cancer-detection` and unzip it, then give --data FOLDER; "
@@ -24,7 +26,7 @@ HOW_TO_GET_DATA = (
 
 def storage_url(given: str | None) -> str:
     """``--storage``, else ``PCAM_AUTOML_STORAGE``, else the default SQLite file under ``studies/``."""
-    return given or os.environ.get("PCAM_AUTOML_STORAGE") or DEFAULT_STORAGE
+    return given or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
 
 
 def studies_folder(url: str) -> Path:
@@ -144,6 +146,8 @@ class StudySettings(BaseModel):
     warm_start: str | None = None
     prior: str | None = None
     command: str = ""
+    grace_s: Annotated[float, Field(ge=LEAST_GRACE_S)] = GRACE_S
+    """Seconds without a sign of life after which a worker of another host is taken for lost."""
     objective: ObjectiveName = "auc"
     split_by: SplitBy = "slides"
     domains_hash: str | None = None

@@ -9,20 +9,20 @@ from pathlib import Path
 from pcam_automl.errors import InputError
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, option: str = "--port") -> None:
     """Say in one line that the address cannot be bound, before a study is loaded.
 
     Raises:
         InputError: the port is out of range or taken, or the host is not this machine's.
     """
     if not 0 < port < 65536:
-        raise InputError(f"--port must be in [1, 65535], got {port}")
+        raise InputError(f"{option} must be in [1, 65535], got {port}")
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as fault:
         raise InputError(
-            f"--port {port} on {host} cannot be used ({fault.strerror}); choose another with --port"
+            f"{option} {port} on {host} cannot be used ({fault.strerror}); choose another with {option}"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,15 @@ FILE_COLUMNS = 160
 """Width of tables that go into a file or a pipe, where nothing is gained by squeezing columns."""
 
 
+class PLAIN:
+    """``--plain``: no bars, a time before each line; for logs."""
+
+    on = False
+
+
 def say(text: str) -> None:
     """One line to stderr, as it is (no markup is read from it)."""
-    err.print(escape(text))
+    err.print((time.strftime("%Y-%m-%d %H:%M:%S ") if PLAIN.on else "") + escape(text))
 
 
 def result(text: str) -> None:
@@ -93,7 +100,7 @@ class Bars:
             TimeRemainingColumn,
         )
 
-        self.shown = err.is_terminal
+        self.shown = err.is_terminal and not PLAIN.on
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),

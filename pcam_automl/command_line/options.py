@@ -59,6 +59,58 @@ WeightsFrom = Annotated[
     ),
 ]
 
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=64,
+        help="Worker processes on this machine; one a GPU by default, on a CPU one.",
+        metavar="N",
+    ),
+]
+WorkersPerDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--workers-per-device",
+        help="Workers on each GPU (or the CPU): a number, or auto to measure what fits and pays.",
+        metavar="N",
+    ),
+]
+CheckpointQuota = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint-quota",
+        help="What paused trials' checkpoints may take; the least promising go first.",
+        metavar="SIZE",
+    ),
+]
+MaxRetries = Annotated[
+    int,
+    typer.Option(
+        "--max-retries",
+        min=0,
+        help="How often a trial whose worker was killed goes on from its last checkpoint.",
+        metavar="N",
+    ),
+]
+Timeout = Annotated[
+    str | None,
+    typer.Option("--timeout", help="No new trial starts after this time: 90s, 30m, 1h30m.", metavar="TIME"),
+]
+
+
+def _plain(on: bool) -> bool:
+    from pcam_automl import terminal
+
+    terminal.PLAIN.on = on
+    return on
+
+
+Plain = Annotated[
+    bool, typer.Option("--plain", callback=_plain, help="No bars and tables, a time before each line: for logs.")
+]
+DEFAULT_QUOTA, DEFAULT_RETRIES = "5GB", 3
 WithReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")]
 RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe (`recipes` lists them), or a YAML file.")]
 Fold = Annotated[

@@ -20,8 +20,30 @@ from pcam_automl.command_line.options import (
 )
 
 
-def status(study: StudyName = "pcam", storage: Storage = None, json: Json = False) -> None:
+def status(
+    study: StudyName = "pcam",
+    storage: Storage = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="One line for each study of the storage, in the order they are served.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Whether rows, slots, lineages, rungs and checkpoints agree; exit code 1 if not."),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Trials by state, the best trial, its interval and its equals, what mattered, seconds spent."""
+    if check:
+        from pcam_automl.commands.queue import run_check
+
+        if not run_check(study, storage, as_json=json):
+            raise typer.Exit(1)
+        return
+    if all_:
+        from pcam_automl.commands.queue import run_status_all
+
+        run_status_all(storage, as_json=json)
+        return
     from pcam_automl.commands.search import run_status
 
     run_status(study, storage, as_json=json)

@@ -23,7 +23,7 @@ from pcam_automl.commands.final_card import (
     maps_on_test,
     out_of_fold_scores,
 )
-from pcam_automl.config import StudySettings, find_data, storage_url, studies_folder
+from pcam_automl.config import GRACE_S, StudySettings, find_data, storage_url, studies_folder
 from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
@@ -236,6 +236,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
     words += ["--cost-aware"] if settings.cost_aware else []
+    words += ["--grace", f"{settings.grace_s:g}s"] if settings.grace_s != GRACE_S else []
     words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -16,11 +17,12 @@ from pcam_automl.clock import process_age_s
 from pcam_automl.commands.audit import audit_warning, ranking_lines
 from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.errors import StudyError
-from pcam_automl.interrupt import stop_signal
+from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import Audit, audit_study
 from pcam_automl.search.lineages import THAWED_FROM
+from pcam_automl.search.overview import SEARCHED_KEY
 from pcam_automl.search.ranking import Ranking, rank_study
-from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
+from pcam_automl.search.reading import TRIALS_KEY, best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
 
@@ -51,49 +53,93 @@ def run_search(
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
     over; in this process or in several.
     """
-    from pcam_automl.commands.workers import devices_for, run_many
+    from pcam_automl.commands.workers import devices_for
     from pcam_automl.search.create import create_or_open_study
-    from pcam_automl.search.objective import Objective
-    from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
     from pcam_automl.search.storage import storage_faults
-    from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
-    from pcam_automl.training.compute import use_device
 
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    devices = devices_for(asked, n_workers, per_device, studies_folder(storage_url(url)))
+    devices = devices_for(asked, n_workers, per_device, url)
     asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
-    go_on = "every finished trial is stored; the same command goes on"
-    with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
+    with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        clock, ledger = _budget(opened, asked.budget_s)
-        limits = Limits(
-            n_trials or NEVER_ENDS,
-            timeout_s,
-            clock,
-            DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes,
-            thaws,
-            max_retries,
-        )
-        print_plan(opened, n_trials, clock)
-        _check_time(opened, clock)
-        try:
-            if len(devices) > 1:
-                end = run_many(opened, url, asked, devices, limits, stop=stop, finished=ledger.note)
-            else:
-                device = use_device(asked.device, deterministic=opened.settings.deterministic)
-                with terminal.Bars() as bars:
-                    show = _SearchShow(bars, opened, limits, ledger)
-                    objective = Objective(opened, device, stop=stop.check, watch=show.watch())
-                    with stop.deferred():
-                        end = run_worker(objective, limits, finished=show.finished)
-        finally:
-            ledger.note()
+        if n_trials is not None:
+            opened.study.set_user_attr(TRIALS_KEY, n_trials)
+        work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
+        end = work_on(opened, asked, devices, work, stop=stop)
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 
-def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | None, Ledger]:
+GO_ON = "every finished trial is stored; the same command goes on"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command does on a study: see :class:`~pcam_automl.search.worker.Limits`.
+
+    Attributes:
+        n_trials: the study's total; None where its budget alone ends it.
+        budget_s: the study's.
+        timeout_s: of this command.
+        quota_bytes: of the checkpoints.
+        thaws: whether paused trials go on.
+        max_retries: of a trial whose worker was killed.
+        waits: for other workers' trials.
+        yields: see Limits; for a worker in this process.
+        command: for the ledger of the budget.
+    """
+
+    n_trials: int | None
+    budget_s: float | None
+    timeout_s: float | None = None
+    quota_bytes: int | None = None
+    thaws: bool = True
+    max_retries: int = 3
+    waits: bool = False
+    yields: Callable[[], bool] | None = None
+    command: str = "search"
+
+
+def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work, *, stop: StopSignal) -> SearchEnd:
+    """Print the plan and run trials on the devices, in this process or in one for each of several."""
+    from pcam_automl.commands.workers import run_many
+    from pcam_automl.search.objective import Objective
+    from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
+    from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
+    from pcam_automl.training.compute import use_device
+
+    clock, ledger = _budget(opened, work.budget_s, work.command)
+    limits = Limits(
+        work.n_trials or NEVER_ENDS,
+        work.timeout_s,
+        clock,
+        DEFAULT_QUOTA_BYTES if work.quota_bytes is None else work.quota_bytes,
+        work.thaws,
+        work.max_retries,
+        work.waits,
+        work.yields,
+    )
+    print_plan(opened, work.n_trials, clock)
+    _check_time(opened, clock)
+    try:
+        if len(devices) > 1:
+            end = run_many(opened, opened.url, devices, limits, stop=stop, finished=ledger.note)
+        else:
+            device = use_device(asked.device, deterministic=opened.settings.deterministic)
+            with terminal.Bars() as bars:
+                show = _SearchShow(bars, opened, limits, ledger)
+                objective = Objective(opened, device, stop=stop.check, watch=show.watch())
+                with stop.deferred():
+                    end = run_worker(objective, limits, finished=show.finished)
+    finally:
+        ledger.note()
+    if end.why == "budget" and work.budget_s is not None:
+        opened.study.set_user_attr(SEARCHED_KEY, work.budget_s)
+    return end
+
+
+def _budget(opened: OpenStudy, budget_s: float | None, command: str) -> tuple[BudgetClock | None, Ledger]:
     """The clock of the budget that was asked for, and this command's entry among what is spent.
 
     Raises:
@@ -102,7 +148,7 @@ def _budget(opened: OpenStudy, budget_s: float | None) -> tuple[BudgetClock | No
     from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, set_budget, spent_s
 
     held = budget_of(opened.study)
-    ledger = Ledger(opened.study, "search", kept=budget_s is not None or held is not None)
+    ledger = Ledger(opened.study, command, kept=budget_s is not None or held is not None)
     if budget_s is None:
         return None, ledger
     if held is not None and budget_s < held:
@@ -178,7 +224,7 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
     if planned is not None and planned["total_s"] == total:
         starts = [max(1, round(planned["n_started"] / 3**rung)) for rung in range(n_rungs)]
         terminal.say(
-            f"  planned: about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, a whole one takes about {say(planned['trial_s'])}"
+            f"  planned: about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, a whole one takes about {say(planned.get('whole_s', planned['trial_s']))}"
         )
 
 
@@ -346,16 +392,21 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
         terminal.result(f"parameter importances: {summary.importances_note}")
 
 
+def warn_of_open_address(host: str, port: int) -> None:
+    """A line where others than this machine can reach the dashboard."""
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        terminal.say(
+            f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies"
+        )
+
+
 def run_dashboard(url: str | None, *, host: str, port: int) -> None:
     """Serve optuna-dashboard until Ctrl-C."""
     from pcam_automl.dashboard import check_port, serve_dashboard
 
     url = storage_url(url)
     check_port(host, port)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        terminal.say(
-            f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies"
-        )
+    warn_of_open_address(host, port)
     line = f"dashboard of {safe_url(url)}: http://{host}:{port}/  (Ctrl-C ends it)"
     with stop_signal("nothing was lost"):
         serve_dashboard(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pcam_automl import terminal
-from pcam_automl.config import find_data
+from pcam_automl.config import find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import DataError
 from pcam_automl.interrupt import StopSignal
@@ -17,25 +17,28 @@ from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.settling import Settled, settle_lost
 from pcam_automl.search.slots import Slots
+from pcam_automl.search.sqlite_place import check_few
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd, Settled, settle_lost
+from pcam_automl.search.worker import Limits, SearchEnd
 from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
+from pcam_automl.workers_board import Board
 
 _PACK_BYTES_UNKNOWN = 6_100_000_000
 """Kaggle's training set, where the size of the data is not known before they are packed."""
 
 
-def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, studies: Path) -> list[str]:
-    """The device of each worker; ``auto`` measures the recipe that the search starts from.
+def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, url: str | None) -> list[str]:
+    """The device of each worker, one a GPU unless told otherwise; ``auto`` measures the recipe that the search starts from.
 
     Raises:
         InputError: see :func:`~pcam_automl.search.placement.worker_devices`.
+        StudyError: more than the storage takes.
     """
-    if n_workers is None and per_device is None:
-        return [asked.device]
+    studies = studies_folder(storage_url(url))
 
     def fitting(device: torch.device) -> int:
         recipe = load_recipe(find_config("recipes", asked.recipe or "default"), overrides={"pretrained": False})
@@ -43,6 +46,9 @@ def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, stu
         return _n_on_cpu(recipe, studies) if device.type == "cpu" else _n_on_gpu(recipe, device, asked, studies)
 
     devices = worker_devices(asked.device, n_workers, per_device, fitting=fitting)
+    check_few(storage_url(url), len(devices))
+    if n_workers is None and per_device is None and len(devices) == 1:
+        return [asked.device]
     terminal.say(f"{len(devices)} worker{'s' * (len(devices) > 1)} on {', '.join(sorted(set(devices)))}")
     return devices
 
@@ -91,18 +97,17 @@ def _pack_bytes(asked: Asked) -> int:
 def run_many(
     opened: OpenStudy,
     url: str | None,
-    asked: Asked,
     devices: Sequence[str],
     limits: Limits,
     *,
     stop: StopSignal,
     finished: Callable[[], None] = lambda: None,
 ) -> SearchEnd:
-    """Run the workers under one bar for the study and one each; ``finished`` is called after each trial."""
+    """Run the workers under one table of them and a bar for the study; ``finished`` is called after each trial."""
     # What is asked agrees with the study by now; a worker needs only where the data are.
     task = WorkerTask(opened.name, url, Asked(data=opened.store.root), limits, len(devices))
-    with terminal.Bars() as bars:
-        show = _WorkersShow(bars, opened, limits, devices, finished)
+    with Board(devices, len(opened.settings.rungs), opened.settings.goal.short) as board:
+        show = _WorkersShow(board, opened, limits, finished)
         slots = Slots(engine_of(opened.study), opened.name)
 
         def settle() -> str:
@@ -158,38 +163,28 @@ class StudyBar:
 
 
 class _WorkersShow:
-    """One line a finished trial, a bar for the study and one for each worker's running trial."""
+    """One line a finished trial, above the table of the workers and the study's bar."""
 
-    def __init__(
-        self,
-        bars: terminal.Bars,
-        opened: OpenStudy,
-        limits: Limits,
-        devices: Sequence[str],
-        finished: Callable[[], None],
-    ) -> None:
-        self.bars, self.finished, self.goal = bars, finished, opened.settings.goal
-        self.total = StudyBar(bars, limits, n_finished_of(opened.study))
-        self.bar = [bars.add(f"worker {number} on {device} starting", None) for number, device in enumerate(devices)]
-        self.name = [""] * len(devices)
+    def __init__(self, board: Board, opened: OpenStudy, limits: Limits, finished: Callable[[], None]) -> None:
+        self.board, self.finished, self.goal = board, finished, opened.settings.goal
+        self.total = StudyBar(board, limits, n_finished_of(opened.study))
 
     def heard(self, said: Heard) -> None:
         from pcam_automl.commands.search import finished_line
 
         self.total.tick()
-        worker, values = said.worker, said.values
+        row, values = self.board.rows[said.worker], said.values
         if said.kind == "begins":
-            number, backbone, views = values
-            self.name[worker] = f"trial {number} {backbone}"
-            self.bars.restart(self.bar[worker], f"{self.name[worker]} views", views)
+            row.begins(*values)
         elif said.kind == "views":
-            self.bars.step(self.bar[worker], values[0])
+            row.views += values[0]
         elif said.kind == "rung":
-            self.bars.set(self.bar[worker], text=f"{self.name[worker]} {self.goal.short} {values[1]:.4f} views")
+            _, row.score, row.rung, row.images_per_s = values
         elif said.kind == "note":
             terminal.say(values[0])
         elif said.kind == "finished":
             trial, n_finished, best = values
             self.total.set(n_finished)
             self.finished()
+            row.text = "between two trials"
             terminal.say(finished_line(trial, best, self.goal))

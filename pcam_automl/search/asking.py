@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import optuna
 
+from pcam_automl.config import LEAST_GRACE_S
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
@@ -152,6 +153,8 @@ def check_options(asked: Asked) -> None:
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.grace_s is not None and asked.grace_s < LEAST_GRACE_S:
+        raise InputError(f"--grace must be at least {LEAST_GRACE_S:.0f}s, got {asked.grace_s:g}s")
     if asked.prior not in (None, NONE):
         load_prior(asked.prior)
     if asked.probe not in (None, *MODES):

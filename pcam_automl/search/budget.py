@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -20,7 +21,7 @@ from pcam_automl.clock import process_age_s
 from pcam_automl.errors import OutOfTime
 
 TOTAL_KEY = "pcam_automl:budget_s"
-_RUN_KEY = "pcam_automl:run:"
+RUN_KEY = "pcam_automl:run:"
 CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
 """Of the budget, at most; the search has the rest. On two cores six minutes of 2,822 patches are best spent on training: a
 search of 45 % of them found nothing better than its first trial. In four hours on a GPU 60 epochs are a twentieth, and the
@@ -52,8 +53,10 @@ class BudgetPlan:
         search_s: start-up, packing and trials.
         confirm_s: the top trials again on other folds.
         final_s: final training and prediction.
-        trial_s: a whole trial (all rungs) of the typical network.
+        trial_s: training steps of a whole trial (all rungs) of the typical network; its views follow from them.
         n_started: lineages that the search's seconds are expected to start.
+        free_s: of the search, without start-up.
+        whole_s: a whole trial of the network that the search starts with, scoring, decay branches and all.
     """
 
     total_s: float
@@ -62,6 +65,12 @@ class BudgetPlan:
     final_s: float
     trial_s: float
     n_started: int
+    free_s: float
+    whole_s: float
+
+    def with_trial(self, whole_s: float) -> BudgetPlan:
+        """The same for trials that take so long, which is known once their rungs are set."""
+        return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
 
 
 def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = None, n_final: int = 0) -> BudgetPlan:
@@ -80,9 +89,14 @@ def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = N
     search_s = total_s - confirm_s - final_s
     free_s = max(search_s - used_s, 0.2 * search_s)
     trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
-    bracket_s = BRACKET_TRIALS * trial_s + BRACKET_ROWS * ROW_S
-    n_started = max(1, round(BRACKET * (free_s - trial_s) / bracket_s))  # trial 0 runs through beside them
-    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started)
+    n_started = _n_lineages(free_s, trial_s)
+    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
+
+
+def _n_lineages(free_s: float, whole_s: float) -> int:
+    """Lineages that start in so many seconds, trial 0 running through beside the brackets."""
+    bracket_s = BRACKET_TRIALS * whole_s + BRACKET_ROWS * ROW_S
+    return max(1, round(BRACKET * (free_s - whole_s) / bracket_s))
 
 
 def final_seconds(total_s: float, images_per_s: float | None, n_final: int) -> float:
@@ -113,7 +127,7 @@ class Ledger:
         self.study, self.command, self.kept = study, command, kept
         self.began_at = time.time() - process_age_s()
         self._began = time.monotonic() - process_age_s()
-        self._key = f"{_RUN_KEY}{uuid.uuid4().hex}"
+        self._key = f"{RUN_KEY}{uuid.uuid4().hex}"
 
     @property
     def seconds(self) -> float:
@@ -138,9 +152,21 @@ class Interval:
 
 def intervals_of(study: optuna.Study) -> list[Interval]:
     """What was noted, by beginning."""
-    entries = [json.loads(text) for key, text in study.user_attrs.items() if key.startswith(_RUN_KEY)]
-    found = [Interval(str(e["command"]), float(e["began"]), float(e["seconds"])) for e in entries]
-    return sorted(found, key=lambda one: one.began)
+    return sorted(map(_interval, _run_texts(study.user_attrs)), key=lambda one: one.began)
+
+
+def _run_texts(attrs: Mapping[str, Any]) -> list[str]:
+    return [text for key, text in attrs.items() if key.startswith(RUN_KEY)]
+
+
+def _interval(text: str) -> Interval:
+    entry = json.loads(text)
+    return Interval(str(entry["command"]), float(entry["began"]), float(entry["seconds"]))
+
+
+def union_of_attrs(attrs: Mapping[str, Any]) -> float:
+    """Seconds of the budget that the runs noted among a study's attributes have spent."""
+    return union_seconds(map(_interval, _run_texts(attrs)))
 
 
 def union_seconds(intervals: Iterable[Interval]) -> float:

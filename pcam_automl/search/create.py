@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import optuna
 import torch
 
 from pcam_automl.clock import process_age_s
-from pcam_automl.config import SplitBy, StudySettings, check_study_name, find_data, storage_url, studies_folder
+from pcam_automl.config import GRACE_S, SplitBy, StudySettings, check_study_name, find_data, storage_url, studies_folder
 from pcam_automl.data.domains import Domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
@@ -35,7 +36,7 @@ from pcam_automl.search.asking import (
 )
 from pcam_automl.search.budget import BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
-from pcam_automl.search.plan import Plan, make_plan
+from pcam_automl.search.plan import Plan, make_plan, trial_seconds
 from pcam_automl.search.priors import NONE
 from pcam_automl.search.probe_study import LIMIT_S, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
@@ -188,6 +189,7 @@ def _asked_settings(asked: Asked) -> dict[str, Any]:
         "prior": None if asked.prior in (None, NONE) else asked.prior,
         "command": asked.command,
         "cost_aware": asked.cost_aware,
+        "grace_s": GRACE_S if asked.grace_s is None else asked.grace_s,
     }
 
 
@@ -257,7 +259,10 @@ def _planned(
         speed=speed,
         progress=say,
     )
-    return plan, budget
+    if budget is None:
+        return plan, None
+    rate = plan.images_per_s.get(start.backbone, statistics.median(plan.images_per_s.values()))
+    return plan, budget.with_trial(trial_seconds(start, plan.rungs, plan.n_score, rate))
 
 
 def _full(path: Path | None) -> str | None:

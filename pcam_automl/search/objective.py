@@ -67,6 +67,7 @@ class Objective:
         thawed_from: the paused row that the next trial goes on from, set by the worker.
         goes_on: whether the last trial, which failed, left a lineage to go on with.
         writer: of the checkpoints; the worker flushes it.
+        number: of the last trial that began.
     """
 
     opened: OpenStudy
@@ -81,6 +82,7 @@ class Objective:
     thawed_from: int | None = None
     goes_on: bool = False
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
+    number: int | None = None
 
     def __post_init__(self) -> None:
         self._patches: Patches = open_patches(self.opened.store, self.device)
@@ -99,7 +101,7 @@ class Objective:
             optuna.TrialPruned: the pruner said so, or the training diverged.
         """
         assert self.slot is not None
-        self.interrupted, self.goes_on = None, False
+        self.interrupted, self.goes_on, self.number = None, False, trial.number
         lineage = self.slot.lineage or f"{trial.number}"
         self.begun(self.slot, trial.number, lineage)
         began = time.perf_counter()
@@ -135,9 +137,9 @@ class Objective:
             reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
             raise
         finally:
-            seconds = round(time.perf_counter() - began, 3)
-            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak_memory_bytes(self.device))
+            seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             self._release()
+            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak)
 
     def _train(self, trial: Trial, lineage: str) -> float:
         recipe, compute, rungs = self._settle(trial, lineage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class Heard:
 
     Attributes:
         worker: its number, from 0.
-        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, objective), ``note`` (text),
+        kind: ``begins`` (trial number, backbone, views), ``views`` (n), ``rung`` (trial number, objective, rung from 1, images/s), ``note`` (text),
             ``finished`` (trial, number of finished trials, best trial or None), ``ended`` (:class:`SearchEnd`), ``fault`` (name of the error, text).
         values: as above.
     """
@@ -207,9 +208,11 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
     """A worker process."""
+    speaking = threading.Lock()
 
     def tell(kind: Kind, *values: Any) -> None:
-        pipe.send(Heard(number, kind, values))
+        with speaking:  # the thread that looks for lost workers speaks, too
+            pipe.send(Heard(number, kind, values))
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     code, parent = 0, os.getppid()
@@ -259,6 +262,6 @@ def _watch(tell: Callable[..., None], goal: Goal) -> Watch:
     return Watch(
         begins=lambda number, recipe, views: tell("begins", number, recipe.backbone, views),
         views=views,
-        rung=lambda number, result: tell("rung", number, goal.value_of(result)),
+        rung=lambda number, result: tell("rung", number, goal.value_of(result), result.rung + 1, result.images_per_s),
         note=lambda text: tell("note", text),
     )

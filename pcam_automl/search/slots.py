@@ -25,7 +25,7 @@ State = Literal["claimed", "done", "open", "thawing"]
 """``thawing`` is the moment between the claim of a paused lineage's slot and the row that goes on with it."""
 
 _METADATA = sa.MetaData()
-_TABLE = sa.Table(
+TABLE = sa.Table(
     "pcam_automl_slots",
     _METADATA,
     sa.Column("study_name", sa.String(512), primary_key=True),  # 512 as in Optuna's own table
@@ -38,7 +38,7 @@ _TABLE = sa.Table(
     sa.Column("updated_at", sa.BigInteger, nullable=False),  # whole seconds since 1970, UTC
     sa.UniqueConstraint("study_name", "trial_number", name="pcam_automl_slots_trial"),
 )
-_C = _TABLE.c
+_C = TABLE.c
 _FEW = 200
 """So many trial numbers are looked up by name; for more the whole table is read."""
 
@@ -118,7 +118,7 @@ class Slots:
         try:
             retry_transient(lambda: _METADATA.create_all(engine))
         except sa.exc.DBAPIError:
-            if not sa.inspect(engine).has_table(_TABLE.name):  # else another process made it at the same moment
+            if not sa.inspect(engine).has_table(TABLE.name):  # else another process made it at the same moment
                 raise
 
     def claim(self, n_total: int, owner: str) -> Slot | None:
@@ -242,7 +242,7 @@ class Slots:
 
     def clear(self) -> None:
         """Forget every slot of the study: for a study that is deleted, or made anew under an old name."""
-        self._run(sa.delete(_TABLE).where(_C.study_name == self.study_name))
+        self._run(sa.delete(TABLE).where(_C.study_name == self.study_name))
         self._seen_done.clear()
 
     def counts(self) -> dict[State, int]:
@@ -260,7 +260,7 @@ class Slots:
         return self._select(_C.state.in_(("claimed", "thawing")))
 
     def _last(self) -> sa.ScalarSelect[int]:
-        last = _TABLE.alias()
+        last = TABLE.alias()
         return sa.select(sa.func.max(last.c.slot)).where(last.c.study_name == self.study_name).scalar_subquery()
 
     def _read(self, number: int) -> Slot | None:
@@ -278,13 +278,13 @@ class Slots:
 
     def _update(self, number: int, values: dict[str, Any], *conditions: sa.ColumnElement[bool]) -> bool:
         where = (_C.study_name == self.study_name, _C.slot == number, *conditions)
-        return self._run(sa.update(_TABLE).where(*where).values(updated_at=int(time.time()), **values)) == 1
+        return self._run(sa.update(TABLE).where(*where).values(updated_at=int(time.time()), **values)) == 1
 
     def _insert(self, number: int, **values: Any) -> bool:
         """False if that number, or that trial, has a slot already."""
         row = {"study_name": self.study_name, "slot": number, "updated_at": int(time.time()), **values}
         try:
-            self._run(sa.insert(_TABLE).values(**row))
+            self._run(sa.insert(TABLE).values(**row))
         except sa.exc.IntegrityError:
             return False
         except sa.exc.DataError as fault:

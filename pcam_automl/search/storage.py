@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -23,6 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
 
 T = TypeVar("T")
@@ -30,8 +32,19 @@ logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 60
 CONNECT_TIMEOUT_S = 10
-# A database server that restarts is away for some seconds; 7 tries over half a minute.
+# A database server that restarts is away for some seconds; 7 tries over half a minute, more where a worker waits longer.
 PAUSES_S: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 8.0, 20.0)
+WORKERS_PATIENCE_S = 300.0
+"""A worker trains on and waits so long for a database that is away, then ends; its checkpoints stay."""
+_AWAY = (
+    "connection refused",
+    "starting up",
+    "shutting down",
+    "recovery mode",
+    "not yet accepting connections",
+    "closed the connection unexpectedly",
+    "connection timeout expired",
+)
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 # Serialization failure, deadlock, server shutting down or starting; MySQL's lock timeout, deadlock, lost server.
@@ -73,6 +86,7 @@ def _make_folder(url: str, *, create: bool) -> None:
     path = sqlite_path(url)
     if path is None:
         return
+    check_local(path)
     if path.is_dir():
         raise StudyError(
             f"storage {safe_url(url)} is a folder; name a file in it, e.g. {safe_url(url).rstrip('/')}/pcam.db"
@@ -102,13 +116,12 @@ def _probe(url: str, *, write: bool) -> None:
             connection.rollback()
 
 
-def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int = 300, create: bool = True) -> RetryingStorage:
+def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> RetryingStorage:
     """Open (and where needed make) the database of the studies.
 
     Args:
         url: SQLAlchemy URL; SQLite files get their folder, write-ahead logging and a 60 s busy timeout.
-        heartbeat_s: seconds between the signs of life of a running trial, positive.
-        grace_s: a trial without a sign of life for so many seconds is failed by the next worker, positive.
+        heartbeat_s: seconds between the signs of life of a running trial, positive; a worker sets its study's.
         create: False refuses an SQLite file that does not exist instead of making it.
 
     Raises:
@@ -118,25 +131,33 @@ def open_storage(url: str, *, heartbeat_s: int = 60, grace_s: int = 300, create:
     _make_folder(url, create=create)
     try:
         _probe(url, write=create)
-        return retry_transient(lambda: _build(url, heartbeat_s, grace_s), only=_is_creation_race)
+        return retry_transient(lambda: _build(url, heartbeat_s), only=_is_creation_race)
     except (sa.exc.SQLAlchemyError, StorageInternalError, ImportError) as fault:
         raise storage_fault(url, fault) from None
     except RuntimeError as fault:  # Optuna's word on a schema of another version
         raise StudyError(f"storage {safe_url(url)}: {scrubbed(fault, url)}") from None
 
 
-def _build(url: str, heartbeat_s: int, grace_s: int) -> RetryingStorage:
+def _build(url: str, heartbeat_s: int) -> RetryingStorage:
     with quiet_experimental():
         return RetryingStorage(
             url.replace("{", "{{").replace("}", "}}"),  # Optuna formats the URL as a template
             engine_kwargs=engine_options(url),
             heartbeat_interval=heartbeat_s,
-            grace_period=grace_s,
         )
 
 
 def engine_of(of: Study | BaseStorage) -> sa.Engine:
-    """The SQLAlchemy engine of a study or a storage, also under the cache that Optuna puts around a study's storage.
+    """The SQLAlchemy engine of a study or a storage.
+
+    Raises:
+        StudyError: it does not live in an SQL database.
+    """
+    return rdb_of(of).engine
+
+
+def rdb_of(of: Study | BaseStorage) -> RDBStorage:
+    """The SQL storage of a study, also under the cache that Optuna puts around it.
 
     Raises:
         StudyError: it does not live in an SQL database.
@@ -145,7 +166,7 @@ def engine_of(of: Study | BaseStorage) -> sa.Engine:
     inner = getattr(storage, "_backend", storage)
     if not isinstance(inner, RDBStorage):
         raise StudyError(f"a study of this package lives in an SQL database, got {type(inner).__name__}")
-    return inner.engine
+    return inner
 
 
 def storage_fault(url: str, fault: Exception) -> StudyError:
@@ -168,6 +189,11 @@ def storage_fault(url: str, fault: Exception) -> StudyError:
         }
         advice = next((words for sign, words in remedy.items() if sign in text), "see the message")
         return StudyError(f"storage {shown} cannot be used: {text}; {advice}")
+    if PATIENCE.exhausted:
+        return StudyError(
+            f"storage {shown} was away for more than {WORKERS_PATIENCE_S / 60:.0f} minutes ({text}); "
+            "scored rungs are kept as checkpoints, the same command goes on once it is back"
+        )
     return StudyError(f"storage {shown} cannot be used: {text}; check host, port, user, password and database name")
 
 
@@ -214,24 +240,60 @@ def is_transient(fault: Exception) -> bool:
     if codes and codes[0] in _TRANSIENT_MYSQL:
         return True
     text = str(found.orig).lower()
-    return isinstance(found, sa.exc.OperationalError) and ("connection refused" in text or "starting up" in text)
+    return isinstance(found, sa.exc.OperationalError) and any(words in text for words in _AWAY)
+
+
+@dataclass
+class Patience:
+    """How long this process waits for its database beyond the pauses of ``PAUSES_S``.
+
+    Attributes:
+        seconds: of a call, from its first try; 0 leaves it at the pauses.
+        exhausted: whether a call has given up; others then fail at their first try, until one succeeds.
+    """
+
+    seconds: float = 0.0
+    exhausted: bool = False
+
+
+PATIENCE = Patience()
+
+
+@contextmanager
+def patient(seconds: float = WORKERS_PATIENCE_S) -> Iterator[None]:
+    """Inside the block every database call of this process, heartbeats too, waits so long for a server that is away."""
+    PATIENCE.seconds, PATIENCE.exhausted = seconds, False
+    try:
+        yield
+    finally:
+        PATIENCE.seconds = 0.0
 
 
 def retry_transient(call: Callable[[], T], *, only: Callable[[Exception], bool] = is_transient) -> T:
-    """``call()``, again after each pause of ``PAUSES_S`` while it fails with a fault that ``only`` accepts.
+    """``call()``, again after each pause of ``PAUSES_S``, and then after the last of them for as long as there is
+    :class:`Patience`, while it fails with a fault that ``only`` accepts.
 
     Raises:
         Exception: the last fault, unchanged.
     """
-    for pause_s in PAUSES_S:
+    began, tries = time.monotonic(), 0
+    while True:
         try:
-            return call()
+            result = call()
         except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
-            if not only(fault):
+            if not only(fault) or PATIENCE.exhausted:
                 raise
-            logger.debug("database fault, next try in %s s: %s", pause_s, type(fault).__name__)
+            pause_s = PAUSES_S[min(tries, len(PAUSES_S) - 1)]
+            if tries >= len(PAUSES_S) and time.monotonic() - began + pause_s > PATIENCE.seconds:
+                PATIENCE.exhausted = PATIENCE.seconds > 0
+                raise
+            if tries == len(PAUSES_S):
+                logger.warning("the database has been away for %.0f s; waiting on", time.monotonic() - began)
+            tries += 1
+        else:
+            PATIENCE.exhausted = False
+            return result
         time.sleep(pause_s * random.uniform(0.5, 1.0))  # so that six workers do not come back at once
-    return call()
 
 
 class RetryingStorage(RDBStorage):
@@ -337,6 +399,12 @@ class RetryingStorage(RDBStorage):
                 self._unwritten[trial_id] = params  # the database may be back at the next write
             raise  # a trial that another worker ended is refused once, and the study stays readable
 
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """None: lost workers' trials are ended by silence.py and settling.py, which know slots, lineages and checkpoints and
+        go by no clock of the database's.
+        """
+        return []
+
     def record_heartbeat(self, trial_id: int) -> None:
         """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
         try:
@@ -384,7 +452,7 @@ _RETRIED = """
 set_trial_param set_trial_system_attr
 set_study_user_attr set_study_system_attr get_study_id_from_name get_study_name_from_id get_study_directions
 get_study_user_attrs get_study_system_attrs get_all_studies get_all_trials
-_get_best_trial_id _get_stale_trial_ids get_trial_id_from_study_id_trial_number
+_get_best_trial_id get_trial_id_from_study_id_trial_number
 """
 for _name in _RETRIED.split():
     if hasattr(RDBStorage, _name):

@@ -63,6 +63,7 @@ class Asked:
     command: str = ""
     cost_aware: bool = False
     probe: str | None = None
+    grace_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def split_as(store: PatchStore, settings: StudySettings) -> Split:
 def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     remembered = settings.model_dump()
     given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner", "objective")}
+    given["grace"], remembered["grace"] = asked.grace_s, settings.grace_s
     given["split"], remembered["split"] = asked.split_by, settings.split_by
     if asked.estimate_domains:
         given["domains"], remembered["domains"] = ESTIMATE, settings.domains_hash and ESTIMATE

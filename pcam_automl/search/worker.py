@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -19,16 +18,18 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import audit_trials, runs_through
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
-from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineage_of, lineages_of, sign_of
+from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
 from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.reading import best_of, errors_of, n_finished_in
 from pcam_automl.search.sampler import PerTrialSampler
+from pcam_automl.search.settling import MAX_RETRIES, end_silent, settle_lost
+from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.start import enqueued_for
-from pcam_automl.search.storage import engine_of
+from pcam_automl.search.storage import engine_of, patient, rdb_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 
@@ -37,9 +38,7 @@ AUDIT_EVERY = 10
 """Rows between two looks at whether small rungs mislead."""
 AUDITED_FROM = 100
 """Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
-MAX_RETRIES = 3
-"""Deaths of its worker that a trial survives: more than that, and it is likely what kills them."""
-LOST = "worker lost"
+WAIT_S = 0.5
 NEVER_ENDS = 1_000_000
 """Total of a search that only its budget limits."""
 
@@ -48,7 +47,7 @@ Finished = Callable[[FrozenTrial, list[FrozenTrial]], None]
 
 @dataclass(frozen=True)
 class SearchEnd:
-    """How a worker's run ended: trials it finished, and why it stopped (``done``, ``timeout``, ``budget``, ``claimed elsewhere``)."""
+    """How a worker's run ended: trials it finished, and why it stopped (``done``, ``timeout``, ``budget``, ``yielded``, ``claimed elsewhere``)."""
 
     n_finished: int
     why: str
@@ -66,6 +65,8 @@ class Limits:
         thaws: whether they go on while a budget lasts; for comparisons.
         max_retries: how often a trial whose worker was killed goes on from its last checkpoint before it is given up and
             its slot takes another recipe.
+        waits: for trials that other workers of this host hold, too, before it ends.
+        yields: asked before each trial; True ends the worker, which has something better to do.
     """
 
     n_trials: int
@@ -74,6 +75,8 @@ class Limits:
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     thaws: bool = True
     max_retries: int = MAX_RETRIES
+    waits: bool = False
+    yields: Callable[[], bool] | None = None
 
 
 def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lambda trial, trials: None) -> SearchEnd:
@@ -100,11 +103,29 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     objective.clock = limits.clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
+    rdb_of(study).heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
     try:
-        with long_lived_left_alone():
+        with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
             return _run_trials(objective, study, slots, sampler, limits, finished)
     finally:
         objective.writer.flush()
+
+
+def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol:
+    """Beside the trials: workers of other hosts that fell silent."""
+    opened = objective.opened
+
+    def found(silent: Silent) -> None:
+        ended = end_silent(
+            opened.name, opened.url, silent, checkpoints=opened.checkpoints, max_retries=limits.max_retries
+        ).ended
+        if ended:
+            numbers = ", ".join(map(str, ended))
+            objective.watch.note(
+                f"no sign of life of trial {numbers} for {opened.settings.grace_s:.0f} s: ended as lost, to be gone on with"
+            )
+
+    return Patrol(Watchman(slots, opened.settings.grace_s), found)
 
 
 def _run_trials(
@@ -116,7 +137,7 @@ def _run_trials(
     finished: Finished,
 ) -> SearchEnd:
     opened = objective.opened
-    began, n_finished, owner = time.monotonic(), 0, owner_of_this_process()
+    began, n_finished, owner, waited = time.monotonic(), 0, owner_of_this_process(), False
     n_expected = n_expected_of(opened, limits.n_trials)
     if isinstance(study.pruner, SuccessiveHalving) and n_expected >= AUDITED_FROM:
         study.pruner.spared = lambda lineage, earlier: runs_through(lineage, earlier, seed=opened.settings.seed)
@@ -125,11 +146,22 @@ def _run_trials(
         objective.stop()
         if limits.timeout_s is not None and time.monotonic() - began >= limits.timeout_s:
             return SearchEnd(n_finished, "timeout")
+        if limits.yields is not None and limits.yields():
+            return SearchEnd(n_finished, "yielded")
         settle_lost(study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries)
         if limits.clock is not None:
             limits.clock.learn(best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
+        if turn == "claimed elsewhere" and (held := held_elsewhere(slots, limits)):
+            if not waited:
+                objective.watch.note(
+                    f"other workers hold the last {held} trials; waiting for them, in case they are lost"
+                )
+            waited = True
+            time.sleep(WAIT_S)
+            trials = study.get_trials(deepcopy=False)
+            continue
         if isinstance(turn, str):
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
@@ -227,7 +259,12 @@ def whole_trial_s(opened: OpenStudy, lineages: list[Lineage]) -> float:
     first = [float(rungs[0]["seconds"]) for lineage in lineages if (rungs := lineage.attr("rungs"))]
     ratios = [rung_ratio(steps, rung, decay) for rung in range(len(steps) - 1)]
     planned = opened.settings.plan.get("budget")  # None of a study that was made without one
-    return typical_trial_s(first, ratios, float(planned["trial_s"]) if planned else math.inf)
+    return typical_trial_s(first, ratios, float(planned.get("whole_s", planned["trial_s"])) if planned else math.inf)
+
+
+def held_elsewhere(slots: Slots, limits: Limits) -> int:
+    """Claims that a worker waits for before it ends: of other hosts, which may vanish; or, where it is to wait, of any."""
+    return sum(slot.owner is not None and (limits.waits or owner_alive(slot.owner) is None) for slot in slots.claimed())
 
 
 def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
@@ -260,7 +297,16 @@ def long_lived_left_alone() -> Iterator[None]:
 def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
     """One row through ``study.optimize`` (only there does Optuna's heartbeat run); errors end the row, not the search."""
     ended: list[FrozenTrial] = []
-    study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
+    try:
+        study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
+    except (UpdateFinishedTrialError, ValueError):  # Optuna's word on a row that was ended by others
+        row = None if objective.number is None else study.get_trials(deepcopy=False)[objective.number]
+        if row is None or not row.state.is_finished():
+            raise
+        objective.watch.note(
+            f"trial {row.number} was taken for lost and ended by another worker; what it did since is dropped"
+        )
+        return row
     return ended[0]
 
 
@@ -278,68 +324,6 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     else:
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Rows of dead workers that were ended, and those of them whose lineage does not go on."""
-
-    ended: tuple[int, ...] = ()
-    given_up: tuple[int, ...] = ()
-
-
-def settle_lost(
-    study: optuna.Study,
-    slots: Slots,
-    trials: list[FrozenTrial],
-    *,
-    checkpoints: Path,
-    max_retries: int = MAX_RETRIES,
-) -> Settled:
-    """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
-
-    Any number of processes may do it at once: who comes second finds the row ended. A lineage whose workers died too often is
-    given up with its checkpoints: its slot takes another recipe, or, where it had been thawed and counts already, is done.
-    """
-    newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
-    slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
-    lost = [slot for slot in slots.claimed() if slot.owner is not None and owner_alive(slot.owner) is False]
-    if not lost:
-        return Settled()
-    trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
-    ended = []
-    for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
-        number = slot.trial_number
-        if number is not None and trials[number].state == TrialState.RUNNING and _fail_lost(study, trials[number]):
-            ended.append(number)
-    spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
-    dead = {slot.owner for slot in lost}  # not who died since: their rows are not failed yet
-    counted = {lineage_of(trial) for trial in trials if trial.state in FINISHED}
-    for slot in lost:
-        if slot.number in spent and slot.lineage is not None:
-            shutil.rmtree(checkpoints / slot.lineage, ignore_errors=True)  # another process may be at the same
-            if slot.lineage in counted:
-                slots.finish(slot)
-    slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
-    given_up = [s.trial_number for s in lost if s.number in spent and s.trial_number in ended]
-    return Settled(tuple(ended), tuple(n for n in given_up if n is not None))
-
-
-def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """End a dead worker's row; False if another process was quicker."""
-    try:
-        study._storage.set_trial_user_attr(trial._trial_id, "reason", LOST)
-        return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
-
-
-def n_lost(study: optuna.Study, lineage: str | None) -> int:
-    """How often a worker died inside the lineage."""
-    if lineage is None:
-        return 0
-    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    return sum(t.user_attrs.get("lineage") == lineage and t.user_attrs.get("reason") == LOST for t in failed)
 
 
 def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:

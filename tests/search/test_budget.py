@@ -36,6 +36,16 @@ def test_the_parts_of_a_budget_make_the_whole(total_s: float, used_s: float) -> 
     assert plan.n_started >= 1
 
 
+def test_longer_trials_are_fewer() -> None:
+    plan = plan_budget(360.0, used_s=20.0)
+    assert plan.free_s == pytest.approx(0.3 * 360.0 - 20.0)
+    assert plan.whole_s == plan.trial_s
+    longer = plan.with_trial(1.5 * plan.trial_s)
+    assert (longer.trial_s, longer.whole_s) == (plan.trial_s, 1.5 * plan.trial_s)
+    assert longer.n_started < plan.n_started
+    assert plan.with_trial(10 * plan.free_s).n_started == 1
+
+
 def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:
     trials = [plan_budget(60.0 * minutes, used_s=20.0).trial_s for minutes in (3, 6, 15, 60, 6000)]
     assert trials == sorted(trials)

@@ -21,10 +21,11 @@ from pcam_automl.search import processes
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.settling import settle_lost
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, settle_lost
+from pcam_automl.search.worker import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -37,12 +37,13 @@ from pcam_automl.search.asking import around_recipe, check_networks, default_spa
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.settling import Settled, settle_lost
 from pcam_automl.search.slots import Slots, owner_of_this_process
 from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.storage import engine_of, open_storage
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
-from pcam_automl.search.worker import Limits, SearchEnd, Settled, run_worker, settle_lost
+from pcam_automl.search.worker import Limits, SearchEnd, run_worker
 from pcam_automl.training import speed as speed_module
 from pcam_automl.training.compute import Compute
 
@@ -224,7 +225,7 @@ def test_a_worker_that_dies_while_another_is_settled_waits_for_the_next_time(
         asked.append(owner)
         return owner == later and asked.count(later) == 1  # it dies just after it was asked for
 
-    monkeypatch.setattr("pcam_automl.search.worker.owner_alive", alive)
+    monkeypatch.setattr("pcam_automl.search.settling.owner_alive", alive)
     assert settle_lost(study, slots, [], checkpoints=tmp_path) == Settled((0,))
     assert [t.state for t in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
     assert settle_lost(study, slots, [], checkpoints=tmp_path) == Settled((1,))

@@ -5,6 +5,7 @@ import os
 import pickle
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -58,8 +59,8 @@ def test_sqlite_gets_its_folder_and_every_connection_the_pragmas(tmp_path: Path)
 
 def test_study_survives_reopening_with_heartbeats_and_without_a_warning(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/{{odd}} name%20.db"  # braces are a template to Optuna, percents to alembic
-    storage = open_storage(url, heartbeat_s=30, grace_s=90)
-    assert (storage.get_heartbeat_interval(), storage.grace_period) == (30, 90)
+    storage = open_storage(url, heartbeat_s=30)
+    assert storage.get_heartbeat_interval() == 30
     study = optuna.create_study(storage=storage, study_name="s", direction="maximize")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
     engine_of(study).dispose()
@@ -225,6 +226,36 @@ def test_persistent_fault_is_raised_in_the_end() -> None:
     with pytest.raises(StorageInternalError):
         retry_transient(always)
     assert len(calls) == 7
+
+
+def test_a_worker_waits_longer_and_then_gives_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, calls = [0.0], []
+    monkeypatch.setattr(module, "PAUSES_S", (1.0, 20.0))
+    monkeypatch.setattr(
+        module,
+        "time",
+        SimpleNamespace(monotonic=lambda: seconds[0], sleep=lambda s: seconds.__setitem__(0, seconds[0] + s)),
+    )
+    monkeypatch.setattr(module.random, "uniform", lambda a, b: 1.0)
+
+    def away() -> None:
+        calls.append(seconds[0])
+        raise locked()
+
+    with module.patient(100.0):
+        with pytest.raises(StorageInternalError):
+            retry_transient(away)
+        assert calls == [0.0, 1.0, 21.0, 41.0, 61.0, 81.0]
+        with pytest.raises(StorageInternalError):
+            retry_transient(away)
+        assert len(calls) == 7, "one try while the server is known to be away"
+        assert "was away for more than 5 minutes" in str(module.storage_fault("postgresql://u:p@h/d", locked()))
+        assert retry_transient(lambda: "back") == "back"
+        with pytest.raises(StorageInternalError):
+            retry_transient(away)
+        assert len(calls) == 7 + 6
+    assert module.PATIENCE.seconds == 0.0
+    module.PATIENCE.exhausted = False
 
 
 def test_deadlocks_and_lost_servers_are_transient() -> None:

@@ -23,10 +23,11 @@ from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import keep_within
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.settling import settle_lost
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd, run_worker, settle_lost
+from pcam_automl.search.worker import Limits, SearchEnd, run_worker
 
 CPU = torch.device("cpu")
 

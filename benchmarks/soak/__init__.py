@@ -1,0 +1,1 @@
+"""Long tests of survival: what tests/faults checks in seconds, here with the counts that were promised."""

@@ -1,0 +1,180 @@
+"""The studies of a storage in one line each, read by SQL aggregates: no trial is loaded. Changes nothing but queue entries."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.storages._rdb import models
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from pcam_automl.search.budget import TOTAL_KEY, union_of_attrs
+from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
+from pcam_automl.search.slots import TABLE as SLOTS
+from pcam_automl.search.storage import retry_transient
+
+PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY = (
+    f"pcam_automl:{name}" for name in ("priority", "submitted", "searched_budget_s")
+)
+"""Study attributes: of the queue (higher first, then earlier), and the budget whose search's part is over."""
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """A study as `status --all`, the queue and /metrics show it.
+
+    Attributes:
+        name: of the study.
+        priority: higher is served first.
+        submitted: seconds since 1970.
+        total: trials asked for; None where a budget alone ends the search.
+        budget_s: wall clock for search and finalize; None without one.
+        spent_s: of the budget.
+        searched: whether the search's part of the budget is over.
+        states: trials (Optuna's rows) by state.
+        slots: lineages by state: claimed, done, open.
+        best: value of the best complete trial.
+        objective: what it is the value of.
+        images_per_s: training speed of the trials that finished last, at most five, on average; None before there is one.
+    """
+
+    name: str
+    priority: int
+    submitted: float
+    total: int | None
+    budget_s: float | None
+    spent_s: float
+    searched: bool
+    states: Mapping[str, int]
+    slots: Mapping[str, int]
+    best: float | None
+    objective: str
+    images_per_s: float | None = None
+
+    @property
+    def wants_workers(self) -> bool:
+        """Whether another worker would find something to do: slots that are open or not made yet, and budget left."""
+        if self.total is None and self.budget_s is None:
+            return False
+        if self.budget_s is not None and (self.searched or self.spent_s >= self.budget_s):
+            return False
+        held = self.slots.get("done", 0) + self.slots.get("claimed", 0)
+        return self.total is None or held < self.total
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do, not even for the workers that are at it."""
+        return not self.wants_workers and not self.slots.get("claimed", 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "wants_workers": self.wants_workers}
+
+
+def overview(engine: sa.Engine) -> list[StudyLine]:
+    """Every study of this package in the storage, in the order in which they are served."""
+    return sorted(retry_transient(lambda: _read(engine)), key=lambda line: (-line.priority, line.submitted, line.name))
+
+
+def next_study(lines: list[StudyLine], *, without: frozenset[str] = frozenset()) -> StudyLine | None:
+    """The one that a free worker takes: the first that wants workers."""
+    return next((line for line in lines if line.wants_workers and line.name not in without), None)
+
+
+def submit(study: optuna.Study, *, total: int | None, priority: int) -> None:
+    """Enter a study in the queue, or change its entry; its age counts from its first entry."""
+    if total is not None:
+        study.set_user_attr(TRIALS_KEY, total)
+    study.set_user_attr(PRIORITY_KEY, priority)
+    if SUBMITTED_KEY not in study.user_attrs:
+        study.set_user_attr(SUBMITTED_KEY, time.time())
+
+
+def _read(engine: sa.Engine) -> list[StudyLine]:
+    study, attr, trial = models.StudyModel, models.StudyUserAttributeModel, models.TrialModel
+    with engine.connect() as connection:
+        names = dict(connection.execute(sa.select(study.study_id, study.study_name)).tuples().all())
+        attrs: dict[int, dict[str, Any]] = {number: {} for number in names}
+        for number, key, text in connection.execute(sa.select(attr.study_id, attr.key, attr.value_json)):
+            attrs.setdefault(number, {})[key] = json.loads(text)
+        states: dict[int, dict[str, int]] = {number: {} for number in names}
+        counted = sa.select(trial.study_id, trial.state, sa.func.count()).group_by(trial.study_id, trial.state)
+        for number, state, n in connection.execute(counted):
+            states.setdefault(number, {})[TrialState(state).name.lower()] = n
+        slots: dict[str, dict[str, int]] = {}
+        if sa.inspect(connection).has_table(SLOTS.name):
+            claims = sa.select(SLOTS.c.study_name, SLOTS.c.state, sa.func.count()).group_by(
+                SLOTS.c.study_name, SLOTS.c.state
+            )
+            for name, state, n in connection.execute(claims):
+                word = "claimed" if state == "thawing" else state
+                of = slots.setdefault(name, {})
+                of[word] = of.get(word, 0) + n
+        bests, began = _bests(connection), _began(connection)
+        speeds = {number: _speed(connection, number) for number in names}
+    found = []
+    for number, name in names.items():
+        known = attrs.get(number, {})
+        if SETTINGS_KEY not in known:  # another program's, or still being created
+            continue
+        budget = known.get(TOTAL_KEY)
+        found.append(
+            StudyLine(
+                name=name,
+                priority=int(known.get(PRIORITY_KEY, 0)),
+                submitted=float(known.get(SUBMITTED_KEY, began.get(number, 0.0))),
+                total=known.get(TRIALS_KEY),
+                budget_s=None if budget is None else float(budget),
+                spent_s=union_of_attrs(known),
+                searched=budget is not None and known.get(SEARCHED_KEY) == budget,
+                states=states.get(number, {}),
+                slots=slots.get(name, {}),
+                best=bests.get(number),
+                objective=str(json.loads(known[SETTINGS_KEY]).get("objective", "auc")),
+                images_per_s=speeds.get(number),
+            )
+        )
+    return found
+
+
+def _bests(connection: sa.Connection) -> dict[int, float]:
+    """Study id to the best value of its complete trials."""
+    trial, value, direction = models.TrialModel, models.TrialValueModel, models.StudyDirectionModel
+    query = (
+        sa.select(trial.study_id, direction.direction, sa.func.max(value.value), sa.func.min(value.value))
+        .join(value, value.trial_id == trial.trial_id)
+        .join(direction, direction.study_id == trial.study_id)
+        .where(trial.state == TrialState.COMPLETE)
+        .group_by(trial.study_id, direction.direction)
+    )
+    return {
+        number: float(most if way == StudyDirection.MAXIMIZE else least)
+        for number, way, most, least in connection.execute(query)
+        if most is not None
+    }
+
+
+def _began(connection: sa.Connection) -> dict[int, float]:
+    """Study id to the start of its first trial, for studies that were not submitted."""
+    trial = models.TrialModel
+    query = sa.select(trial.study_id, sa.func.min(trial.__table__.c.datetime_start)).group_by(trial.study_id)
+    return {number: at.timestamp() for number, at in connection.execute(query) if at is not None}
+
+
+def _speed(connection: sa.Connection, study_id: int) -> float | None:
+    """Images/s of the trials that noted theirs last."""
+    trial, attr = models.TrialModel, models.TrialUserAttributeModel
+    query = (
+        sa.select(attr.value_json)
+        .join(trial, trial.trial_id == attr.trial_id)
+        .where(trial.study_id == study_id, attr.key == "images_per_s")
+        .order_by(trial.number.desc())
+        .limit(5)
+    )
+    rates = [float(json.loads(text)) for (text,) in connection.execute(query)]
+    return sum(rates) / len(rates) if rates else None

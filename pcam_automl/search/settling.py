@@ -1,0 +1,114 @@
+"""Ends what dead and silent workers left in a study, so that it goes on elsewhere. Starts nothing and trains nothing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from pcam_automl.search.lineages import FINISHED, lineage_of
+from pcam_automl.search.silence import Silent
+from pcam_automl.search.slots import Slots, owner_alive
+from pcam_automl.search.storage import engine_of, open_storage
+
+MAX_RETRIES = 3
+"""Deaths of its worker that a trial survives: more than that, and it is likely what kills them."""
+LOST = "worker lost"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Rows of dead workers that were ended, and those of them whose lineage does not go on."""
+
+    ended: tuple[int, ...] = ()
+    given_up: tuple[int, ...] = ()
+
+
+def settle_lost(
+    study: optuna.Study,
+    slots: Slots,
+    trials: list[FrozenTrial],
+    *,
+    checkpoints: Path,
+    max_retries: int = MAX_RETRIES,
+    silent: Silent | None = None,
+) -> Settled:
+    """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
+
+    Any number of processes may do it at once: who comes second finds the row ended. A lineage whose workers died too often is
+    given up with its checkpoints: its slot takes another recipe, or, where it had been thawed and counts already, is done.
+
+    Args:
+        study: whose rows are ended.
+        slots: its slots.
+        trials: its trials.
+        checkpoints: folder of the lineages' checkpoints.
+        max_retries: deaths that a lineage survives.
+        silent: claims and rows that gave no sign of life for the grace period, of hosts that cannot be asked.
+    """
+    silent = silent or Silent()
+    newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
+    slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
+    lost = [
+        slot for slot in slots.claimed() if slot in silent.slots or (slot.owner and owner_alive(slot.owner) is False)
+    ]
+    if not lost and not silent.rows:
+        return Settled()
+    trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
+    ended = [number for number in silent.rows if _fail_lost(study, trials[number])]
+    for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
+        number = slot.trial_number
+        if number is not None and trials[number].state == TrialState.RUNNING and _fail_lost(study, trials[number]):
+            ended.append(number)
+    spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
+    dead = {slot.owner for slot in lost}  # not who died since: their rows are not failed yet
+    counted = {lineage_of(trial) for trial in trials if trial.state in FINISHED}
+    for slot in lost:
+        if slot.number in spent and slot.lineage is not None:
+            shutil.rmtree(checkpoints / slot.lineage, ignore_errors=True)  # another process may be at the same
+            if slot.lineage in counted:
+                slots.finish(slot)
+    slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
+    given_up = [s.trial_number for s in lost if s.number in spent and s.trial_number in ended]
+    return Settled(tuple(ended), tuple(n for n in given_up if n is not None))
+
+
+def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """End a dead worker's row; False if another process was quicker."""
+    try:
+        study._storage.set_trial_user_attr(trial._trial_id, "reason", LOST)
+        return study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
+
+
+def end_silent(name: str, url: str, silent: Silent, *, checkpoints: Path, max_retries: int = MAX_RETRIES) -> Settled:
+    """:func:`settle_lost` over a connection of its own, for a thread beside the one that trains.
+
+    Args:
+        name: the study's.
+        url: the storage's.
+        silent: what gave no sign of life.
+        checkpoints: folder of the lineages' checkpoints.
+        max_retries: deaths that a lineage survives.
+    """
+    storage = open_storage(url, create=False)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+        trials = study.get_trials(deepcopy=False)
+        slots = Slots(engine_of(study), name)
+        return settle_lost(study, slots, trials, checkpoints=checkpoints, max_retries=max_retries, silent=silent)
+    finally:
+        storage.engine.dispose()
+
+
+def n_lost(study: optuna.Study, lineage: str | None) -> int:
+    """How often a worker died inside the lineage."""
+    if lineage is None:
+        return 0
+    failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return sum(t.user_attrs.get("lineage") == lineage and t.user_attrs.get("reason") == LOST for t in failed)

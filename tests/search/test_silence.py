@@ -1,0 +1,173 @@
+"""Workers of hosts that cannot be asked: who is silent, what becomes of their trials, and of one that was only asleep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.settling import LOST, Settled, end_silent, settle_lost
+from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, running_rows
+from pcam_automl.search.slots import Slots, owner_of_this_process
+from pcam_automl.search.storage import engine_of, open_storage, rdb_of
+from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import Limits, run_worker
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ELSEWHERE = "elsewhere/4026531836:17:boot-1"
+GRACE_S = 100.0
+
+
+class Clock:
+    """Seconds that only a test moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(study_name="s", storage=open_storage(f"sqlite:///{tmp_path}/s.db"), direction="maximize")
+
+
+@pytest.fixture
+def slots(study: optuna.Study) -> Slots:
+    return Slots(engine_of(study), "s")
+
+
+def claimed_by(study: optuna.Study, slots: Slots, owner: str) -> int:
+    slot, trial = slots.claim(9, owner), study.ask()
+    assert slot is not None
+    trial.set_user_attr("lineage", str(trial.number))
+    slots.started(slot, trial.number, str(trial.number))
+    return trial.number
+
+
+def test_a_heartbeat_is_a_fifth_of_the_grace_at_most_a_minute() -> None:
+    assert [heartbeat_seconds(grace) for grace in (2.0, 10.0, 300.0, 3600.0)] == [1, 2, 60, 60]
+
+
+def test_a_claim_is_silent_once_nothing_of_it_has_changed_for_the_grace(study: optuna.Study, slots: Slots) -> None:
+    clock = Clock()
+    watchman = Watchman(slots, GRACE_S, clock)
+    number = claimed_by(study, slots, ELSEWHERE)
+    trial_id = study.get_trials()[number]._trial_id
+    assert not watchman.look()
+    clock.seconds = 90
+    rdb_of(study).record_heartbeat(trial_id)  # the first sign after the claim
+    assert running_rows(slots.engine, "s")[number] is not None
+    assert not watchman.look()
+    clock.seconds = 189
+    assert not watchman.look(), "99 s since the heartbeat was seen"
+    clock.seconds = 190
+    silent = watchman.look()
+    assert [slot.trial_number for slot in silent.slots] == [number]
+    assert silent.rows == ()
+
+
+def test_who_runs_on_this_host_is_never_silent(study: optuna.Study, slots: Slots) -> None:
+    clock = Clock()
+    watchman = Watchman(slots, GRACE_S, clock)
+    claimed_by(study, slots, owner_of_this_process())
+    for clock.seconds in (0, 1_000):
+        assert not watchman.look()
+
+
+def test_a_row_without_a_claim_is_silent_and_ended(study: optuna.Study, slots: Slots, tmp_path: Path) -> None:
+    clock = Clock()
+    watchman = Watchman(slots, GRACE_S, clock)
+    orphan = study.ask().number
+    assert not watchman.look()
+    clock.seconds = 101
+    silent = watchman.look()
+    assert silent == Silent(rows=(orphan,))
+    url = f"sqlite:///{tmp_path}/s.db"
+    assert end_silent("s", url, silent, checkpoints=tmp_path) == Settled((orphan,))
+    assert study.get_trials()[orphan].state == TrialState.FAIL
+    assert study.get_trials()[orphan].user_attrs["reason"] == LOST
+    assert not watchman.look()
+
+
+def test_a_silent_claim_goes_on_in_its_slot(study: optuna.Study, slots: Slots, tmp_path: Path) -> None:
+    number = claimed_by(study, slots, ELSEWHERE)
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path) == Settled(), "nobody knows of that host"
+    silent = Silent(tuple(slots.claimed()))
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path, silent=silent) == Settled((number,))
+    (slot,) = slots.all()
+    assert (slot.state, slot.lineage) == ("open", str(number))
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path, silent=silent) == Settled()
+
+
+def test_a_claim_that_has_moved_on_since_the_look_is_left_alone(
+    study: optuna.Study, slots: Slots, tmp_path: Path
+) -> None:
+    claimed_by(study, slots, ELSEWHERE)
+    stale = Silent(tuple(replace(slot, attempts=slot.attempts + 1) for slot in slots.claimed()))
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path, silent=stale) == Settled()
+    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
+
+
+def test_optunas_own_sweep_leaves_rows_alone(study: optuna.Study) -> None:
+    study.ask()
+    rdb_of(study).record_heartbeat(study.get_trials()[0]._trial_id)
+    rdb_of(study).grace_period = -1
+    optuna.storages.fail_stale_trials(study)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING]
+
+
+# --- with a worker ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(easy_pack: Path, tmp_path: Path) -> OpenStudy:
+    torch.set_num_threads(1)
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", grace_s=2.0)
+    url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
+    return create_or_open_study("one", url, asked, say=lambda text: None)
+
+
+def test_the_last_trial_of_a_vanished_host_is_waited_for_and_taken_over(opened: OpenStudy) -> None:
+    slots, notes = Slots(engine_of(opened.study), opened.name), []
+    gone = claimed_by(opened.study, slots, ELSEWHERE)
+    objective = Objective(opened, torch.device("cpu"), watch=Watch(note=notes.append))
+    end = run_worker(objective, Limits(2))
+    assert (end.n_finished, end.why) == (2, "done")
+    trials = opened.study.get_trials()
+    assert [trial.state for trial in trials].count(TrialState.FAIL) == 1
+    assert trials[gone].user_attrs["reason"] == LOST
+    assert [trial.user_attrs["lineage"] for trial in trials].count(str(gone)) == 2, "its lineage went on"
+    assert n_finished_of(opened.study) == 2
+    assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
+    assert any(note.startswith("other workers hold the last 1 trials") for note in notes)
+    assert any(note.startswith(f"no sign of life of trial {gone}") for note in notes)
+
+
+def test_a_worker_that_was_only_asleep_drops_its_trial_and_goes_on(opened: OpenStudy) -> None:
+    slots, notes = Slots(engine_of(opened.study), opened.name), []
+
+    def taken_for_lost(number: int, result: object) -> None:
+        if number == 0 and not opened.study.get_trials()[0].state.is_finished():
+            silent = Silent(tuple(slots.claimed()))
+            assert end_silent(opened.name, opened.url, silent, checkpoints=opened.checkpoints) == Settled((0,))
+
+    objective = Objective(opened, torch.device("cpu"), watch=Watch(rung=taken_for_lost, note=notes.append))
+    end = run_worker(objective, Limits(2))
+    assert end.why == "done"
+    trials = opened.study.get_trials()
+    assert trials[0].user_attrs["reason"] == LOST
+    assert [trial.state for trial in trials].count(TrialState.FAIL) == 1
+    assert n_finished_of(opened.study) == 2
+    assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
+    assert any("was taken for lost" in note for note in notes)
