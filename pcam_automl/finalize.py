@@ -44,12 +44,17 @@ from pcam_automl.submission import check_threshold
 from pcam_automl.train import train_to_bundle
 from pcam_automl.training.engine import Training
 from pcam_automl.training.pace import Pace
+from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.start import choose_rows, data_key
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
 
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take at least."""
+
+
+class Assisted(Exception):
+    """A rank has trained its share; the first rank predicts and writes."""
 
 
 def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
@@ -144,7 +149,10 @@ def finalize(
         watch: progress.
         options: confirmations, ensemble, comparison, seconds; by default three trials are confirmed on one fold.
 
+    Under `torchrun` all ranks train; the first one decides, predicts and writes.
+
     Raises:
+        Assisted: this is another rank, whose part is done.
         StudyError, DataError, InputError: nothing to finalize, options that do not go together, or an incomplete test set,
             before any training.
     """
@@ -163,7 +171,7 @@ def finalize(
         note=watch.train.note,
     )
     out = (out or opened.folder / "final").resolve()
-    decision = _decided(opened, trial, which, epochs, rows, device, options, watch, began)
+    decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, device, options, watch, began))
     watch.decided(decision)
     (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
     for number, member in enumerate(decision.members):
@@ -172,6 +180,8 @@ def finalize(
             left_s = options.seconds - (time.perf_counter() - began)
             pace = _pace(opened, member, rows, left_s, len(decision.members) - number, device)
         _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick)
+    if not ranks().is_first:
+        raise Assisted
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
@@ -301,7 +311,8 @@ def _train_member(
     trial, folder = member.trial, member_folder(out, number)
     recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     watch.plan(trial, recipe, n_train, folder)
-    if not _is_done(folder, recipe, opened, rows.train):
+    done = from_first(lambda: _is_done(folder, recipe, opened, rows.train))
+    if not done:
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
             "study": opened.name,
@@ -333,9 +344,10 @@ def _train_member(
             if keeps
             else watch.train,
         )
-        if keeps:
+        if keeps and ranks().is_first:
             write_bundle(out / RAW, replace(trained.bundle, state=last))
-    _calibrate(folder, decision.calibrations[number])
+    if ranks().is_first:
+        _calibrate(folder, decision.calibrations[number])
 
 
 def _weights_of(training: Training) -> dict[str, Tensor]:

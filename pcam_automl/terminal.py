@@ -28,6 +28,12 @@ FILE_COLUMNS = 160
 """Width of tables that go into a file or a pipe, where nothing is gained by squeezing columns."""
 
 
+def mute() -> None:
+    """Nothing of this process is shown: another one of the same job speaks for all."""
+    out.quiet = err.quiet = True
+    PLAIN.on = True
+
+
 class PLAIN:
     """``--plain``: no bars, a time before each line; for logs."""
 

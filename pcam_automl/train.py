@@ -6,7 +6,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.counter import key_of
 from pcam_automl.data.splits import Split, make_split
 from pcam_automl.data.store import VALID, PatchStore
+from pcam_automl.errors import RecipeError
 from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
 from pcam_automl.models.factory import n_parameters
@@ -31,6 +33,7 @@ from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.pace import Pace, fit_paced
+from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.schedule import phase_ends
 from pcam_automl.training.scoring import Views, inference_precision
 from pcam_automl.training.speed import SpeedBook
@@ -100,16 +103,15 @@ def train_to_bundle(
         TrainingDiverged: NaN or infinite loss.
     """
     watch = watch or TrainWatch()
+    check_ranks(recipe)
     checkpoints = out.parent / f".{out.name}.checkpoints"
-    with locked(
-        out.parent / f".{out.name}.lock",
-        busy=f"another process is training into {out}; wait for it, or choose another --out",
-    ):
+    with _alone_in(out):
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
         rungs = epoch_rungs(recipe, len(rows.train))
         views = rungs[-1].views if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
-        compute = _variant(recipe, device, speed, checkpoints, data_key(store, rows), views)
+        compute = from_first(lambda: _variant(recipe, device, speed, checkpoints, data_key(store, rows), views))
+        compute = replace(compute, device=str(device))  # each rank has its own
         training = start_training(
             recipe,
             store,
@@ -140,16 +142,40 @@ def train_to_bundle(
             if strip is not None:
                 with training.averaged() as network:
                     strip.add(network, result.rung)
-            if pace is None and result.views in ends:
+            if pace is None and result.views in ends and ranks().is_first:
                 write_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
         watch.trained(training)
         bundle = _bundle(training, rows, store, provenance, began)
-        write_bundle(out, bundle)
-        speed.note_micro_batch(recipe, device, training.micro_batch)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if ranks().is_first:
+            write_bundle(out, bundle)
+            speed.note_micro_batch(recipe, device, training.micro_batch)
+            shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(bundle, training.results, time.perf_counter() - began)
+
+
+def check_ranks(recipe: Recipe) -> None:
+    """Whether each process of a distributed training has images enough for batch statistics.
+
+    Raises:
+        RecipeError: fewer than two images of a batch for each.
+    """
+    n = ranks().n
+    if n > 1 and recipe.batch_size < 2 * n:
+        raise RecipeError(
+            f"recipe.batch_size must be at least two images for each of {n} processes, got {recipe.batch_size}; start fewer of them"
+        )
+
+
+def _alone_in(out: Path) -> AbstractContextManager[None]:
+    """No other training writes there; of several ranks the first holds the lock for all."""
+    if not ranks().is_first:
+        return nullcontext()
+    return locked(
+        out.parent / f".{out.name}.lock",
+        busy=f"another process is training into {out}; wait for it, or choose another --out",
+    )
 
 
 def strip_file(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
 from pcam_automl.errors import InputError, StudyError, did_you_mean
-from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
+from pcam_automl.finalize import Assisted, FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.budget import Ledger, added_by, budget_of, intervals_of, spent_s, spent_with
@@ -35,6 +36,7 @@ from pcam_automl.train import TrainWatch, stage_folder, train_to_bundle
 from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
 from pcam_automl.training.pace import N_PARTS
+from pcam_automl.training.ranks import first_before_others, from_first, joined, ranks
 
 REPORT_S = 12.0
 """Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
@@ -86,7 +88,18 @@ def _final_watch(opened: OpenStudy, stop: Callable[[], None], *, paced: bool) ->
         )
 
 
-def run_finalize(
+def run_finalize(name: str, url: str | None, *, device: str, **options: Any) -> FinalResult | None:
+    """:func:`finalize_study` in this process, or as one of those that `torchrun` started; None in all of them but the first."""
+    with joined(device) as own:
+        if ranks().is_first:
+            return finalize_study(name, url, device=own, **options)
+        terminal.mute()
+        with contextlib.suppress(Assisted):
+            finalize_study(name, url, device=own, **{**options, "with_report": False})
+        return None
+
+
+def finalize_study(
     name: str,
     url: str | None,
     *,
@@ -108,14 +121,15 @@ def run_finalize(
     go_on = "every epoch that ended is stored; the same command goes on after the last of them"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
-            opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
+            asked = Asked(data=data)
+            opened = first_before_others(lambda: open_study(name, url, asked, say=terminal.say, pack_call=call))
         for number in range(options.ensemble):
             folder = member_folder(out or opened.folder / "final", number)
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
-        ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None)
+        ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None and ranks().is_first)
         if options.seconds is None and epochs is None and within_budget:
-            options = replace(options, seconds=_seconds_left(opened, with_report))
+            options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))
         paced = options.seconds is not None and epochs is None
         with stop.deferred(), _final_watch(opened, stop.check, paced=paced) as watch:
             final = finalize(

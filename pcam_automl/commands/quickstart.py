@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pcam_automl import terminal
 from pcam_automl.commands.data import run_prepare, run_synth
-from pcam_automl.commands.models import run_finalize
+from pcam_automl.commands.models import finalize_study
 from pcam_automl.commands.score import run_score
 from pcam_automl.commands.search import run_search
 from pcam_automl.errors import SearchFailed
@@ -43,7 +43,7 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     asked = Asked(data=pack, space="quick", pins=pins, weights="none", views=VIEWS, seed=seed, device=device)
     run_search(STUDY, url, asked, n_trials=n_trials, timeout_s=SEARCH_S, as_json=False)
     _step(4, "finalize: retrain the best trial on all the data, predict the test slides")
-    final = run_finalize(
+    final = finalize_study(
         STUDY,
         url,
         which="best",

@@ -31,6 +31,7 @@ from pcam_automl.scores import Scores
 from pcam_automl.training.checkpoint import optimizer_tensors, restore_optimizer
 from pcam_automl.training.compute import Compute, is_out_of_memory
 from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
+from pcam_automl.training.ranks import mean_over_ranks, ranks, sum_over_ranks
 from pcam_automl.training.schedule import Rates
 from pcam_automl.training.task import Score, Task
 
@@ -130,7 +131,8 @@ class Training:
         """Steps over the views [first, last), each of exactly ``batch_size``."""
         batch_size = self.recipe.batch_size
         n_steps = max(1, round((last - first) / batch_size)) if last > first else 0
-        torch.manual_seed(key_of(self.key, "dropout", first) >> 1)  # a resumed segment drops the same units
+        seed = key_of(self.key, "dropout", first)  # a resumed segment drops the same units, each rank others
+        torch.manual_seed((seed if ranks().is_first else key_of(seed, "rank", ranks().rank)) >> 1)
         began = time.perf_counter()
         total = torch.zeros(2, device=self.compute.device)  # loss, accuracy: read once
         following = stream.rows_of(first, first + batch_size) if n_steps else None
@@ -141,11 +143,14 @@ class Training:
             rows, after = following, view + batch_size
             assert rows is not None
             following = stream.rows_of(after, after + batch_size) if step < n_steps - 1 else None
-            total += self.step(rows, np.arange(view, after), following)
+            mine = ranks().share_of(batch_size)
+            coming = following if following is None else following[mine]
+            total += self.step(rows[mine], np.arange(view, after)[mine], coming)
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
                 check_finite(total[0])
             progress(batch_size)
         self.views = last
+        self._settle_buffers()
         loss, right = (total / max(n_steps, 1)).tolist()
         return Segment(loss, right, time.perf_counter() - began, last - first)
 
@@ -193,7 +198,7 @@ class Training:
 
     def _gradients(self, rows: np.ndarray, views: np.ndarray, following: np.ndarray | None = None) -> Tensor:
         """Forward and backward over the micro-batches; returns mean loss and accuracy, (2,) on the device."""
-        total = torch.zeros(2, device=self.compute.device)
+        total, alone = torch.zeros(2, device=self.compute.device), ranks().n == 1
         smoothing = self.recipe.label_smoothing
         cuts = self._cuts(len(rows))
         coming = [*(rows[cut] for cut in cuts[1:]), following if following is None else following[cuts[0]]]
@@ -201,7 +206,7 @@ class Training:
             images, target = self.task.batch(rows[cut], views[cut])  # (b, 3, px, px), (b, ...)
             if next_rows is not None:
                 self.task.expect(next_rows)
-            share = len(images) / len(rows)
+            share = len(images) / (len(rows) if alone else self.recipe.batch_size)
             with self.compute.autocast():
                 logits = logit_of(self.network(self.compute.layout(images))).float()  # the target's shape
             smooth = target * (1.0 - smoothing) + 0.5 * smoothing
@@ -209,7 +214,21 @@ class Training:
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             right = ((logits > 0) == (target > 0.5)).float().mean()
             total += torch.stack((loss.detach(), right * share))
+        if not alone:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            sum_over_ranks([total, *gradients])
         return total
+
+    def _settle_buffers(self) -> None:
+        """Ranks see other halves of each batch: their running statistics are averaged, those of the weight average, too."""
+        if ranks().n == 1:
+            return
+        names = {name for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
+        averaged = self.average.state() if self.average is not None else {}
+        mean_over_ranks(
+            [*(buffer for name, buffer in self.network.named_buffers() if name in names)]
+            + [tensor for name, tensor in averaged.items() if name in names]
+        )
 
     def _cuts(self, n: int) -> list[slice]:
         """Micro-batches of n images, of equal size to one image: a rest of a single one would have no batch statistics."""

@@ -20,6 +20,7 @@ from pcam_automl.metrics import worst_domain_auc
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.checkpoint import CheckpointWriter, keep_newest, newest_checkpoint, write_checkpoint
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
+from pcam_automl.training.ranks import ranks
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
 
 Stop = Callable[[], None]
@@ -185,7 +186,9 @@ def _is_over(training: Training) -> bool:
 
 
 def save(training: Training, root: Path, index: int, writer: CheckpointWriter | None = None) -> None:
-    """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay."""
+    """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay. Of several ranks the first writes."""
+    if not ranks().is_first:
+        return
     parts = training.snapshot()
     if training.best is not None:
         parts["best"] = training.best[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pcam_automl.batches import ViewStream
 from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.engine import ProgressCall, RungResult, Training
 from pcam_automl.training.fit import resume, save
+from pcam_automl.training.ranks import from_first
 from pcam_automl.training.schedule import Rates, rates_at
 
 N_PARTS = 20
@@ -75,7 +77,8 @@ def fit_paced(
     stream = ViewStream(training.key, train_rows, 0)
     for part in range(resumed, pace.n_parts):
         began, first = time.perf_counter(), training.views
-        n_views = part_views(rate, pace.left_s(), pace.n_parts - part, recipe.batch_size)
+        n_left = pace.n_parts - part
+        n_views = from_first(partial(part_views, rate, pace.left_s(), n_left, recipe.batch_size))
 
         def rates_of(view: int, part: int = part, first: int = first, n_views: int = n_views) -> Rates:
             place = (part + (view - first) / n_views) / pace.n_parts
