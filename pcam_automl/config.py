@@ -148,6 +148,8 @@ class StudySettings(BaseModel):
     command: str = ""
     grace_s: Annotated[float, Field(ge=LEAST_GRACE_S)] = GRACE_S
     """Seconds without a sign of life after which a worker of another host is taken for lost."""
+    artifacts: str | None = None
+    """``s3://bucket/prefix`` where workers without a shared disk keep checkpoints and scores."""
     objective: ObjectiveName = "auc"
     split_by: SplitBy = "slides"
     domains_hash: str | None = None

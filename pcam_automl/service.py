@@ -205,7 +205,7 @@ def serving(
         def log_message(self, *_: object) -> None:
             """Scrapes are not worth a line each."""
 
-    registry.register(collector)  # type: ignore[arg-type]
+    registry.register(collector)
     server = ThreadingHTTPServer(address, Answers)
     thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
     thread.start()

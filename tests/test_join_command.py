@@ -28,7 +28,7 @@ def url(easy_pack: Path, tmp_path: Path) -> str:
 
 
 def run(*words: str) -> str:
-    result = CliRunner().invoke(app, ["worker", "--device", "cpu", *words], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["worker", "--study", "pcam", "--device", "cpu", *words], catch_exceptions=False)
     assert result.exit_code == 0
     return result.output
 
@@ -55,7 +55,7 @@ def test_a_study_without_a_total_is_refused_with_the_remedy(url: str, monkeypatc
 
 def test_there_must_be_such_a_study(url: str) -> None:
     with pytest.raises(StudyError, match="there is no study 'other'"):
-        run("--storage", url, "--study", "other")
+        CliRunner().invoke(app, ["worker", "--storage", url, "--study", "other"], catch_exceptions=False)
 
 
 def test_other_versions_are_named() -> None:

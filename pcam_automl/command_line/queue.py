@@ -25,6 +25,7 @@ from pcam_automl.command_line.options import (
     WorkersPerDevice,
 )
 from pcam_automl.command_line.study_options import (
+    Artifacts,
     Budget,
     CostAware,
     DomainsOrEstimate,
@@ -75,6 +76,7 @@ def submit(
     deterministic: Deterministic = False,
     probe: Probe = None,
     grace: Grace = None,
+    artifacts: Artifacts = None,
 ) -> None:
     """Put a study into the queue of a storage and return; `worker` processes anywhere run its trials."""
     asked = asked_of(dict(locals()))

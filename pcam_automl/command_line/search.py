@@ -23,6 +23,7 @@ from pcam_automl.command_line.options import (
 )
 from pcam_automl.command_line.studies import finalize
 from pcam_automl.command_line.study_options import (
+    Artifacts,
     Budget,
     CostAware,
     DomainsOrEstimate,
@@ -77,6 +78,7 @@ def search(
     checkpoint_quota: CheckpointQuota = DEFAULT_QUOTA,
     max_retries: MaxRetries = DEFAULT_RETRIES,
     grace: Grace = None,
+    artifacts: Artifacts = None,
     no_thaw: NoThaw = False,
     finalize_: ThenFinalize = False,
     plain: Plain = False,

@@ -97,6 +97,14 @@ Probe = Annotated[
         help="Rank backbones and crops by a classifier on frozen pretrained features first (20 s): auto, on or off.",
     ),
 ]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(
+        "--artifacts",
+        help="s3://BUCKET/PREFIX for checkpoints and scores, where the workers share no disk; credentials as boto3 has them.",
+        metavar="URL",
+    ),
+]
 Grace = Annotated[
     str | None,
     typer.Option(
@@ -131,7 +139,7 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
 
     domains = options["domains"]
     as_given = """data groups recipe space weights holdout seed sampler pruner views device deterministic objective
-    warm_start prior cost_aware probe"""
+    warm_start prior cost_aware probe artifacts"""
     return Asked(
         **{name: options[name] for name in as_given.split()},
         domains=None if domains in (None, "estimate") else Path(domains),

@@ -123,6 +123,8 @@ def finalize_study(
         with terminal.counting("packing") as call:
             asked = Asked(data=data)
             opened = first_before_others(lambda: open_study(name, url, asked, say=terminal.say, pack_call=call))
+        if opened.mirror is not None and ranks().is_first:
+            opened.mirror.pull_trials()
         for number in range(options.ensemble):
             folder = member_folder(out or opened.folder / "final", number)
             check_bundle_target(folder, option=f"{folder.name}/ of --out")

@@ -236,6 +236,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
     words += ["--cost-aware"] if settings.cost_aware else []
+    words += ["--artifacts", settings.artifacts] if settings.artifacts else []
     words += ["--grace", f"{settings.grace_s:g}s"] if settings.grace_s != GRACE_S else []
     words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])

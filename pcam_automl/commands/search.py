@@ -290,6 +290,8 @@ def trial_line(trial: FrozenTrial, goal: Goal) -> str:
 def _print_end(
     opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int | None, url: str | None, as_json: bool
 ) -> None:
+    if opened.mirror is not None:
+        opened.mirror.pull_trials()
     summary = summarise(opened.study, opened.settings)
     ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
     audit = audit_study(opened.study, opened.settings)

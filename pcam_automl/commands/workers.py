@@ -113,7 +113,12 @@ def run_many(
         def settle() -> str:
             trials = opened.study.get_trials(deepcopy=False)
             found = settle_lost(
-                opened.study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries
+                opened.study,
+                slots,
+                trials,
+                checkpoints=opened.checkpoints,
+                max_retries=limits.max_retries,
+                mirror=opened.mirror,
             )
             return settled_text(found, limits)
 

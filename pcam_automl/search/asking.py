@@ -19,6 +19,7 @@ from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.domains import ESTIMATE, split_of
+from pcam_automl.search.mirror import parse_s3
 from pcam_automl.search.priors import NONE, load_prior
 from pcam_automl.search.probe_study import MODES
 from pcam_automl.search.pruner import build_pruner
@@ -153,6 +154,8 @@ def check_options(asked: Asked) -> None:
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
     check_pins(asked.pins or {})
+    if asked.artifacts is not None:
+        parse_s3(asked.artifacts)
     if asked.grace_s is not None and asked.grace_s < LEAST_GRACE_S:
         raise InputError(f"--grace must be at least {LEAST_GRACE_S:.0f}s, got {asked.grace_s:g}s")
     if asked.prior not in (None, NONE):

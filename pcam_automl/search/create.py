@@ -189,6 +189,7 @@ def _asked_settings(asked: Asked) -> dict[str, Any]:
         "prior": None if asked.prior in (None, NONE) else asked.prior,
         "command": asked.command,
         "cost_aware": asked.cost_aware,
+        "artifacts": asked.artifacts,
         "grace_s": GRACE_S if asked.grace_s is None else asked.grace_s,
     }
 

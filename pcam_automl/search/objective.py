@@ -142,6 +142,7 @@ class Objective:
             set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak)
 
     def _train(self, trial: Trial, lineage: str) -> float:
+        mirror = self.opened.mirror
         recipe, compute, rungs = self._settle(trial, lineage)
         training, rows = self.build(recipe, compute)
         forward_ms = self._latency_ms(training, recipe, compute)
@@ -149,6 +150,8 @@ class Objective:
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
         if self.slot is not None and self.slot.lineage is not None:
             self.writer.flush()  # the lineage may be one that was just paused
+            if mirror is not None:
+                mirror.pull_checkpoint(lineage)
         planned = self.opened.rungs
         for result in fit(
             training,
@@ -156,6 +159,7 @@ class Objective:
             rungs,
             checkpoints=self.opened.checkpoints / lineage,
             writer=self.writer,
+            written=None if mirror is None else mirror.push_checkpoint,
             note=self.watch.note,
             stop=self._check,
             progress=self.watch.views,
@@ -178,6 +182,8 @@ class Objective:
             write_scores(
                 self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids
             )
+            if mirror is not None:
+                mirror.push_trial(trial.number)
         return self._value(best_result(training.results, recipe))
 
     def _value(self, result: RungResult) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.search.lineages import FINISHED, lineage_of
+from pcam_automl.search.mirror import Mirror, forget
 from pcam_automl.search.silence import Silent
 from pcam_automl.search.slots import Slots, owner_alive
 from pcam_automl.search.storage import engine_of, open_storage
@@ -36,6 +36,7 @@ def settle_lost(
     checkpoints: Path,
     max_retries: int = MAX_RETRIES,
     silent: Silent | None = None,
+    mirror: Mirror | None = None,
 ) -> Settled:
     """Put in order what earlier runs left: finished rows own slots, claims of dead processes are given back.
 
@@ -49,6 +50,7 @@ def settle_lost(
         checkpoints: folder of the lineages' checkpoints.
         max_retries: deaths that a lineage survives.
         silent: claims and rows that gave no sign of life for the grace period, of hosts that cannot be asked.
+        mirror: the bucket that holds checkpoints, too, if there is one.
     """
     silent = silent or Silent()
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
@@ -69,7 +71,7 @@ def settle_lost(
     counted = {lineage_of(trial) for trial in trials if trial.state in FINISHED}
     for slot in lost:
         if slot.number in spent and slot.lineage is not None:
-            shutil.rmtree(checkpoints / slot.lineage, ignore_errors=True)  # another process may be at the same
+            forget(mirror, checkpoints, slot.lineage)
             if slot.lineage in counted:
                 slots.finish(slot)
     slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
@@ -86,7 +88,15 @@ def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:
         return False
 
 
-def end_silent(name: str, url: str, silent: Silent, *, checkpoints: Path, max_retries: int = MAX_RETRIES) -> Settled:
+def end_silent(
+    name: str,
+    url: str,
+    silent: Silent,
+    *,
+    checkpoints: Path,
+    max_retries: int = MAX_RETRIES,
+    mirror: Mirror | None = None,
+) -> Settled:
     """:func:`settle_lost` over a connection of its own, for a thread beside the one that trains.
 
     Args:
@@ -95,13 +105,16 @@ def end_silent(name: str, url: str, silent: Silent, *, checkpoints: Path, max_re
         silent: what gave no sign of life.
         checkpoints: folder of the lineages' checkpoints.
         max_retries: deaths that a lineage survives.
+        mirror: the bucket that holds checkpoints, too, if there is one.
     """
     storage = open_storage(url, create=False)
     try:
         study = optuna.load_study(study_name=name, storage=storage)
         trials = study.get_trials(deepcopy=False)
         slots = Slots(engine_of(study), name)
-        return settle_lost(study, slots, trials, checkpoints=checkpoints, max_retries=max_retries, silent=silent)
+        return settle_lost(
+            study, slots, trials, checkpoints=checkpoints, max_retries=max_retries, silent=silent, mirror=mirror
+        )
     finally:
         storage.engine.dispose()
 

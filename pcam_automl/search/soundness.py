@@ -121,7 +121,7 @@ def _rungs(lineages: Sequence[Lineage]) -> list[str]:
 
 def _n_recomputed(lineage: Lineage) -> int:
     """Rungs whose measured seconds differ between rows: those that come from a checkpoint have the first row's."""
-    n, known = 0, {}
+    n, known = 0, dict[int, float]()
     for row in lineage.rows:
         for place, rung in enumerate(row.user_attrs.get("rungs", ())):
             n += place in known and known[place] != rung.get("seconds")

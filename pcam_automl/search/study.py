@@ -22,6 +22,7 @@ from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, 
 from pcam_automl.search.cost import TrialSeconds
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
+from pcam_automl.search.mirror import Mirror, open_mirror
 from pcam_automl.search.plan import trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
@@ -64,6 +65,7 @@ class Asked:
     cost_aware: bool = False
     probe: str | None = None
     grace_s: float | None = None
+    artifacts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class OpenStudy:
         split: folds and orders; its hash is the study's.
         folder: ``studies/<name>``.
         url: the storage's URL, password included; never print it.
+        mirror: the bucket where workers without a shared disk keep what they need of each other, if it has one.
     """
 
     study: optuna.Study
@@ -87,6 +90,7 @@ class OpenStudy:
     split: Split
     folder: Path
     url: str
+    mirror: Mirror | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -179,7 +183,8 @@ def open_study(
         )
     if not split_file.is_file():
         write_split(split, split_file)
-    return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url))
+    mirror = None if settings.artifacts is None else open_mirror(settings.artifacts, name, folder, say)
+    return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url), mirror)
 
 
 def split_as(store: PatchStore, settings: StudySettings) -> Split:
@@ -191,7 +196,7 @@ def split_as(store: PatchStore, settings: StudySettings) -> Split:
 
 def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     remembered = settings.model_dump()
-    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner", "objective")}
+    given = {key: getattr(asked, key) for key in ("holdout", "seed", "sampler", "pruner", "objective", "artifacts")}
     given["grace"], remembered["grace"] = asked.grace_s, settings.grace_s
     given["split"], remembered["split"] = asked.split_by, settings.split_by
     if asked.estimate_domains:

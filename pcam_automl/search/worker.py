@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import gc
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import audit_trials, runs_through
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
 from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
+from pcam_automl.search.mirror import forget
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
@@ -117,7 +117,12 @@ def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol:
 
     def found(silent: Silent) -> None:
         ended = end_silent(
-            opened.name, opened.url, silent, checkpoints=opened.checkpoints, max_retries=limits.max_retries
+            opened.name,
+            opened.url,
+            silent,
+            checkpoints=opened.checkpoints,
+            max_retries=limits.max_retries,
+            mirror=opened.mirror,
         ).ended
         if ended:
             numbers = ", ".join(map(str, ended))
@@ -148,7 +153,9 @@ def _run_trials(
             return SearchEnd(n_finished, "timeout")
         if limits.yields is not None and limits.yields():
             return SearchEnd(n_finished, "yielded")
-        settle_lost(study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries)
+        settle_lost(
+            study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries, mirror=opened.mirror
+        )
         if limits.clock is not None:
             limits.clock.learn(best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
@@ -173,7 +180,7 @@ def _run_trials(
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
-        keep_within(
+        gone = keep_within(
             opened.checkpoints,
             trials,
             [views for views, _ in opened.settings.rungs],
@@ -181,6 +188,8 @@ def _run_trials(
             sign=sign_of(study),
             settle=objective.writer.flush,
         )
+        for lineage in gone:
+            forget(opened.mirror, opened.checkpoints, lineage)
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
@@ -228,7 +237,12 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         return Turn(slot) if slot is not None else _end(opened.study, limits)
     lineages, sign = lineages_of(trials), sign_of(opened.study)
     steps = [views for views, _ in opened.settings.rungs]
-    waiting = [one for one in paused_of(lineages, steps) if is_held(opened.checkpoints, one.lineage.name)]
+    elsewhere = frozenset() if opened.mirror is None else opened.mirror.lineages()
+    waiting = [
+        one
+        for one in paused_of(lineages, steps)
+        if one.lineage.name in elsewhere or is_held(opened.checkpoints, one.lineage.name)
+    ]
     decay, left_s = branch_share(opened.start), clock.left_s()
     fitting = [one for one in waiting if limits.thaws and seconds_to_next_rung(one, steps, decay) <= left_s]
     for one in promotable(fitting, lineages, steps, sign=sign):
@@ -297,6 +311,7 @@ def long_lived_left_alone() -> Iterator[None]:
 def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
     """One row through ``study.optimize`` (only there does Optuna's heartbeat run); errors end the row, not the search."""
     ended: list[FrozenTrial] = []
+    objective.number = None
     try:
         study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
     except (UpdateFinishedTrialError, ValueError):  # Optuna's word on a row that was ended by others
@@ -320,7 +335,7 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     lineage = trial.user_attrs["lineage"]
     if trial.state == TrialState.COMPLETE or has_diverged(trial):
         objective.writer.flush()
-        shutil.rmtree(folder / lineage, ignore_errors=True)  # it never goes on
+        forget(objective.opened.mirror, folder, lineage)  # it never goes on
     else:
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1

@@ -52,6 +52,7 @@ def fit(
     checkpoints: Path | None = None,
     keep_final: bool = False,
     writer: CheckpointWriter | None = None,
+    written: Callable[[Path], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
     stop: Stop = lambda: None,
     progress: ProgressCall = lambda n: None,
@@ -66,6 +67,7 @@ def fit(
         checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
         keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
         writer: writes the checkpoints, which the caller flushes; None writes each before its result is yielded.
+        written: told of each checkpoint once it is whole, in the writer's thread if there is one.
         note: told of checkpoints that could not be read.
         stop: called at every step; raises :class:`Interrupted` to end early.
         progress: called with the number of views just seen.
@@ -85,7 +87,7 @@ def fit(
             training.best = (index, training.averaged_state())
         keeps()
         if checkpoints is not None and (not last or keep_final):
-            save(training, checkpoints, index, writer)
+            save(training, checkpoints, index, writer, written)
         yield result
     if training.best is not None:
         training.keep(training.best[1])
@@ -185,7 +187,13 @@ def _is_over(training: Training) -> bool:
     return len(results) - 1 - best_result(results, training.recipe).rung >= patience
 
 
-def save(training: Training, root: Path, index: int, writer: CheckpointWriter | None = None) -> None:
+def save(
+    training: Training,
+    root: Path,
+    index: int,
+    writer: CheckpointWriter | None = None,
+    written: Callable[[Path], None] | None = None,
+) -> None:
     """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay. Of several ranks the first writes."""
     if not ranks().is_first:
         return
@@ -215,6 +223,8 @@ def save(training: Training, root: Path, index: int, writer: CheckpointWriter | 
     def write() -> None:
         write_checkpoint(root / str(index), parts=parts, state=state)
         keep_newest(root, 2)
+        if written is not None:
+            written(root / str(index))
 
     if writer is None:
         write()
