@@ -93,7 +93,10 @@ def test_metrics_are_prometheus_own_format() -> None:
         assert fetch(f"http://{host}:{port}/other")[0] == 404
     assert status == 200
     samples = {
-        (one.name, tuple(one.labels.values())): one.value
+        (
+            one.name,
+            tuple(one.labels[name] for name in ("study", "state", "objective", "process") if name in one.labels),
+        ): one.value
         for family in text_string_to_metric_families(text)
         for one in family.samples
     }

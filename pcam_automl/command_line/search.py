@@ -29,11 +29,13 @@ from pcam_automl.command_line.study_options import (
     DomainsOrEstimate,
     Grace,
     Holdout,
+    Launcher,
     NoThaw,
     Objective,
     Prior,
     Probe,
     Pruner,
+    RayAddress,
     Recipe,
     Sampler,
     Seed,
@@ -44,6 +46,7 @@ from pcam_automl.command_line.study_options import (
     Views,
     WarmStart,
     asked_of,
+    check_launcher,
 )
 
 
@@ -81,6 +84,8 @@ def search(
     artifacts: Artifacts = None,
     no_thaw: NoThaw = False,
     finalize_: ThenFinalize = False,
+    launcher: Launcher = "here",
+    ray_address: RayAddress = None,
     plain: Plain = False,
     json: Json = False,
 ) -> None:
@@ -105,6 +110,7 @@ def search(
         quota_bytes=quota_bytes,
         thaws=not no_thaw,
         max_retries=max_retries,
+        launcher=check_launcher(launcher, ray_address),
     )
     if finalize_:
         finalize(study=study, storage=storage, device=device, json=json)

@@ -105,6 +105,15 @@ Artifacts = Annotated[
         metavar="URL",
     ),
 ]
+Launcher = Annotated[
+    str, typer.Option("--launcher", help="Who starts the workers: here (this machine), or ray.", metavar="here|ray")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", help="Of the Ray cluster; else RAY_ADDRESS, else one on this machine.", metavar="ADDR"
+    ),
+]
 Grace = Annotated[
     str | None,
     typer.Option(
@@ -149,3 +158,18 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
         budget_s=budget_s,
         grace_s=grace_s,
     )
+
+
+def check_launcher(launcher: str, address: str | None) -> str | None:
+    """None for workers of this machine, else the address of the Ray cluster, empty for the usual one.
+
+    Raises:
+        InputError: an unknown launcher, or an address without Ray.
+    """
+    from pcam_automl.errors import InputError, did_you_mean
+
+    if launcher not in ("here", "ray"):
+        raise InputError(f"--launcher must be here or ray, got {launcher!r}{did_you_mean(launcher, ['here', 'ray'])}")
+    if launcher == "here" and address is not None:
+        raise InputError(f"--ray-address {address} goes with --launcher ray")
+    return None if launcher == "here" else address or ""

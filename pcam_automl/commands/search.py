@@ -49,6 +49,7 @@ def run_search(
     quota_bytes: int | None = None,
     thaws: bool = True,
     max_retries: int = 3,
+    launcher: str | None = None,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
     over; in this process or in several.
@@ -59,7 +60,8 @@ def run_search(
 
     began = time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    devices = devices_for(asked, n_workers, per_device, url)
+    # On Ray the workers' devices are the cluster's; this process only makes the study.
+    devices = [asked.device] if launcher is not None else devices_for(asked, n_workers, per_device, url)
     asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
     with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
@@ -67,7 +69,12 @@ def run_search(
         if n_trials is not None:
             opened.study.set_user_attr(TRIALS_KEY, n_trials)
         work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
-        end = work_on(opened, asked, devices, work, stop=stop)
+        if launcher is None:
+            end = work_on(opened, asked, devices, work, stop=stop)
+        else:
+            from pcam_automl.commands.ray import work_on_ray
+
+            end = work_on_ray(opened, asked, n_workers or 1, launcher, work, stop=stop)
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 

@@ -80,11 +80,11 @@ class Mirror:
 
     def lineages(self) -> frozenset[str]:
         """Names of those that have a complete checkpoint in the bucket."""
+        parts: list[list[str]] = []
         with self._faults("the list of checkpoints"):
             prefix = self._key("checkpoints") + "/"
             parts = [key.removeprefix(prefix).split("/") for key in self._keys(prefix)]
-            return frozenset(part[0] for part in parts if len(part) == 3 and part[2] == LAST)
-        return frozenset()
+        return frozenset(part[0] for part in parts if len(part) == 3 and part[2] == LAST)
 
     def drop_checkpoints(self, lineage: str) -> None:
         """Its trial never goes on."""

@@ -94,6 +94,10 @@ class Objective:
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
 
+    def expect(self) -> None:
+        """A trial is about to be asked for: none has begun yet."""
+        self.number = None
+
     def __call__(self, trial: Trial) -> float:
         """Train, report every rung at its planned views, return the last value of the study's objective.
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+import sqlalchemy as sa
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
@@ -311,7 +312,7 @@ def long_lived_left_alone() -> Iterator[None]:
 def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
     """One row through ``study.optimize`` (only there does Optuna's heartbeat run); errors end the row, not the search."""
     ended: list[FrozenTrial] = []
-    objective.number = None
+    objective.expect()
     try:
         study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
     except (UpdateFinishedTrialError, ValueError):  # Optuna's word on a row that was ended by others
@@ -322,7 +323,17 @@ def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
             f"trial {row.number} was taken for lost and ended by another worker; what it did since is dropped"
         )
         return row
+    except UnboundLocalError as fault:  # Optuna 5 stumbles over itself where the database is gone when it wants to tell
+        raise _storage_fault_behind(fault) or fault from None
     return ended[0]
+
+
+def _storage_fault_behind(fault: BaseException) -> BaseException | None:
+    """The database's fault that another one was raised over."""
+    at: BaseException | None = fault
+    while at is not None and not isinstance(at, StorageInternalError | sa.exc.SQLAlchemyError):
+        at = at.__context__
+    return at
 
 
 def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:

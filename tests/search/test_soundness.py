@@ -64,7 +64,7 @@ def test_a_sound_study_is_sound(tmp_path: Path) -> None:
         ([row(4, "4", TrialState.FAIL, [])], [slot(9, "done", "4", 4)], "slot 9 is done, its trial 4 is fail"),
         ([row(4, "4", TrialState.RUNNING, [])], [slot(9, "claimed", "4", 4, DEAD)], "slot 9 is claimed by a process that is dead"),
         ([row(4, "4", TrialState.RUNNING, [])], [], "trial 4 is running and no slot is claimed for it"),
-        ([row(4, "1", TrialState.FAIL, [1, 9]), row(5, "1", TrialState.FAIL, [1, 3])], [], "trial 5 reports steps [1, 3]"),
+        ([row(4, "1", TrialState.FAIL, [1, 9]), row(5, "1", TrialState.FAIL, [1, 3])], [], "trial 4 reports steps [1, 9], its lineage 1 has [1, 3, 9]"),
     ],
 )  # fmt: skip
 def test_each_damage_is_named(trials: list[FrozenTrial], slots: list[Slot], fault: str, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""`search --launcher ray`: the workers of a study on a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+
+from pcam_automl import terminal
+from pcam_automl.commands.search import Work, print_plan
+from pcam_automl.commands.workers import StudyBar
+from pcam_automl.errors import StudyError
+from pcam_automl.interrupt import StopSignal
+from pcam_automl.search.budget import set_budget
+from pcam_automl.search.ray_launcher import RayTask, run_on_ray
+from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.storage_url import sqlite_path
+from pcam_automl.search.study import Asked, OpenStudy
+from pcam_automl.search.worker import NEVER_ENDS, Limits, SearchEnd
+
+
+def work_on_ray(
+    opened: OpenStudy, asked: Asked, n_workers: int, address: str, work: Work, *, stop: StopSignal
+) -> SearchEnd:
+    """The same on a Ray cluster whose nodes have this package and see the data and the storage.
+
+    Raises:
+        StudyError: SQLite, which the nodes cannot share.
+    """
+    if sqlite_path(opened.url) is not None and address:
+        raise StudyError(
+            "--launcher ray on several machines needs a database server: take PostgreSQL (docs/distributed.md)"
+        )
+    if work.budget_s is not None:
+        set_budget(opened.study, work.budget_s)
+    print_plan(opened, work.n_trials)
+    gpu = asked.device != "cpu" and str(opened.settings.plan["device"]).startswith("cuda")
+    words = ["worker", "--study", opened.name, "--device", "cuda" if gpu else "cpu", "--plain"]
+    words += ["--data", str(asked.data or opened.store.root), "--max-retries", str(work.max_retries)]
+    words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:g}s"]
+    before = n_finished_of(opened.study)
+    with terminal.Bars() as bars, stop.deferred():
+        show = StudyBar(bars, Limits(work.n_trials or NEVER_ENDS), before)
+
+        def check() -> None:
+            stop.check()
+            if time.monotonic() - looked[0] >= 5.0:
+                looked[0] = time.monotonic()
+                show.set(n_finished_of(opened.study))
+
+        looked = [time.monotonic()]
+        task = RayTask(words, opened.url, n_workers, float(gpu), 1.0, address or None)
+        run_on_ray(task, check, terminal.say)
+    done = n_finished_of(opened.study)
+    whole = work.n_trials is not None and done >= work.n_trials
+    return SearchEnd(done - before, "done" if whole else "budget" if work.budget_s is not None else "timeout")
