@@ -94,6 +94,10 @@ def read_named_scores(path: Path) -> NamedScores:
             raise ValueError(f"its columns are {header}")
         columns = list(zip(*table, strict=True)) or [(), (), ()]
         names, label, prob = list(columns[0]), np.array(columns[1], np.int64), np.array(columns[2], np.float64)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is not there: its trial ran on another machine (--artifacts would share it), or the file was removed"
+        ) from None
     except (OSError, ValueError, IndexError, csv.Error) as fault:  # a UnicodeDecodeError is a ValueError
         raise DataError(f"{path} cannot be read as scores ({type(fault).__name__}: {str(fault)[:100]})") from None
     return NamedScores(names, label, prob, first.removeprefix("#").strip())

@@ -37,7 +37,7 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
     try:
         table = pd.read_csv(file, dtype={"id": str}, keep_default_na=True, encoding="utf-8")
     except (OSError, ValueError, UnicodeDecodeError) as fault:  # pandas' parser errors are ValueErrors
-        raise DataError(f"{file} cannot be read as a submission ({str(fault)[:120]})") from None
+        raise DataError(f"{file} cannot be read as a submission ({' '.join(str(fault).split())[:120]})") from None
     if list(table.columns) != ["id", "label"]:
         raise DataError(f"{file}: columns must be id,label, got {','.join(map(str, table.columns))}")
     faults = []

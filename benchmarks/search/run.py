@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 from benchmarks.search.cells import RESULTS, Cell, Record, append_record, fields_of
 from benchmarks.search.data import data_folder, test_auc, without_truth
 from benchmarks.search.systems import REPO, command_of, environment, predictions_of, said_by
+from benchmarks.settings import host
 from pcam_automl.errors import DataError
 
 LATE = 1.03
@@ -68,11 +68,7 @@ def _circumstances(cell: Cell, wall_s: float) -> Record:
     return {
         "wall_s": round(wall_s, 2),
         "late": wall_s > LATE * 60 * cell.minutes,
-        "machine": {
-            "cpu": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-        },
+        "machine": host(),
         "load_before_1min": round(os.getloadavg()[0], 2),
         "command": cell.command,
         "date": time.strftime("%Y-%m-%d"),

@@ -37,7 +37,7 @@ def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None
     from pcam_automl.search.budget import budget_of, set_budget
     from pcam_automl.search.create import create_or_open_study
 
-    url = storage_url(url)
+    at, url = command_options(None, url), storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     asked = replace(asked, command=terminal.this_command())
     with stop_signal("nothing was lost") as _, storage_faults(url):
@@ -53,7 +53,6 @@ def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None
         submit(opened.study, total=n_trials, priority=priority)
         print_plan(opened, n_trials)
     terminal.result(f"study {name} is in the queue of {safe_url(url)} with priority {priority}")
-    at = command_options(None, url)
     terminal.say(f"next: pcam-automl worker{at} on every machine that shall serve it, pcam-automl status --all{at}")
 
 

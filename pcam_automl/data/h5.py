@@ -159,8 +159,15 @@ def _opened(file: Path | BytesIO, path: Path, name: str) -> Iterator[Any]:
     with opened:
         data = opened.get(name)
         if not isinstance(data, h5py.Dataset):
-            raise DataError(f"{path} has no dataset {name!r}, only {', '.join(list(opened)[:5]) or 'nothing'}")
+            raise DataError(f"{path} has no dataset {name!r}, only {_names_in(opened)}")
         yield data
+
+
+def _names_in(opened: Any) -> str:
+    try:
+        return ", ".join(list(opened)[:5]) or "nothing"
+    except RuntimeError:  # the table of names itself is damaged
+        return "names that cannot be read"
 
 
 def read_rows(path: Path, name: str, first: int, out: NDArray[np.uint8]) -> None:

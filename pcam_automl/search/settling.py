@@ -13,7 +13,7 @@ from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.mirror import Mirror, forget
 from pcam_automl.search.silence import Silent
 from pcam_automl.search.slots import Slots, owner_alive
-from pcam_automl.search.storage import engine_of, open_storage
+from pcam_automl.search.storage import OWNER, engine_of, open_storage
 
 MAX_RETRIES = 3
 """Deaths of its worker that a trial survives: more than that, and it is likely what kills them."""
@@ -55,13 +55,14 @@ def settle_lost(
     silent = silent or Silent()
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
     slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
+    ended = _end_orphans(study, slots, trials)
     lost = [
         slot for slot in slots.claimed() if slot in silent.slots or (slot.owner and owner_alive(slot.owner) is False)
     ]
     if not lost and not silent.rows:
-        return Settled()
+        return Settled(tuple(ended))
     trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
-    ended = [number for number in silent.rows if _fail_lost(study, trials[number])]
+    ended += [number for number in silent.rows if _fail_lost(study, trials[number])]
     for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
         number = slot.trial_number
         if number is not None and trials[number].state == TrialState.RUNNING and _fail_lost(study, trials[number]):
@@ -77,6 +78,21 @@ def settle_lost(
     slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
     given_up = [s.trial_number for s in lost if s.number in spent and s.trial_number in ended]
     return Settled(tuple(ended), tuple(n for n in given_up if n is not None))
+
+
+def _end_orphans(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> list[int]:
+    """End the running rows whose worker died before it noted their slot; no lineage has begun in them."""
+    orphans = [
+        trial
+        for trial in trials
+        if trial.state == TrialState.RUNNING
+        and (owner := trial.user_attrs.get(OWNER)) is not None
+        and owner_alive(owner) is False
+    ]
+    if not orphans:
+        return []
+    held = {slot.trial_number for slot in slots.claimed()}
+    return [trial.number for trial in orphans if trial.number not in held and _fail_lost(study, trial)]
 
 
 def _fail_lost(study: optuna.Study, trial: FrozenTrial) -> bool:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -31,6 +32,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 60
+OWNER = "owner"
+"""User attribute of a trial: the process that asked for it, see slots.py."""
 CONNECT_TIMEOUT_S = 10
 # A database server that restarts is away for some seconds; 7 tries over half a minute, more where a worker waits longer.
 PAUSES_S: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 8.0, 20.0)
@@ -306,6 +309,7 @@ class RetryingStorage(RDBStorage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unwritten: dict[int, list[dict[str, Any]]] = {}  # rows of parameters by trial
+        self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
 
     def _set_trial_param(
         self,
@@ -325,6 +329,24 @@ class RetryingStorage(RDBStorage):
         row = {"trial_id": trial_id, "param_name": param_name, "param_value": param_value_internal}
         row["distribution_json"] = distribution_to_json(distribution)
         self._unwritten.setdefault(trial_id, []).append(row)
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        """With the owner in the same transaction: a row whose worker is killed before it notes its slot is known as lost."""
+        if template_trial is None and self.owner is not None:
+            template_trial = FrozenTrial(
+                number=-1,
+                trial_id=-1,
+                state=TrialState.RUNNING,
+                value=None,
+                datetime_start=datetime.now(),
+                datetime_complete=None,
+                params={},
+                distributions={},
+                user_attrs={OWNER: self.owner},
+                system_attrs={},
+                intermediate_values={},
+            )
+        return super()._create_new_trial(study_id, template_trial)
 
     def _write_params(self, trial_id: int) -> None:
         if trial_id in self._unwritten:

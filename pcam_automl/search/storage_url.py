@@ -27,6 +27,7 @@ def safe_url(url: str) -> str:
     """``url`` with its password (also one among the query's options) as ``***``; any text is accepted."""
     start = r"//[^:/?#]*:" if "://" in url else r"^[^:/]*:"
     shown = re.sub(rf"({start}).*(@)", r"\1***\2", url, flags=re.DOTALL)
+    shown = re.sub(r":(?!\*\*\*@)[^@/]+@", ":***@", shown)  # wherever else one may stand in what is hardly a URL
     keys = "|".join(_SECRET_KEYS)
     return re.sub(rf"([?&](?:{keys})=)[^&]*", r"\1***", shown, flags=re.IGNORECASE)
 

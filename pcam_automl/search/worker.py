@@ -30,7 +30,7 @@ from pcam_automl.search.settling import MAX_RETRIES, end_silent, settle_lost
 from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.start import enqueued_for
-from pcam_automl.search.storage import engine_of, patient, rdb_of
+from pcam_automl.search.storage import RetryingStorage, engine_of, patient, rdb_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 
@@ -104,7 +104,10 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     objective.clock = limits.clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
-    rdb_of(study).heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
+    storage = rdb_of(study)
+    storage.heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
+    if isinstance(storage, RetryingStorage):
+        storage.owner = owner_of_this_process()
     try:
         with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
             return _run_trials(objective, study, slots, sampler, limits, finished)

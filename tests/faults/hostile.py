@@ -117,7 +117,7 @@ def readers(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
         with plain_h5(path, folder) as plain:
             out = np.zeros((4, 96, 96, 3), np.uint8)
             read_rows(plain, "x", 1, out)
-        return read_h5_labels({"y": path}, "train")
+        return read_h5_labels({"x": path, "y": path}, "train")
 
     recipe = Recipe(backbone="test_resnet", crop_size=32)
     state = build_network(recipe, Weights("none"), seed=0).state_dict()
@@ -174,7 +174,7 @@ def readers(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
         "groups csv": (groups.encode(), in_file("groups.csv", lambda path: read_names(path, "group"))),
         "submission csv": (labels.encode(), in_file("submission.csv", lambda path: check_submission(path, ids))),
         "recipe yaml": (find_config("recipes", "default").read_bytes(), in_file("recipe.yaml", load_recipe)),
-        "space yaml": (find_config("space", "quick").read_bytes(), in_file("space.yaml", load_space)),
+        "space yaml": (find_config("space", "quick").read_bytes(), in_file("space.yaml", lambda path: load_space(str(path)))),
         "prior yaml": (prior.encode(), lambda raw: parse_prior(raw.decode("utf-8", "replace"), "prior")),
         "h5": (h5.read_bytes(), in_file("camelyonpatch_level_2_split_train_x.h5", read_h5)),
         "bundle weights": (weights_file.read_bytes(), read_bundle_part(weights_file)),

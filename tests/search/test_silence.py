@@ -16,7 +16,7 @@ from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import LOST, Settled, end_silent, settle_lost
 from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, running_rows
 from pcam_automl.search.slots import Slots, owner_of_this_process
-from pcam_automl.search.storage import engine_of, open_storage, rdb_of
+from pcam_automl.search.storage import RetryingStorage, engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.worker import Limits, run_worker
 
@@ -171,3 +171,28 @@ def test_a_worker_that_was_only_asleep_drops_its_trial_and_goes_on(opened: OpenS
     assert n_finished_of(opened.study) == 2
     assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
     assert any("was taken for lost" in note for note in notes)
+
+
+def test_a_row_of_a_dead_worker_is_ended_at_once_though_no_slot_knows_it(
+    study: optuna.Study, slots: Slots, tmp_path: Path
+) -> None:
+    storage = rdb_of(study)
+    assert isinstance(storage, RetryingStorage)
+    owner = owner_of_this_process()
+    storage.owner = f"{owner.partition(':')[0]}:999999999:x"
+    killed = study.ask()
+    storage.owner = ELSEWHERE
+    unknown = study.ask()
+    storage.owner = owner
+    running = study.ask()
+    assert running.user_attrs == {"owner": owner}
+    running.set_user_attr("more", 1)
+    assert running.suggest_float("x", 0.0, 1.0) == study.get_trials()[running.number].params["x"]
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path) == Settled((killed.number,))
+    states = {trial.number: trial.state for trial in study.get_trials()}
+    assert states == {
+        killed.number: TrialState.FAIL,
+        unknown.number: TrialState.RUNNING,
+        running.number: TrialState.RUNNING,
+    }
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path) == Settled()

@@ -78,6 +78,19 @@ def test_more_than_was_asked_for_is_a_fault(tmp_path: Path) -> None:
     )
 
 
+def test_a_row_that_was_killed_while_it_asked_has_some_parameters_only(tmp_path: Path) -> None:
+    def asked(number: int, params: dict[str, float]) -> FrozenTrial:
+        trial = row(number, "0", TrialState.FAIL, [])
+        trial.params = params
+        return trial
+
+    rows = [asked(0, {"lr": 0.1}), asked(1, {"lr": 0.1, "wd": 0.2})]
+    slots = [slot(0, "open", "0", 1)]
+    assert check_study(rows, slots, tmp_path).faults == ()
+    (fault,) = check_study([*rows, asked(2, {"lr": 0.1, "wd": 0.3})], slots, tmp_path).faults
+    assert fault == "trial 2 has other parameters than its lineage 0 began with"
+
+
 def test_rungs_that_were_trained_twice_are_counted(tmp_path: Path) -> None:
     again = [
         row(0, "0", TrialState.FAIL, [1, 3], [1.0, 2.0]),
