@@ -46,8 +46,7 @@ def test_two_processes_finalize_one_study(easy_raw: Path, tmp_path: Path) -> Non
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
         "-m",
         "pcam_automl",
     ]

@@ -21,8 +21,9 @@ from torch import Tensor
 from pcam_automl.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = datetime.timedelta(days=1)
-"""Others wait while the first rank confirms trials, which may take hours."""
+MEETING, PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=1)
+"""How long ranks wait for each other at the start and within a step; and while the first one confirms trials or packs."""
+_waiting: list[Any] = []  # of the second kind: gloo, whatever the gradients go by
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def joined(device: str) -> Iterator[str]:
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
     if gpu:
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=MEETING)
+    _waiting.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield own
     finally:
+        _waiting.clear()
         dist.destroy_process_group()
 
 
@@ -83,7 +86,7 @@ def from_first(decide: Callable[[], T]) -> T:
     if here.n == 1:
         return decide()
     box: list[Any] = [decide() if here.is_first else None]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=_waiting[0], device=torch.device("cpu"))
     found: T = box[0]
     return found
 
@@ -95,9 +98,9 @@ def first_before_others(do: Callable[[], T]) -> T:
         return do()
     if here.is_first:
         found = do()
-        dist.barrier()
+        dist.barrier(_waiting[0])
         return found
-    dist.barrier()
+    dist.barrier(_waiting[0])
     return do()
 
 

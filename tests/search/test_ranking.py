@@ -186,7 +186,7 @@ def test_without_scores_pack_or_trials_a_ranking_says_why(store: PatchStore, tmp
     assert (gone.picked, gone.n_complete) == (None, 1)
     assert "gone does not exist" in gone.notes[0]
     (tmp_path / "trials" / "0" / "scores.csv").unlink()
-    assert "cannot be read as scores" in ranking_of(store, tmp_path, [trial]).notes[0]
+    assert "its trial ran on another machine" in ranking_of(store, tmp_path, [trial]).notes[0]
     other = settings_of(store).model_copy(update={"objective": "worst_domain_auc"})
     note = rank_study(study_with([trial]), other, tmp_path, store=store).notes[0]
     assert note == "intervals and ties are drawn for the AUC only, this study optimises worst_domain_auc"
