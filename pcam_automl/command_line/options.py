@@ -110,7 +110,7 @@ def _plain(on: bool) -> bool:
 Plain = Annotated[
     bool, typer.Option("--plain", callback=_plain, help="No bars and tables, a time before each line: for logs.")
 ]
-DEFAULT_QUOTA, DEFAULT_RETRIES = "5GB", 3
+DEFAULT_QUOTA = "5GB"
 WithReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")]
 RecipeName = Annotated[str, typer.Argument(help="Name of a shipped recipe (`recipes` lists them), or a YAML file.")]
 Fold = Annotated[

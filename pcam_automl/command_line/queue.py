@@ -8,7 +8,6 @@ import typer
 
 from pcam_automl.command_line.options import (
     DEFAULT_QUOTA,
-    DEFAULT_RETRIES,
     CheckpointQuota,
     Data,
     Deterministic,
@@ -45,6 +44,7 @@ from pcam_automl.command_line.study_options import (
     WarmStart,
     asked_of,
 )
+from pcam_automl.defaults import MAX_RETRIES
 
 
 def submit(
@@ -97,7 +97,7 @@ def worker(
     workers_per_device: WorkersPerDevice = None,
     timeout: Timeout = None,
     checkpoint_quota: CheckpointQuota = DEFAULT_QUOTA,
-    max_retries: MaxRetries = DEFAULT_RETRIES,
+    max_retries: MaxRetries = MAX_RETRIES,
     plain: Plain = False,
     until_idle: Annotated[
         bool, typer.Option("--until-idle", help="Without --study: end once no study has work left.")

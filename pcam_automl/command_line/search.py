@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pcam_automl.command_line.options import (
     DEFAULT_QUOTA,
-    DEFAULT_RETRIES,
     CheckpointQuota,
     Data,
     Deterministic,
@@ -48,6 +47,7 @@ from pcam_automl.command_line.study_options import (
     asked_of,
     check_launcher,
 )
+from pcam_automl.defaults import MAX_RETRIES
 
 
 def search(
@@ -79,7 +79,7 @@ def search(
     deterministic: Deterministic = False,
     probe: Probe = None,
     checkpoint_quota: CheckpointQuota = DEFAULT_QUOTA,
-    max_retries: MaxRetries = DEFAULT_RETRIES,
+    max_retries: MaxRetries = MAX_RETRIES,
     grace: Grace = None,
     artifacts: Artifacts = None,
     no_thaw: NoThaw = False,

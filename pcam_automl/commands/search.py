@@ -16,6 +16,7 @@ from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.audit import audit_warning, ranking_lines
 from pcam_automl.config import storage_url, studies_folder
+from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import Audit, audit_study
@@ -48,7 +49,7 @@ def run_search(
     per_device: str | None = None,
     quota_bytes: int | None = None,
     thaws: bool = True,
-    max_retries: int = 3,
+    max_retries: int = MAX_RETRIES,
     launcher: str | None = None,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
@@ -102,7 +103,7 @@ class Work:
     timeout_s: float | None = None
     quota_bytes: int | None = None
     thaws: bool = True
-    max_retries: int = 3
+    max_retries: int = MAX_RETRIES
     waits: bool = False
     yields: Callable[[], bool] | None = None
     command: str = "search"

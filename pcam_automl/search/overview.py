@@ -15,9 +15,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from pcam_automl.search.budget import TOTAL_KEY, union_of_attrs
+from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS
-from pcam_automl.search.storage import retry_transient
 
 PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY = (
     f"pcam_automl:{name}" for name in ("priority", "submitted", "searched_budget_s")

@@ -9,14 +9,13 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.mirror import Mirror, forget
 from pcam_automl.search.silence import Silent
 from pcam_automl.search.slots import Slots, owner_alive
 from pcam_automl.search.storage import OWNER, engine_of, open_storage
 
-MAX_RETRIES = 3
-"""Deaths of its worker that a trial survives: more than that, and it is likely what kills them."""
 LOST = "worker lost"
 
 

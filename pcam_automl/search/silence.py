@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 
+from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.slots import Slot, Slots, owner_alive
-from pcam_automl.search.storage import retry_transient
 
 logger = logging.getLogger(__name__)
 LOOKS_A_GRACE = 5

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search.storage import retry_transient
+from pcam_automl.search.patience import retry_transient
 
 State = Literal["claimed", "done", "open", "thawing"]
 """``thawing`` is the moment between the claim of a paused lineage's slot and the row that goes on with it."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import random
 import sqlite3
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -25,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
 
@@ -35,24 +33,8 @@ BUSY_TIMEOUT_S = 60
 OWNER = "owner"
 """User attribute of a trial: the process that asked for it, see slots.py."""
 CONNECT_TIMEOUT_S = 10
-# A database server that restarts is away for some seconds; 7 tries over half a minute, more where a worker waits longer.
-PAUSES_S: Sequence[float] = (0.2, 0.5, 1.0, 2.0, 8.0, 20.0)
-WORKERS_PATIENCE_S = 300.0
-"""A worker trains on and waits so long for a database that is away, then ends; its checkpoints stay."""
-_AWAY = (
-    "connection refused",
-    "starting up",
-    "shutting down",
-    "recovery mode",
-    "not yet accepting connections",
-    "closed the connection unexpectedly",
-    "connection timeout expired",
-)
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
-# Serialization failure, deadlock, server shutting down or starting; MySQL's lock timeout, deadlock, lost server.
-_TRANSIENT_SQLSTATES = ("40001", "40P01", "57P01", "57P02", "57P03", "08000", "08003", "08006")
-_TRANSIENT_MYSQL = (1040, 1205, 1213, 2002, 2003, 2006, 2013, 2014)
 
 
 @contextmanager
@@ -112,7 +94,7 @@ def _probe(url: str, *, write: bool) -> None:
             connection.execute(sa.text("SELECT 1"))
             return
         # The switch fails at once, without the busy timeout, while another process makes it.
-        retry_transient(lambda: connection.exec_driver_sql("PRAGMA journal_mode=WAL"), only=_is_lock)
+        retry_transient(lambda: connection.exec_driver_sql("PRAGMA journal_mode=WAL"), only=is_lock)
         if write:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             connection.exec_driver_sql("PRAGMA user_version = 0")
@@ -134,7 +116,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> Ret
     _make_folder(url, create=create)
     try:
         _probe(url, write=create)
-        return retry_transient(lambda: _build(url, heartbeat_s), only=_is_creation_race)
+        return retry_transient(lambda: _build(url, heartbeat_s), only=is_creation_race)
     except (sa.exc.SQLAlchemyError, StorageInternalError, ImportError) as fault:
         raise storage_fault(url, fault) from None
     except RuntimeError as fault:  # Optuna's word on a schema of another version
@@ -209,94 +191,7 @@ def storage_faults(url: str) -> Iterator[None]:
         raise storage_fault(url, fault) from fault
 
 
-# --- retries ---------------------------------------------------------------------------------------------------------
-
-
-def _database_fault(fault: BaseException) -> sa.exc.DBAPIError | None:
-    inner = fault.__cause__ if isinstance(fault, StorageInternalError) else fault
-    return inner if isinstance(inner, sa.exc.DBAPIError) else None
-
-
-def _is_lock(fault: Exception) -> bool:
-    found = _database_fault(fault)
-    return found is not None and isinstance(found.orig, sqlite3.OperationalError) and "locked" in str(found.orig)
-
-
-def _is_creation_race(fault: Exception) -> bool:
-    """Two processes that make the same tables at once: the second try finds them made."""
-    found = _database_fault(fault)
-    return found is not None and (
-        isinstance(found, sa.exc.IntegrityError) or "already exists" in str(found.orig).lower() or is_transient(fault)
-    )
-
-
-def is_transient(fault: Exception) -> bool:
-    """Whether the same statement may well succeed a little later: locks, deadlocks, a server that restarts."""
-    found = _database_fault(fault)
-    if found is None:
-        return False
-    if found.connection_invalidated or _is_lock(fault):
-        return True
-    if getattr(found.orig, "sqlstate", None) in _TRANSIENT_SQLSTATES:
-        return True
-    codes = getattr(found.orig, "args", ())
-    if codes and codes[0] in _TRANSIENT_MYSQL:
-        return True
-    text = str(found.orig).lower()
-    return isinstance(found, sa.exc.OperationalError) and any(words in text for words in _AWAY)
-
-
-@dataclass
-class Patience:
-    """How long this process waits for its database beyond the pauses of ``PAUSES_S``.
-
-    Attributes:
-        seconds: of a call, from its first try; 0 leaves it at the pauses.
-        exhausted: whether a call has given up; others then fail at their first try, until one succeeds.
-    """
-
-    seconds: float = 0.0
-    exhausted: bool = False
-
-
-PATIENCE = Patience()
-
-
-@contextmanager
-def patient(seconds: float = WORKERS_PATIENCE_S) -> Iterator[None]:
-    """Inside the block every database call of this process, heartbeats too, waits so long for a server that is away."""
-    PATIENCE.seconds, PATIENCE.exhausted = seconds, False
-    try:
-        yield
-    finally:
-        PATIENCE.seconds = 0.0
-
-
-def retry_transient(call: Callable[[], T], *, only: Callable[[Exception], bool] = is_transient) -> T:
-    """``call()``, again after each pause of ``PAUSES_S``, and then after the last of them for as long as there is
-    :class:`Patience`, while it fails with a fault that ``only`` accepts.
-
-    Raises:
-        Exception: the last fault, unchanged.
-    """
-    began, tries = time.monotonic(), 0
-    while True:
-        try:
-            result = call()
-        except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
-            if not only(fault) or PATIENCE.exhausted:
-                raise
-            pause_s = PAUSES_S[min(tries, len(PAUSES_S) - 1)]
-            if tries >= len(PAUSES_S) and time.monotonic() - began + pause_s > PATIENCE.seconds:
-                PATIENCE.exhausted = PATIENCE.seconds > 0
-                raise
-            if tries == len(PAUSES_S):
-                logger.warning("the database has been away for %.0f s; waiting on", time.monotonic() - began)
-            tries += 1
-        else:
-            PATIENCE.exhausted = False
-            return result
-        time.sleep(pause_s * random.uniform(0.5, 1.0))  # so that six workers do not come back at once
+# --- the storage -----------------------------------------------------------------------------------------------------
 
 
 class RetryingStorage(RDBStorage):

@@ -15,22 +15,24 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import audit_trials, runs_through
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
 from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
 from pcam_automl.search.mirror import forget
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.patience import patient
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep_within, trim
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
 from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.reading import best_of, errors_of, n_finished_in
 from pcam_automl.search.sampler import PerTrialSampler
-from pcam_automl.search.settling import MAX_RETRIES, end_silent, settle_lost
+from pcam_automl.search.settling import end_silent, settle_lost
 from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.start import enqueued_for
-from pcam_automl.search.storage import RetryingStorage, engine_of, patient, rdb_of
+from pcam_automl.search.storage import RetryingStorage, engine_of, rdb_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 

@@ -14,13 +14,14 @@ from optuna.trial import TrialState
 from own_postgres import OwnServer, find_bindir, own_postgres
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search import storage as storage_module
+from pcam_automl.search import patience as patience_module
 from pcam_automl.search import worker as worker_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.patience import patient
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
-from pcam_automl.search.storage import engine_of, patient, storage_faults
+from pcam_automl.search.storage import engine_of, storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.worker import Limits, run_worker
 
@@ -89,7 +90,7 @@ def test_a_server_that_comes_back_costs_nothing(server: OwnServer, opened: OpenS
 def test_one_that_stays_away_ends_the_search_with_a_line_and_the_same_command_goes_on(
     server: OwnServer, opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(patience_module, "PAUSES_S", (0.1, 0.2))
     monkeypatch.setattr(worker_module, "patient", lambda: patient(1.0))
     began = [0.0]
 

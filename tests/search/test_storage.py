@@ -15,14 +15,14 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search import storage as module
+from pcam_automl.search import patience as module
+from pcam_automl.search.patience import is_transient, retry_transient
 from pcam_automl.search.storage import (
     engine_of,
-    is_transient,
     open_storage,
     quiet_experimental,
-    retry_transient,
     set_user_attrs,
+    storage_fault,
 )
 from pcam_automl.search.storage_url import normalised_url, safe_url
 
@@ -249,7 +249,7 @@ def test_a_worker_waits_longer_and_then_gives_up_at_once(monkeypatch: pytest.Mon
         with pytest.raises(StorageInternalError):
             retry_transient(away)
         assert len(calls) == 7, "one try while the server is known to be away"
-        assert "was away for more than 5 minutes" in str(module.storage_fault("postgresql://u:p@h/d", locked()))
+        assert "was away for more than 5 minutes" in str(storage_fault("postgresql://u:p@h/d", locked()))
         assert retry_transient(lambda: "back") == "back"
         with pytest.raises(StorageInternalError):
             retry_transient(away)
