@@ -23,6 +23,7 @@ from pcam_automl.errors import InputError
 T = TypeVar("T")
 MEETING, PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=1)
 """How long ranks wait for each other at the start and within a step; and while the first one confirms trials or packs."""
+_by_itself: list[bool] = []  # not empty while the first rank does what the others wait for: trainings, too, are its own
 _waiting: list[Any] = []  # of the second kind: gloo, whatever the gradients go by
 
 
@@ -45,7 +46,7 @@ class Ranks:
 
 def ranks() -> Ranks:
     """The place of this process; alone where there is no process group."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if _by_itself or not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size())
 
@@ -80,12 +81,24 @@ def joined(device: str) -> Iterator[str]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    _by_itself.append(True)
+    try:
+        yield
+    finally:
+        _by_itself.pop()
+
+
 def from_first(decide: Callable[[], T]) -> T:
     """What the first rank finds, for all; the others do not look themselves."""
     here = ranks()
     if here.n == 1:
         return decide()
-    box: list[Any] = [decide() if here.is_first else None]
+    box: list[Any] = [None]
+    if here.is_first:
+        with _alone():
+            box = [decide()]
     dist.broadcast_object_list(box, src=0, group=_waiting[0], device=torch.device("cpu"))
     found: T = box[0]
     return found
@@ -97,7 +110,8 @@ def first_before_others(do: Callable[[], T]) -> T:
     if here.n == 1:
         return do()
     if here.is_first:
-        found = do()
+        with _alone():
+            found = do()
         dist.barrier(_waiting[0])
         return found
     dist.barrier(_waiting[0])

@@ -64,7 +64,7 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
     with joined("auto") as device:
         assert device == "cpu"
         assert (ranks().rank, ranks().n) == (rank, N_RANKS)
-        told = from_first(lambda: {"rank": ranks().rank})
+        told = from_first(lambda: {"rank": ranks().rank, "n": ranks().n})
         tensors = [torch.full((3,), float(rank + 1)), torch.full((2, 2), rank + 1), torch.full((1,), 1.0)]
         sum_over_ranks(tensors)
         mean = torch.tensor([float(rank)])
@@ -91,7 +91,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_what_the_first_finds_all_have(found: list[dict[str, Any]]) -> None:
-    assert [one["told"] for one in found] == [{"rank": 0}] * N_RANKS
+    assert [one["told"] for one in found] == [{"rank": 0, "n": 1}] * N_RANKS, "it decides by itself, trainings included"
     assert [one["sums"] for one in found] == [[[3.0] * 3, [3] * 4, [2.0]]] * N_RANKS
     assert [one["mean"] for one in found] == [0.5] * N_RANKS
 
