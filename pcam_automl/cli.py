@@ -84,7 +84,10 @@ def main() -> None:
         if os.environ.get("PCAM_AUTOML_DEBUG"):
             raise
         text, code = _in_one_line(fault)
-        print(text, file=sys.stderr)
+        if (
+            "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+        ):  # of torchrun's processes one speaks
+            print(text, file=sys.stderr)
         sys.exit(code)
 
 

@@ -41,10 +41,10 @@ from pcam_automl.search.ranking import rank_study
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
-from pcam_automl.train import train_to_bundle
+from pcam_automl.train import check_ranks, train_to_bundle
 from pcam_automl.training.engine import Training
 from pcam_automl.training.pace import Pace
-from pcam_automl.training.ranks import from_first, ranks
+from pcam_automl.training.ranks import from_first, part, ranks
 from pcam_automl.training.start import choose_rows, data_key
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
@@ -163,6 +163,7 @@ def finalize(
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
     check_test_set(opened.store)
+    check_ranks(Candidate(lineage_of(trial), trial).recipe)
     rows = final_rows(
         opened,
         options.keep_back,
@@ -173,14 +174,15 @@ def finalize(
     out = (out or opened.folder / "final").resolve()
     decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, device, options, watch, began))
     watch.decided(decision)
-    (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
+    if ranks().is_first:
+        (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
     for number, member in enumerate(decision.members):
         pace = None
         if options.seconds is not None and epochs is None:
             left_s = options.seconds - (time.perf_counter() - began)
             pace = _pace(opened, member, rows, left_s, len(decision.members) - number, device)
         _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick)
-    if not ranks().is_first:
+    if not part().is_first:
         raise Assisted
     _settle_members(out, decision)
     first = decision.members[0].trial
@@ -289,7 +291,7 @@ def _pace(
 ) -> Pace:
     """When the next of ``n_left`` final trainings ends, so that all of them and the prediction fit into ``left_s``."""
     recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
-    rate = images_per_s(opened, member, recipe, device)
+    rate = from_first(lambda: images_per_s(opened, member, recipe, device))
     predict_s = OVERHEAD * _n_shown(opened, rows) / (EVAL_SPEEDUP * rate)  # of each network
     return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
 

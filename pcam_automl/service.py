@@ -18,6 +18,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from pcam_automl.children import end_with_parent
 from pcam_automl.search.overview import StudyLine
 
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)
@@ -51,7 +52,8 @@ class Child:
 
     @property
     def is_up(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        process = self.process  # read once: the threads that answer /healthz ask, too
+        return process is not None and process.poll() is None
 
     def keep(self, say: Say, now: float) -> None:
         """Start it where it does not run and its pause is over."""
@@ -68,9 +70,18 @@ class Child:
         if now >= self._next_at:
             self._began, self.n_starts = now, self.n_starts + 1
             # A group of its own: Ctrl-C reaches this process alone, which then ends them in order.
-            self.process = subprocess.Popen(
-                list(self.command), env={**os.environ, **self.environ}, start_new_session=True
-            )
+            try:
+                self.process = subprocess.Popen(
+                    list(self.command),
+                    env={**os.environ, **self.environ},
+                    start_new_session=True,
+                    preexec_fn=end_with_parent,
+                )
+            except OSError as fault:  # no memory or no process left, for now
+                self._failures += 1
+                pause_s = BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1]
+                self._next_at = now + pause_s
+                say(f"{self.name} cannot be started ({fault.strerror}); trying again in {pause_s:.0f} s")
 
 
 class Supervisor:
@@ -100,14 +111,19 @@ class Supervisor:
             assert child.process is not None
             child.process.terminate()
         until = time.monotonic() + patience_s
-        for child in up:
-            assert child.process is not None
-            try:
-                child.process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                self.say(f"{child.name} did not end within {patience_s:.0f} s and is killed")
-                os.killpg(child.process.pid, signal.SIGKILL)
-                child.process.wait()
+        try:
+            for child in up:
+                assert child.process is not None
+                try:
+                    child.process.wait(max(0.1, until - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    self.say(f"{child.name} did not end within {patience_s:.0f} s and is killed")
+        finally:  # a second signal does not wait for their last words
+            for child in up:
+                if child.is_up:
+                    assert child.process is not None
+                    os.killpg(child.process.pid, signal.SIGKILL)
+                    child.process.wait()
 
 
 # --- what is asked from outside --------------------------------------------------------------------------------------

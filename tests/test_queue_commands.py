@@ -20,6 +20,8 @@ PINS = ["backbone=test_resnet", "crop_size=32", "batch_size=16"]
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "IDLE_S", 0.1)
+    monkeypatch.setattr(queue, "WATCH_S", 0.2)
+    monkeypatch.setattr(queue.QueueWatch, "grace_s", 1.0)
 
 
 @pytest.fixture
@@ -105,6 +107,39 @@ def test_the_queue_of_an_empty_storage_is_said_to_be_empty(url: str) -> None:
 
     open_storage(url).engine.dispose()
     assert "no studies in sqlite:///" in call("status", "--all", "--storage", url)
+
+
+def test_a_budget_counts_from_when_its_study_is_served(
+    easy_pack: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of the queue may be older than any budget."""
+    for module in ("search.budget", "commands.search"):
+        monkeypatch.setattr(f"pcam_automl.{module}.process_age_s", lambda: 7200.0)
+    words = [
+        "submit",
+        "--study",
+        "short",
+        "--budget",
+        "10m",
+        "--trials",
+        "1",
+        "--data",
+        str(easy_pack),
+        "--storage",
+        url,
+    ]
+    call(*words, "--views", "96", "--device", "cpu", "--weights", "none", *(w for pin in PINS for w in ("--set", pin)))
+    out = call("worker", "--storage", url, "--device", "cpu", "--until-idle")
+    assert "study short: 1 trials finished here" in out
+    (line,) = json.loads(CliRunner().invoke(app, ["status", "--all", "--json", "--storage", url]).stdout)
+    assert 0 < line["spent_s"] < 300
+
+
+def test_what_the_last_command_asked_holds(easy_pack: Path, url: str) -> None:
+    submit(url, easy_pack, "s", 1, "--budget", "2h")
+    submit(url, easy_pack, "s", 2)
+    (line,) = json.loads(CliRunner().invoke(app, ["status", "--all", "--json", "--storage", url]).stdout)
+    assert (line["total"], line["budget_s"]) == (2, None)
 
 
 def test_wrong_words_end_in_a_line(easy_pack: Path, url: str) -> None:

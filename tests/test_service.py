@@ -129,12 +129,13 @@ def test_health_names_what_is_wrong() -> None:
 def test_no_process_shows_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "postgresql://me:s3cret@db/pcam"
     monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     children = children_of(url, Path("data"), ["cpu", "cpu"], "127.0.0.1", 8080)
     assert [child.name for child in children] == ["worker on cpu (1)", "worker on cpu (2)", "dashboard"]
     assert all("s3cret" not in " ".join(child.command) for child in children)
     assert all(child.environ["PCAM_AUTOML_STORAGE"] == url for child in children)
     assert children[0].environ["OMP_NUM_THREADS"] == "4"
-    assert children[0].command == own_command("worker", "--device", "cpu", "--data", "data")
+    assert children[0].command == own_command("worker", "--plain", "--device", "cpu", "--data", "data")
     (worker,) = children_of(url, None, ["cuda:0"], "127.0.0.1", 0)
     assert worker.name == "worker on cuda:0"
     assert "OMP_NUM_THREADS" not in worker.environ

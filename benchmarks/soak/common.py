@@ -30,10 +30,10 @@ PRELOADED = ["pcam_automl.search.processes", "pcam_automl.search.objective", "ps
 OUT = RESULTS / "soak"
 
 
-def arguments(**defaults: Any) -> argparse.Namespace:
-    """``--storage sqlite|postgresql`` and a whole number for every default."""
+def arguments(*, storages: tuple[str, ...] = ("sqlite", "postgresql"), **defaults: Any) -> argparse.Namespace:
+    """``--storage``, the first by default, and a number for every default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
-    parser.add_argument("--storage", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--storage", choices=storages, default=storages[0])
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args(sys.argv[1:])

@@ -53,10 +53,11 @@ def work(url: str, name: str, total: int, sleep_s: float, start: Any, out: Any) 
                 """Nothing to give back."""
 
         objective = Ready(opened, torch.device("cpu"))
-        start.wait()
+        start.wait(300)
         end = run_worker(objective, Limits(total))
         out.put((end.n_finished, None))
     except Exception:  # noqa: BLE001 - told to the parent, which fails
+        start.abort()
         out.put((0, traceback.format_exc()))
 
 
@@ -72,9 +73,9 @@ def run(kind: str, n_workers: int, total: int, sleep_s: float) -> dict[str, Any]
         ]
         for worker in workers:
             worker.start()
-        start.wait()
+        start.wait(300)
         began = time.monotonic()
-        said = [out.get() for _ in workers]
+        said = [out.get(timeout=900) for _ in workers]
         seconds = time.monotonic() - began
         for worker in workers:
             worker.join()
@@ -114,8 +115,12 @@ def main() -> None:
         print(
             f"  {share:.0%} of the ideal speed-up, asked 90 %; of trials of exactly a second {runs['1 s, all workers']['trials_per_s'] / asked.workers:.0%}"
         )
+    passed = passed and (share is None or share >= 0.9)
     print(f"instant ({asked.storage}): {'passed' if passed else 'FAILED'}")
-    write_result(OUT / f"instant_{asked.storage}.json", {"runs": runs, "share_of_ideal": share, "passed": passed})
+    write_result(
+        OUT / f"instant_{asked.storage}.json",
+        {"asked": vars(asked), "runs": runs, "share_of_ideal": share, "passed": passed},
+    )
     if not passed:
         raise SystemExit(1)
 

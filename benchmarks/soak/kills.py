@@ -31,17 +31,22 @@ from pcam_automl.search.worker import Limits
 
 
 class Killer(threading.Thread):
-    """Kills a random living worker after a random pause, so often."""
+    """Kills a living worker after a random pause, so often: of four kills three where one holds a slot, the fourth anywhere."""
 
-    def __init__(self, recorded: Recorded, n: int, mean_s: float, seed: int) -> None:
+    def __init__(self, recorded: Recorded, slots: Slots, n: int, mean_s: float, seed: int) -> None:
         super().__init__(daemon=True)
-        self.recorded, self.n, self.mean_s, self.random = recorded, n, mean_s, random.Random(seed)
-        self.n_killed, self.over = 0, threading.Event()
+        self.recorded, self.slots, self.n, self.mean_s, self.random = recorded, slots, n, mean_s, random.Random(seed)
+        self.n_killed, self.n_in_trials, self.over = 0, 0, threading.Event()
 
     def run(self) -> None:
         while self.n_killed < self.n and not self.over.wait(self.random.expovariate(1.0 / self.mean_s)):
-            if alive := self.recorded.alive():
-                self.random.choice(alive).kill()
+            alive = self.recorded.alive()
+            claims = {int(slot.owner.split(":")[-2]) for slot in self.slots.claimed() if slot.owner}
+            inside = [process for process in alive if process.pid in claims]
+            if chosen := inside if inside and self.random.random() < 0.75 else alive:
+                victim = self.random.choice(chosen)
+                victim.kill()
+                self.n_in_trials += victim in inside
                 self.n_killed += 1
                 if self.n_killed % 20 == 0:
                     print(f"  {self.n_killed} kills", flush=True)
@@ -57,7 +62,7 @@ def main() -> None:
     ):
         slots = Slots(engine_of(opened.study), opened.name)
         limits = Limits(asked.trials, max_retries=asked.kills)
-        killer = Killer(recorded, asked.kills, asked.mean, asked.seed)
+        killer = Killer(recorded, slots, asked.kills, asked.mean, asked.seed)
 
         def settle() -> str:
             trials = opened.study.get_trials(deepcopy=False)
@@ -83,7 +88,7 @@ def main() -> None:
     seconds = time.monotonic() - began
     passed = finished == asked.trials and running == 0 and not sound.faults and killer.n_killed == asked.kills
     print(
-        f"kills ({asked.storage}): {killer.n_killed} of {asked.kills} kills, {len(trials)} rows, {finished} of {asked.trials} finished, {lost} ended as lost, "
+        f"kills ({asked.storage}): {killer.n_killed} of {asked.kills} kills, {killer.n_in_trials} of workers that held a slot, {len(trials)} rows, {finished} of {asked.trials} finished, {lost} ended as lost, "
         f"{running} running, {sound.n_recomputed} rungs trained twice, {len(sound.faults)} faults, {end.why}; {seconds:.0f} s: {'passed' if passed else 'FAILED'}"
     )
     for fault in sound.faults:
@@ -91,7 +96,8 @@ def main() -> None:
     write_result(
         OUT / f"kills_{asked.storage}.json",
         {
-            "kills": killer.n_killed, "asked": vars(asked), "rows": len(trials), "finished": finished, "lost": lost, "running": running,
+            "kills": killer.n_killed,
+            "kills_in_trials": killer.n_in_trials, "asked": vars(asked), "rows": len(trials), "finished": finished, "lost": lost, "running": running,
             "recomputed_rungs": sound.n_recomputed, "faults": list(sound.faults), "leftovers": leftovers, "seconds": round(seconds, 1), "passed": passed,
         },
     )  # fmt: skip

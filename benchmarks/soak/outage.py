@@ -34,18 +34,18 @@ from own_postgres import find_bindir, own_postgres
 
 def main() -> None:
     """Run, print, write ``results/soak/outage.json``."""
-    asked = arguments(trials=24, workers=2, views=768, away=60.0, killed=10.0)
+    asked = arguments(storages=("postgresql",), trials=24, workers=2, views=768, away=60.0, killed=10.0)
     bindir = find_bindir()
     if bindir is None:
         print("outage: skipped, no PostgreSQL programs (initdb) on this machine")
         return
-    told: list[float] = []
+    told: list[tuple[int, int, float]] = []  # trial, step, value
     events: list[dict[str, float | str]] = []
     with own_postgres(bindir) as server:
         os.environ["PCAM_TEST_POSTGRES_URL"] = server.url
         began = time.monotonic()
         with tiny_study("postgresql", views=asked.views, n_workers=asked.workers) as opened, recorded_workers():
-            slots = Slots(engine_of(opened.study), opened.name)
+            slots, steps = Slots(engine_of(opened.study), opened.name), [views for views, _ in opened.settings.rungs]
 
             def settle() -> str:
                 trials = opened.study.get_trials(deepcopy=False)
@@ -63,8 +63,9 @@ def main() -> None:
 
             def heard(said: Heard) -> None:
                 if said.kind == "rung":
-                    told.append(said.values[1])
-                    plan = {10: ("stop", asked.away), 40: ("kill", asked.killed)}
+                    number, value, rung, _ = said.values
+                    told.append((number, steps[rung - 1], value))
+                    plan = {8: ("stop", asked.away), 20: ("kill", asked.killed)}
                     if (what := plan.get(len(told))) is not None:
                         threads.append(threading.Thread(target=away, args=what))
                         threads[-1].start()
@@ -80,8 +81,7 @@ def main() -> None:
                 thread.join()
             trials = opened.study.get_trials(deepcopy=False)
             sound = check_study(trials, slots.all(), opened.checkpoints, total=asked.trials)
-            stored = [value for trial in trials for value in trial.intermediate_values.values()]
-            missing = [value for value in told if value not in stored]
+            missing = [one for one in told if trials[one[0]].intermediate_values.get(one[1]) != one[2]]
             finished, failed = n_finished_of(opened.study), sum(trial.state == TrialState.FAIL for trial in trials)
     seconds = time.monotonic() - began
     passed = finished == asked.trials and not missing and not sound.faults and len(events) == 2

@@ -79,7 +79,7 @@ def submit(
     artifacts: Artifacts = None,
 ) -> None:
     """Put a study into the queue of a storage and return; `worker` processes anywhere run its trials."""
-    asked = asked_of(dict(locals()))
+    asked = asked_of("submit", dict(locals()))
     from pcam_automl.commands.queue import run_submit
 
     run_submit(study, storage, asked, n_trials=trials, priority=priority)

@@ -95,7 +95,7 @@ def search(
 
     timeout_s = None if timeout is None else parse_duration(timeout)
     quota_bytes = parse_bytes(checkpoint_quota)
-    asked = asked_of(options)
+    asked = asked_of("search", options)
     from pcam_automl.commands.search import run_search
 
     run_search(
@@ -110,7 +110,7 @@ def search(
         quota_bytes=quota_bytes,
         thaws=not no_thaw,
         max_retries=max_retries,
-        launcher=check_launcher(launcher, ray_address),
+        launcher=check_launcher(launcher, ray_address, per_device=workers_per_device, no_thaw=no_thaw),
     )
     if finalize_:
         finalize(study=study, storage=storage, device=device, json=json)

@@ -128,7 +128,7 @@ ThenFinalize = Annotated[
 ]
 
 
-def asked_of(options: Mapping[str, Any]) -> Asked:
+def asked_of(command: str, options: Mapping[str, Any]) -> Asked:
     """What is asked of a study, from the options of a command by their parameters' names.
 
     Raises:
@@ -143,7 +143,7 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
 
     pins, budget_s, grace_s = parse_assignments(options["set_"] or []), seconds("budget"), seconds("grace")
     if options["trials"] is None and budget_s is None:
-        raise InputError("a study needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m")
+        raise InputError(f"{command} needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m")
     from pcam_automl.search.study import Asked
 
     domains = options["domains"]
@@ -160,11 +160,11 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
     )
 
 
-def check_launcher(launcher: str, address: str | None) -> str | None:
+def check_launcher(launcher: str, address: str | None, *, per_device: str | None, no_thaw: bool) -> str | None:
     """None for workers of this machine, else the address of the Ray cluster, empty for the usual one.
 
     Raises:
-        InputError: an unknown launcher, or an address without Ray.
+        InputError: an unknown launcher, an address without Ray, or what a cluster's workers are not told.
     """
     from pcam_automl.errors import InputError, did_you_mean
 
@@ -172,4 +172,6 @@ def check_launcher(launcher: str, address: str | None) -> str | None:
         raise InputError(f"--launcher must be here or ray, got {launcher!r}{did_you_mean(launcher, ['here', 'ray'])}")
     if launcher == "here" and address is not None:
         raise InputError(f"--ray-address {address} goes with --launcher ray")
+    if launcher == "ray" and (per_device is not None or no_thaw):
+        raise InputError("--workers-per-device and --no-thaw go with workers of this machine; give --workers N for Ray")
     return None if launcher == "here" else address or ""

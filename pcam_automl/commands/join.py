@@ -16,8 +16,7 @@ from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import storage_url
 from pcam_automl.errors import InputError, StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
-from pcam_automl.search.budget import budget_of
-from pcam_automl.search.reading import TRIALS_KEY, n_finished_of
+from pcam_automl.search.reading import CLOCK_KEY, TRIALS_KEY, n_finished_of
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.worker import SearchEnd
@@ -58,7 +57,7 @@ def run_join(name: str, url: str | None, asked: Asked, devices: Sequence[str], w
     began, url = time.monotonic(), storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with stop_signal(GO_ON) as stop, storage_faults(url):
-        opened, end = join(name, url, asked, devices, replace(work, waits=True), stop=stop)
+        opened, end = join(name, url, asked, devices, replace(work, waits="all"), stop=stop)
     done, total = n_finished_of(opened.study), opened.study.user_attrs.get(TRIALS_KEY)
     of = "" if total is None else f" of {total}"
     terminal.result(
@@ -86,7 +85,8 @@ def join(
     """
     with terminal.counting("packing") as call:
         opened = open_study(name, url, asked, say=terminal.say, pack_call=call)
-    total, budget_s = opened.study.user_attrs.get(TRIALS_KEY), budget_of(opened.study)
+    attrs = opened.study.user_attrs
+    total, budget_s = attrs.get(TRIALS_KEY), attrs.get(CLOCK_KEY)
     if total is None and budget_s is None:
         raise StudyError(
             f"study {name!r} has neither a total of trials nor a budget to work towards; "

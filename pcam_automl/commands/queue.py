@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,11 +11,13 @@ import optuna
 import sqlalchemy as sa
 
 from pcam_automl import terminal
-from pcam_automl.config import storage_url, studies_folder
-from pcam_automl.errors import Interrupted, PcamError, StudyError
+from pcam_automl.config import StudySettings, storage_url, studies_folder
+from pcam_automl.errors import Interrupted, PcamError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.overview import StudyLine, next_study, overview, submit
-from pcam_automl.search.silence import Watchman
+from pcam_automl.search.patience import patient
+from pcam_automl.search.reading import load_study
+from pcam_automl.search.silence import LOOKS_A_GRACE, Patrol, Silent, Watchman
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage, storage_faults
 from pcam_automl.search.storage_url import safe_url
@@ -27,14 +28,15 @@ if TYPE_CHECKING:  # torch and timm, which `status --all` does without
 
 IDLE_S = 5.0
 """Between two looks for work."""
-FAULTS_OF_A_STUDY = 3
-"""A study that this worker failed at so often (its data are not here, say) is left to others."""
+FAULTS_OF_A_STUDY, FAULTS_COUNT_S = 3, 900.0
+"""A study that this worker failed at so often in so many seconds (its data are not here, say) is left to others meanwhile."""
+WATCH_S = 10.0
+"""Between two looks at who is silent."""
 
 
 def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None, priority: int) -> None:
     """Create the study, or change its place in the queue; no trial runs here."""
-    from pcam_automl.commands.search import command_options, print_plan
-    from pcam_automl.search.budget import budget_of, set_budget
+    from pcam_automl.commands.search import command_options, give_budget, print_plan
     from pcam_automl.search.create import create_or_open_study
 
     at, url = command_options(None, url), storage_url(url)
@@ -43,14 +45,9 @@ def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None
     with stop_signal("nothing was lost") as _, storage_faults(url):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        held = budget_of(opened.study)
         if asked.budget_s is not None:
-            if held is not None and asked.budget_s < held:
-                raise StudyError(
-                    f"--budget is {terminal.duration(asked.budget_s)}, study {name!r} has {terminal.duration(held)}; give as much or more"
-                )
-            set_budget(opened.study, asked.budget_s)
-        submit(opened.study, total=n_trials, priority=priority)
+            give_budget(opened, asked.budget_s)
+        submit(opened.study, total=n_trials, budget_s=asked.budget_s, priority=priority)
         print_plan(opened, n_trials)
     terminal.result(f"study {name} is in the queue of {safe_url(url)} with priority {priority}")
     terminal.say(f"next: pcam-automl worker{at} on every machine that shall serve it, pcam-automl status --all{at}")
@@ -63,7 +60,9 @@ def run_service_worker(url: str | None, asked: Asked, devices: Sequence[str], wo
     with stop_signal("its trial goes on in another worker") as stop, storage_faults(url):
         engine = engine_of(open_storage(url, create=False))
         server = Server(url, engine, asked, devices, work, stop)
-        server.serve(until_idle=until_idle)
+        watch = QueueWatch(url, engine, work.max_retries)
+        with patient(), Patrol(watch, watch.end):
+            server.serve(until_idle=until_idle)
     terminal.result(f"no study of {safe_url(url)} has work left: {server.n_finished} trials finished here")
 
 
@@ -87,8 +86,7 @@ class Server:
     work: Work
     stop: StopSignal
     n_finished: int = 0
-    _faults: collections.Counter[str] = field(default_factory=collections.Counter)
-    _watch: dict[str, Watchman] = field(default_factory=dict)
+    _faults: dict[str, list[float]] = field(default_factory=dict)
 
     def serve(self, *, until_idle: bool) -> None:
         """Until nothing is left, the time is up or a signal comes."""
@@ -109,7 +107,6 @@ class Server:
             if not idle:
                 terminal.say("no study wants workers; waiting for one (Ctrl-C ends this worker)")
             idle = True
-            self._end_lost(lines)
             self._rest()
 
     def _rest(self) -> None:
@@ -119,7 +116,11 @@ class Server:
             time.sleep(0.2)
 
     def _given_up(self) -> frozenset[str]:
-        return frozenset(name for name, n in self._faults.items() if n >= FAULTS_OF_A_STUDY)
+        """Studies that failed here so often of late."""
+        recent = time.monotonic() - FAULTS_COUNT_S
+        return frozenset(
+            name for name, times in self._faults.items() if sum(at > recent for at in times) >= FAULTS_OF_A_STUDY
+        )
 
     def _serve_one(self, line: StudyLine, left_s: float | None) -> None:
         from pcam_automl.commands.join import WHY, join
@@ -128,15 +129,23 @@ class Server:
             other = next_study(overview(self.engine), without=self._given_up())
             return other is not None and other.priority > line.priority
 
-        work = replace(self.work, timeout_s=left_s, yields=better_to_do if len(self.devices) == 1 else None)
+        alone = len(self.devices) == 1
+        work = replace(
+            self.work, timeout_s=left_s, yields=better_to_do if alone else None, waits="none", since=time.monotonic()
+        )
         try:
             _, end = join(line.name, self.url, self.asked, self.devices, work, stop=self.stop)
         except Interrupted:
             raise
-        except PcamError as fault:  # of this study: the others go on
-            self._faults[line.name] += 1
-            left = "left to other workers" if line.name in self._given_up() else "tried again"
+        except (
+            PcamError,
+            KeyError,
+            sa.exc.NoResultFound,
+        ) as fault:  # of this study, or it is deleted: the others go on
+            self._faults.setdefault(line.name, []).append(time.monotonic())
+            left = "left to other workers for now" if line.name in self._given_up() else "tried again"
             terminal.say(f"study {line.name}: {fault}; {left}")
+            self._rest()
             return
         self._faults.pop(line.name, None)
         if not end.n_finished and end.why != "yielded":  # others were quicker, say: no need to hurry
@@ -144,26 +153,64 @@ class Server:
         self.n_finished += end.n_finished
         terminal.say(f"study {line.name}: {end.n_finished} trials finished here; {WHY.get(end.why, end.why)}")
 
-    def _end_lost(self, lines: Sequence[StudyLine]) -> None:
-        """What a vanished host holds is ended while this worker idles, too."""
-        from pcam_automl.search.reading import load_study
-        from pcam_automl.search.settling import end_silent
 
-        for line in lines:
+class QueueWatch:
+    """Watchmen over every study of the storage with claims, for a :class:`Patrol`: a service's worker is inside one study at a time,
+    and what vanished hosts hold of the others is ended meanwhile.
+
+    Args:
+        url: the storage's.
+        engine: of it.
+        max_retries: see Limits.
+    """
+
+    grace_s = WATCH_S * LOOKS_A_GRACE
+
+    def __init__(self, url: str, engine: sa.Engine, max_retries: int) -> None:
+        self.url, self.engine, self.max_retries = url, engine, max_retries
+        self._watch: dict[str, tuple[Watchman, StudySettings]] = {}
+        self._due: dict[str, float] = {}
+
+    def look(self) -> dict[str, Silent]:
+        """What is silent, by study."""
+        found = {}
+        for line in overview(self.engine):
             if not line.slots.get("claimed"):
                 self._watch.pop(line.name, None)
                 continue
+            now = time.monotonic()
+            if now < self._due.get(line.name, 0.0):
+                continue
             if line.name not in self._watch:
                 _, settings = load_study(line.name, self.url)
-                self._watch[line.name] = Watchman(Slots(self.engine, line.name), settings.grace_s)
-            if silent := self._watch[line.name].look(dead=True):
-                folder = studies_folder(self.url) / line.name / "checkpoints"
-                end_silent(line.name, self.url, silent, checkpoints=folder, max_retries=self.work.max_retries)
+                self._watch[line.name] = Watchman(Slots(self.engine, line.name), settings.grace_s), settings
+            watchman, settings = self._watch[line.name]
+            self._due[line.name] = now + min(WATCH_S, settings.grace_s / LOOKS_A_GRACE) * 0.9
+            if silent := watchman.look(dead=True):
+                found[line.name] = silent
+        return found
+
+    def end(self, found: dict[str, Silent]) -> None:
+        """End it; its trials go on in whoever serves the study next."""
+        from pcam_automl.search.mirror import find_mirror
+        from pcam_automl.search.settling import end_silent
+
+        for name, silent in found.items():
+            folder, settings = studies_folder(self.url) / name, self._watch[name][1]
+            ended = end_silent(
+                name,
+                self.url,
+                silent,
+                checkpoints=folder / "checkpoints",
+                max_retries=self.max_retries,
+                mirror=find_mirror(settings.artifacts, name, folder, terminal.say),
+            ).ended
+            for number in ended:
+                terminal.say(f"study {name}: no sign of life of trial {number}: ended as lost, to be gone on with")
 
 
 def run_check(name: str, url: str | None, *, as_json: bool) -> bool:
     """Print whether the study agrees with itself; False if it does not."""
-    from pcam_automl.search.reading import TRIALS_KEY, load_study
     from pcam_automl.search.soundness import check_study
 
     url = storage_url(url)
@@ -171,9 +218,7 @@ def run_check(name: str, url: str | None, *, as_json: bool) -> bool:
     with storage_faults(url):
         study, _ = load_study(name, url)
         trials, slots = study.get_trials(deepcopy=False), Slots(engine_of(study), name).all()
-    found = check_study(
-        trials, slots, studies_folder(url) / name / "checkpoints", total=study.user_attrs.get(TRIALS_KEY)
-    )
+    found = check_study(trials, slots, studies_folder(url) / name / "checkpoints")
     if as_json:
         terminal.print_json({"study": name, "sound": not found.faults, **asdict(found)})
         return not found.faults

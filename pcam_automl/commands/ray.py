@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from pcam_automl import terminal
-from pcam_automl.commands.search import Work, print_plan
+from pcam_automl.commands.search import Work, give_budget, print_plan
 from pcam_automl.commands.workers import StudyBar
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal
-from pcam_automl.search.budget import set_budget
+from pcam_automl.search.patience import patient
 from pcam_automl.search.ray_launcher import RayTask, run_on_ray
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.storage_url import sqlite_path
@@ -25,19 +26,26 @@ def work_on_ray(
     Raises:
         StudyError: SQLite, which the nodes cannot share.
     """
-    if sqlite_path(opened.url) is not None and address:
+    if sqlite_path(opened.url) is not None and (address or os.environ.get("RAY_ADDRESS")):
         raise StudyError(
             "--launcher ray on several machines needs a database server: take PostgreSQL (docs/distributed.md)"
         )
     if work.budget_s is not None:
-        set_budget(opened.study, work.budget_s)
+        give_budget(opened, work.budget_s)
     print_plan(opened, work.n_trials)
-    gpu = asked.device != "cpu" and str(opened.settings.plan["device"]).startswith("cuda")
+    planned_on_gpu = str(opened.settings.plan["device"]).startswith("cuda")
+    gpu = asked.device.startswith("cuda") or (asked.device == "auto" and planned_on_gpu)
     words = ["worker", "--study", opened.name, "--device", "cuda" if gpu else "cpu", "--plain"]
-    words += ["--data", str(asked.data or opened.store.root), "--max-retries", str(work.max_retries)]
+    words += [
+        "--data",
+        str((asked.data or opened.store.root).expanduser().resolve()),
+        "--max-retries",
+        str(work.max_retries),
+    ]
+    words += [] if work.quota_bytes is None else ["--checkpoint-quota", str(work.quota_bytes)]
     words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:g}s"]
     before = n_finished_of(opened.study)
-    with terminal.Bars() as bars, stop.deferred():
+    with terminal.Bars() as bars, stop.deferred(), patient():
         show = StudyBar(bars, Limits(work.n_trials or NEVER_ENDS), before)
 
         def check() -> None:

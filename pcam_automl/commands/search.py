@@ -21,9 +21,9 @@ from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import Audit, audit_study
 from pcam_automl.search.lineages import THAWED_FROM
-from pcam_automl.search.overview import SEARCHED_KEY
+from pcam_automl.search.overview import SEARCHED_KEY, note_asked
 from pcam_automl.search.ranking import Ranking, rank_study
-from pcam_automl.search.reading import TRIALS_KEY, best_of, load_study_to_read, n_finished_in, n_finished_of
+from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard`
     from pcam_automl.search.budget import BudgetClock, Ledger
     from pcam_automl.search.objective import Watch
     from pcam_automl.search.study import Asked, OpenStudy
-    from pcam_automl.search.worker import Limits, SearchEnd
+    from pcam_automl.search.worker import Limits, SearchEnd, Waits
     from pcam_automl.training.engine import RungResult
 
 
@@ -67,8 +67,7 @@ def run_search(
     with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
-        if n_trials is not None:
-            opened.study.set_user_attr(TRIALS_KEY, n_trials)
+        note_asked(opened.study, n_trials, asked.budget_s)
         work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
         if launcher is None:
             end = work_on(opened, asked, devices, work, stop=stop)
@@ -93,9 +92,10 @@ class Work:
         quota_bytes: of the checkpoints.
         thaws: whether paused trials go on.
         max_retries: of a trial whose worker was killed.
-        waits: for other workers' trials.
+        waits: for which other workers' trials; see Limits.
         yields: see Limits; for a worker in this process.
         command: for the ledger of the budget.
+        since: when its clock began, by ``time.monotonic``; None with the process.
     """
 
     n_trials: int | None
@@ -104,9 +104,10 @@ class Work:
     quota_bytes: int | None = None
     thaws: bool = True
     max_retries: int = MAX_RETRIES
-    waits: bool = False
+    waits: Waits = "far"
     yields: Callable[[], bool] | None = None
     command: str = "search"
+    since: float | None = None
 
 
 def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work, *, stop: StopSignal) -> SearchEnd:
@@ -117,7 +118,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
     from pcam_automl.training.compute import use_device
 
-    clock, ledger = _budget(opened, work.budget_s, work.command)
+    clock, ledger = _budget(opened, work)
     limits = Limits(
         work.n_trials or NEVER_ENDS,
         work.timeout_s,
@@ -147,27 +148,39 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     return end
 
 
-def _budget(opened: OpenStudy, budget_s: float | None, command: str) -> tuple[BudgetClock | None, Ledger]:
+def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     """The clock of the budget that was asked for, and this command's entry among what is spent.
 
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, set_budget, spent_s
+    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, spent_s
+
+    kept = work.budget_s is not None or budget_of(opened.study) is not None
+    ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
+    if work.budget_s is None:
+        return None, ledger
+    spent = spent_s(opened.study)
+    give_budget(opened, work.budget_s)
+    began = time.monotonic() - process_age_s() if work.since is None else work.since
+    rate = opened.settings.plan["images_per_s"].get(opened.start.backbone)
+    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate), ledger
+
+
+def give_budget(opened: OpenStudy, budget_s: float) -> None:
+    """The study's first budget, or a larger one.
+
+    Raises:
+        StudyError: it has a larger one already.
+    """
+    from pcam_automl.search.budget import budget_of, set_budget
 
     held = budget_of(opened.study)
-    ledger = Ledger(opened.study, command, kept=budget_s is not None or held is not None)
-    if budget_s is None:
-        return None, ledger
     if held is not None and budget_s < held:
         raise StudyError(
             f"--budget is {terminal.duration(budget_s)}, study {opened.name!r} has {terminal.duration(held)}; give as much or more, or take another --study name"
         )
-    spent = spent_s(opened.study)
     set_budget(opened.study, budget_s)
-    began = time.monotonic() - process_age_s()
-    rate = opened.settings.plan["images_per_s"].get(opened.start.backbone)
-    return BudgetClock(budget_s, spent, began, len(opened.split.order), rate), ledger
 
 
 def _check_time(opened: OpenStudy, clock: BudgetClock | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,14 +56,18 @@ def run_serve(
     children = children_of(url, data, devices, host, dashboard_port)
     supervisor = Supervisor(children, terminal.say)
     how_to_go_on = "the studies go on in other workers, or here at the next start"
-    with stop_signal(how_to_go_on) as stop, serving((host, port), lambda: overview(engine), children) as (at, on):
+    with (
+        stop_signal(how_to_go_on) as stop,
+        serving((host, port), lambda: overview(engine, patient=False), children) as (at, on),
+    ):
         terminal.result(f"serving the studies of {safe_url(url)}: http://{at}:{on}/healthz, http://{at}:{on}/metrics")
         if dashboard_port:
             terminal.result(f"dashboard: http://{host}:{dashboard_port}/")
-        try:
-            supervisor.watch(stop.check)
-        finally:
-            with stop.deferred():
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal is closed: end in order
+        with stop.deferred():
+            try:
+                supervisor.watch(stop.check)
+            finally:
                 supervisor.end()
 
 
@@ -70,14 +76,14 @@ def children_of(url: str, data: Path | None, devices: Sequence[str], host: str, 
     secret = {STORAGE_VARIABLE: url}
     more = [] if data is None else ["--data", str(data)]
     threads = {}
-    if len(devices) > 1 and set(devices) == {"cpu"}:
+    if len(devices) > 1 and set(devices) == {"cpu"} and "OMP_NUM_THREADS" not in os.environ:
         threads = {"OMP_NUM_THREADS": str(max(1, int(joblib.cpu_count()) // len(devices)))}
     seen: collections.Counter[str] = collections.Counter()
     children = []
     for device in devices:
         name = f"worker on {device}" + (f" ({seen[device] + 1})" if devices.count(device) > 1 else "")
         seen[device] += 1
-        children.append(Child(name, own_command("worker", "--device", device, *more), {**secret, **threads}))
+        children.append(Child(name, own_command("worker", "--plain", "--device", device, *more), {**secret, **threads}))
     if dashboard_port:
         words = ("dashboard", "--host", host, "--port", str(dashboard_port))
         children.append(Child("dashboard", own_command(*words), secret))

@@ -14,6 +14,7 @@ from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import DataError
 from pcam_automl.interrupt import StopSignal
 from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.search.patience import patient
 from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
@@ -122,7 +123,7 @@ def run_many(
             )
             return settled_text(found, limits)
 
-        with stop.deferred():
+        with stop.deferred(), patient():
             return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle)
 
 

@@ -121,12 +121,14 @@ class Ledger:
         study: where it is written.
         command: ``search`` or ``finalize``, for people.
         kept: whether anything is written; a study without a budget needs none.
+        since: when it began, by ``time.monotonic``, for a process that has worked on other studies before.
     """
 
-    def __init__(self, study: optuna.Study, command: str, *, kept: bool = True) -> None:
+    def __init__(self, study: optuna.Study, command: str, *, kept: bool = True, since: float | None = None) -> None:
         self.study, self.command, self.kept = study, command, kept
-        self.began_at = time.time() - process_age_s()
-        self._began = time.monotonic() - process_age_s()
+        age_s = process_age_s() if since is None else time.monotonic() - since
+        self.began_at = time.time() - age_s
+        self._began = time.monotonic() - age_s
         self._key = f"{RUN_KEY}{uuid.uuid4().hex}"
 
     @property

@@ -36,6 +36,7 @@ from pcam_automl.search.asking import (
 )
 from pcam_automl.search.budget import BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
+from pcam_automl.search.mirror import open_mirror
 from pcam_automl.search.plan import Plan, make_plan, trial_seconds
 from pcam_automl.search.priors import NONE
 from pcam_automl.search.probe_study import LIMIT_S, check_mode, probe_study
@@ -72,6 +73,8 @@ def create_or_open_study(
     url = storage_url(url)
     check_study_name(name)
     check_options(asked)  # whatever is wrong is said before the hub is asked or the data packed
+    if asked.artifacts is not None:
+        open_mirror(asked.artifacts, name, studies_folder(url) / name)
     database = sqlite_path(normalised_url(url))
     if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
         _load_asked_space(asked)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pcam_automl.errors import InputError
 from pcam_automl.files import folder_written_whole
 
+LISTED_S = 30.0
 LAST = "state.json"
 """Of a checkpoint, uploaded after everything else."""
 Say = Callable[[str], None]
@@ -54,6 +56,7 @@ class Mirror:
     root: str
     folder: Path
     say: Say = lambda text: None
+    _listed: list[tuple[float, frozenset[str]]] = field(default_factory=list)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -79,12 +82,16 @@ class Mirror:
                     self.client.download_file(self.bucket, key, str(partial / Path(key).name))
 
     def lineages(self) -> frozenset[str]:
-        """Names of those that have a complete checkpoint in the bucket."""
+        """Names of those that have a complete checkpoint in the bucket, as of the last half minute."""
+        if self._listed and time.monotonic() - self._listed[0][0] < LISTED_S:
+            return self._listed[0][1]
         parts: list[list[str]] = []
         with self._faults("the list of checkpoints"):
             prefix = self._key("checkpoints") + "/"
             parts = [key.removeprefix(prefix).split("/") for key in self._keys(prefix)]
-        return frozenset(part[0] for part in parts if len(part) == 3 and part[2] == LAST)
+        found = frozenset(part[0] for part in parts if len(part) == 3 and part[2] == LAST)
+        self._listed[:] = [(time.monotonic(), found)]
+        return found
 
     def drop_checkpoints(self, lineage: str) -> None:
         """Its trial never goes on."""
@@ -150,10 +157,21 @@ class Mirror:
 
         try:
             yield
-        except (Boto3Error, BotoCoreError, ClientError) as fault:
+        except (Boto3Error, BotoCoreError, ClientError, OSError) as fault:  # OSError: gone meanwhile by the quota, say
             self.say(
                 f"{what} could not be copied to or from s3://{self.bucket} ({type(fault).__name__}: {str(fault)[:120]})"
             )
+
+
+def find_mirror(url: str | None, study: str, folder: Path, say: Say) -> Mirror | None:
+    """The study's part of the bucket, if it has one; where it cannot be reached a line says so and all goes on without it."""
+    if url is None:
+        return None
+    try:
+        return open_mirror(url, study, folder, say)
+    except InputError as fault:
+        say(f"warning: {fault}; going on without it")
+        return None
 
 
 def open_mirror(url: str, study: str, folder: Path, say: Say = lambda text: None) -> Mirror:

@@ -16,7 +16,7 @@ from optuna.trial import Trial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import DataError, Interrupted, OutOfTime, TrainingDiverged
+from pcam_automl.errors import DataError, Interrupted, OutOfTime, SearchFailed, TrainingDiverged
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
@@ -39,6 +39,9 @@ from pcam_automl.training.latency import latency_ms
 from pcam_automl.training.speed import SpeedBook, network_shape
 from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
+
+SLOT_LOST = "slot lost"
+"""Reason of a row whose worker slept between the claim and the row."""
 
 
 @dataclass
@@ -107,7 +110,9 @@ class Objective:
         assert self.slot is not None
         self.interrupted, self.goes_on, self.number = None, False, trial.number
         lineage = self.slot.lineage or f"{trial.number}"
-        self.begun(self.slot, trial.number, lineage)
+        if not self.begun(self.slot, trial.number, lineage):
+            set_user_attrs(trial, reason=SLOT_LOST)
+            raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
         began = time.perf_counter()
         set_user_attrs(
             trial,

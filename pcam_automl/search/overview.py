@@ -14,9 +14,9 @@ from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from pcam_automl.search.budget import TOTAL_KEY, union_of_attrs
+from pcam_automl.search.budget import union_of_attrs
 from pcam_automl.search.patience import retry_transient
-from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
+from pcam_automl.search.reading import CLOCK_KEY, SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS
 
 PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY = (
@@ -76,9 +76,15 @@ class StudyLine:
         return {**asdict(self), "wants_workers": self.wants_workers}
 
 
-def overview(engine: sa.Engine) -> list[StudyLine]:
-    """Every study of this package in the storage, in the order in which they are served."""
-    return sorted(retry_transient(lambda: _read(engine)), key=lambda line: (-line.priority, line.submitted, line.name))
+def overview(engine: sa.Engine, *, patient: bool = True) -> list[StudyLine]:
+    """Every study of this package in the storage, in the order in which they are served.
+
+    Args:
+        engine: of the storage.
+        patient: wait for a database that is away; False fails at once, for those who ask whether it is.
+    """
+    found = retry_transient(lambda: _read(engine)) if patient else _read(engine)
+    return sorted(found, key=lambda line: (-line.priority, line.submitted, line.name))
 
 
 def next_study(lines: list[StudyLine], *, without: frozenset[str] = frozenset()) -> StudyLine | None:
@@ -86,10 +92,16 @@ def next_study(lines: list[StudyLine], *, without: frozenset[str] = frozenset())
     return next((line for line in lines if line.wants_workers and line.name not in without), None)
 
 
-def submit(study: optuna.Study, *, total: int | None, priority: int) -> None:
+def note_asked(study: optuna.Study, total: int | None, budget_s: float | None) -> None:
+    """Write what workers that join shall work towards."""
+    for key, value in ((TRIALS_KEY, total), (CLOCK_KEY, budget_s)):
+        if study.user_attrs.get(key) != value:
+            study.set_user_attr(key, value)
+
+
+def submit(study: optuna.Study, *, total: int | None, budget_s: float | None = None, priority: int = 0) -> None:
     """Enter a study in the queue, or change its entry; its age counts from its first entry."""
-    if total is not None:
-        study.set_user_attr(TRIALS_KEY, total)
+    note_asked(study, total, budget_s)
     study.set_user_attr(PRIORITY_KEY, priority)
     if SUBMITTED_KEY not in study.user_attrs:
         study.set_user_attr(SUBMITTED_KEY, time.time())
@@ -122,7 +134,7 @@ def _read(engine: sa.Engine) -> list[StudyLine]:
         known = attrs.get(number, {})
         if SETTINGS_KEY not in known:  # another program's, or still being created
             continue
-        budget = known.get(TOTAL_KEY)
+        budget = known.get(CLOCK_KEY)
         found.append(
             StudyLine(
                 name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import sqlite3
 import time
@@ -28,11 +29,32 @@ _AWAY = (
     "recovery mode",
     "not yet accepting connections",
     "closed the connection unexpectedly",
-    "connection timeout expired",
+    "timeout expired",
+    "connection timed out",
+    "no route to host",
+    "is unreachable",
+    "failed to resolve host",
+    "could not translate host name",
+    "connection reset",
+    "too many clients",
+    "connection slots",
 )
 # Serialization failure, deadlock, server shutting down or starting; MySQL's lock timeout, deadlock, lost server.
-_TRANSIENT_SQLSTATES = ("40001", "40P01", "57P01", "57P02", "57P03", "08000", "08003", "08006")
-_TRANSIENT_MYSQL = (1040, 1205, 1213, 2002, 2003, 2006, 2013, 2014)
+_TRANSIENT_SQLSTATES = (
+    "40001",
+    "40P01",
+    "53300",
+    "57P01",
+    "57P02",
+    "57P03",
+    "08000",
+    "08001",
+    "08003",
+    "08004",
+    "08006",
+    "25006",
+)
+_TRANSIENT_MYSQL = (1040, 1047, 1053, 1158, 1159, 1160, 1161, 1205, 1213, 2002, 2003, 2006, 2013, 2014)
 
 
 def database_fault(fault: BaseException) -> sa.exc.DBAPIError | None:
@@ -90,16 +112,19 @@ PATIENCE = Patience()
 @contextmanager
 def patient(seconds: float = WORKERS_PATIENCE_S) -> Iterator[None]:
     """Inside the block every database call of this process, heartbeats too, waits so long for a server that is away."""
-    PATIENCE.seconds, PATIENCE.exhausted = seconds, False
+    before = PATIENCE.seconds
+    PATIENCE.seconds, PATIENCE.exhausted = max(before, seconds), False
     try:
         yield
     finally:
-        PATIENCE.seconds = 0.0
+        PATIENCE.seconds = before
 
 
-def retry_transient(call: Callable[[], T], *, only: Callable[[Exception], bool] = is_transient) -> T:
+def retry_transient(
+    call: Callable[[], T], *, only: Callable[[Exception], bool] = is_transient, longest_s: float = math.inf
+) -> T:
     """``call()``, again after each pause of ``PAUSES_S``, and then after the last of them for as long as there is
-    :class:`Patience`, while it fails with a fault that ``only`` accepts.
+    :class:`Patience`, while it fails with a fault that ``only`` accepts. No pause is longer than ``longest_s``.
 
     Raises:
         Exception: the last fault, unchanged.
@@ -111,7 +136,7 @@ def retry_transient(call: Callable[[], T], *, only: Callable[[Exception], bool] 
         except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
             if not only(fault) or PATIENCE.exhausted:
                 raise
-            pause_s = PAUSES_S[min(tries, len(PAUSES_S) - 1)]
+            pause_s = min(longest_s, PAUSES_S[min(tries, len(PAUSES_S) - 1)])
             if tries >= len(PAUSES_S) and time.monotonic() - began + pause_s > PATIENCE.seconds:
                 PATIENCE.exhausted = PATIENCE.seconds > 0
                 raise

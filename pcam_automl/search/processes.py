@@ -18,11 +18,13 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from pcam_automl import errors
+from pcam_automl.config import storage_url
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import best_of, n_finished_in
+from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.search.worker import Limits, SearchEnd, run_worker
 from pcam_automl.training.compute import use_device
@@ -219,7 +221,8 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
     with stop_signal("") as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process passes it on
         try:
-            opened = open_study(task.name, task.url, task.asked)
+            with storage_faults(storage_url(task.url)):
+                opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
             objective = Objective(
                 opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal)
@@ -228,7 +231,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
                 tell("finished", trial, n_finished_in(trials), best_of(trials, opened.settings.goal))
 
-            with stop.deferred():
+            with stop.deferred(), storage_faults(opened.url):
                 end = run_worker(objective, task.limits, finished=finished)
             tell("ended", end)
         except Interrupted as fault:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pcam_automl.children import end_with_parent
 from pcam_automl.config import STORAGE_VARIABLE
 from pcam_automl.errors import InputError, SearchFailed
 
@@ -79,9 +79,11 @@ def run_on_ray(task: RayTask, check: Callable[[], None], say: Callable[[str], No
                         continue
                     failures[number] += 1
                     if failures[number] >= MOST_FAILURES:
-                        raise SearchFailed(
-                            f"worker {number} on Ray ended {MOST_FAILURES} times with exit code {code}; its own words stand in Ray's logs"
-                        )
+                        last = f"worker {number} on Ray ended {MOST_FAILURES} times, at last with exit code {code}; its own words stand in Ray's logs"
+                        if not running:
+                            raise SearchFailed(last)
+                        say(f"{last}; the others go on without it")
+                        continue
                     say(f"worker {number} ended with exit code {code}; starting it again")
                     running[remote.remote(list(task.words), task.url)] = number
         finally:
@@ -97,7 +99,7 @@ def work(words: list[str], url: str) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "pcam_automl", *words],
         env={**os.environ, STORAGE_VARIABLE: url},
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     try:
         return process.wait()
@@ -108,13 +110,6 @@ def work(words: list[str], url: str) -> int:
             time.sleep(0.1)
         process.kill()
         raise
-
-
-def _end_with_parent() -> None:
-    """SIGTERM to this process when its parent dies (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _import_ray() -> Any:

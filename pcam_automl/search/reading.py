@@ -18,8 +18,9 @@ from pcam_automl.search.sqlite_reader import read_study
 from pcam_automl.search.storage_url import plain_sqlite_path, safe_url
 
 SETTINGS_KEY = "pcam_automl"
-TRIALS_KEY = "pcam_automl:trials"
-"""The total of finished trials that the last `search` asked for; what a worker that joins works towards."""
+TRIALS_KEY, CLOCK_KEY = "pcam_automl:trials", "pcam_automl:by_clock"
+"""Total of finished trials and budget in seconds that the last `search` or `submit` asked for, None where it named none: what a
+worker that joins works towards."""
 FIGURES = "figures"
 """The user attribute of a trial that holds every objective's value at its last rung: {"auc": 0.98, "log_loss": 0.2}."""
 _WAIT_FOR_CREATOR_S = 60.0

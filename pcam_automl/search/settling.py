@@ -13,7 +13,7 @@ from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.mirror import Mirror, forget
 from pcam_automl.search.silence import Silent
-from pcam_automl.search.slots import Slots, owner_alive
+from pcam_automl.search.slots import Slot, Slots, owner_alive
 from pcam_automl.search.storage import OWNER, engine_of, open_storage
 
 LOST = "worker lost"
@@ -62,21 +62,36 @@ def settle_lost(
         return Settled(tuple(ended))
     trials = study.get_trials(deepcopy=False)  # anew: those slots may hold rows that are younger than the list
     ended += [number for number in silent.rows if _fail_lost(study, trials[number])]
-    for slot in lost:  # first the row is failed, then the slot is free: nobody continues a row still RUNNING
-        number = slot.trial_number
-        if number is not None and trials[number].state == TrialState.RUNNING and _fail_lost(study, trials[number]):
-            ended.append(number)
-    spent = {slot.number for slot in lost if n_lost(study, slot.lineage) > max_retries}
-    dead = {slot.owner for slot in lost}  # not who died since: their rows are not failed yet
-    counted = {lineage_of(trial) for trial in trials if trial.state in FINISHED}
-    for slot in lost:
-        if slot.number in spent and slot.lineage is not None:
-            forget(mirror, checkpoints, slot.lineage)
-            if slot.lineage in counted:
-                slots.finish(slot)
-    slots.reap(lambda owner: False if owner in dead else None, goes_on=lambda slot: slot.number not in spent)
+    spent: set[int] = set()
+    for slot in lost:  # judged one by one: who has died, or woken, since is not among them
+        row = None if slot.trial_number is None else trials[slot.trial_number]
+        if row is not None and row.state == TrialState.RUNNING and _fail_lost(study, row):
+            ended.append(row.number)
+        if _give_back(study, slots, slot, max_retries):
+            spent.add(slot.number)
+            if slot.lineage is not None:
+                forget(mirror, checkpoints, slot.lineage)
     given_up = [s.trial_number for s in lost if s.number in spent and s.trial_number in ended]
     return Settled(tuple(ended), tuple(n for n in given_up if n is not None))
+
+
+def _give_back(study: optuna.Study, slots: Slots, slot: Slot, max_retries: int) -> bool:
+    """Free a lost claim as it was when it was judged (a claim that has changed since is left alone); whether it is given up."""
+    if slot.state == "thawing":
+        slots.leave_paused(slot)
+        return False
+    rows = study.get_trials(deepcopy=False)  # the row may have been finished in the last moment
+    row = None if slot.trial_number is None else rows[slot.trial_number]
+    if row is not None and row.state in FINISHED:
+        slots.finish(slot)
+        return False
+    given_up = n_lost(study, slot.lineage) > max_retries
+    counts = any(one.state in FINISHED and lineage_of(one) == slot.lineage for one in rows)
+    if given_up and counts:  # it had been thawed, and stays paused where it was
+        slots.finish(slot)
+    else:
+        slots.reopen(slot, keep_lineage=not given_up)
+    return given_up
 
 
 def _end_orphans(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> list[int]:

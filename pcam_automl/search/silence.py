@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import sqlalchemy as sa
 from optuna.storages._rdb import models
@@ -20,6 +20,8 @@ from optuna.trial import TrialState
 from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.slots import Slot, Slots, owner_alive
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 logger = logging.getLogger(__name__)
 LOOKS_A_GRACE = 5
 """Looks in a grace period: what falls silent is noticed within 1.2 of it."""
@@ -60,6 +62,7 @@ class Watchman:
     def __init__(self, slots: Slots, grace_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self.slots, self.grace_s, self.now = slots, grace_s, now
         self._seen: dict[tuple[str, int], tuple[Any, float]] = {}
+        self._looked: float | None = None
 
     def look(self, *, dead: bool = False) -> Silent:
         """Read the claims and the heartbeats once and compare with earlier looks.
@@ -67,6 +70,7 @@ class Watchman:
         Args:
             dead: name claims of this host's dead processes at once, too; a working worker settles those itself.
         """
+        before, last, self._looked = self.now(), self._looked, None  # None: a look that failed counts as none
         rows, claims = running_rows(self.slots.engine, self.slots.study_name), self.slots.claimed()
         held = {slot.trial_number for slot in claims}
         signs: dict[tuple[str, int], Any] = {
@@ -74,7 +78,11 @@ class Watchman:
             for slot in claims
             if slot.owner is None or owner_alive(slot.owner) is not True
         } | {("row", number): heartbeat for number, heartbeat in rows.items() if number not in held}
-        now = self.now()
+        self._looked = now = self.now()
+        # A database that was away, or this process asleep: nobody's signs could be seen, and all count from now.
+        pause_s = self.grace_s / LOOKS_A_GRACE
+        if last is None or now - before > pause_s or before - last > 2 * pause_s:
+            self._seen = {}
         self._seen = {
             key: known if (known := self._seen.get(key)) is not None and known[0] == sign else (sign, now)
             for key, sign in signs.items()
@@ -112,20 +120,29 @@ def running_rows(engine: sa.Engine, study_name: str) -> dict[int, Any]:
     return retry_transient(read)
 
 
-class Patrol:
+class Looks(Protocol[T_co]):
+    """What a patrol asks: a :class:`Watchman`, or one over many studies."""
+
+    @property
+    def grace_s(self) -> float: ...
+
+    def look(self) -> T_co: ...
+
+
+class Patrol(Generic[T]):
     """A thread that looks again and again and hands over what is silent, also while this process is inside a long trial.
 
     Args:
-        watchman: looks.
-        found: called in the thread with what is silent; ends it.
+        watchman: looks; a true value is what is silent.
+        found: called in the thread with it; ends it.
     """
 
-    def __init__(self, watchman: Watchman, found: Callable[[Silent], None]) -> None:
+    def __init__(self, watchman: Looks[T], found: Callable[[T], None]) -> None:
         self.watchman, self.found = watchman, found
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._walk, name="patrol", daemon=True)
 
-    def __enter__(self) -> Patrol:
+    def __enter__(self) -> Patrol[T]:
         self._thread.start()
         return self
 

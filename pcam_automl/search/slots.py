@@ -7,10 +7,12 @@ SQLite, PostgreSQL and MariaDB without locks of ours.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class Slot:
 
 
 def owner_of_this_process() -> str:
-    """``host[/pid namespace]:pid:start``: names this process and no later one with the same pid."""
+    """``host[.machine][/pid namespace]:pid:start``: names this process and no later one with the same pid."""
     return f"{_host()}:{os.getpid()}:{_started(os.getpid()) or ''}"
 
 
@@ -84,8 +86,10 @@ def owner_alive(owner: str) -> bool | None:
 
 
 def _host() -> str:
-    """Host name and PID namespace: containers that share a host name do not see each other's processes."""
+    """Host name, machine and PID namespace: containers and machines that share a name do not see each other's processes."""
     name = socket.gethostname().replace(":", "_")
+    with contextlib.suppress(OSError):
+        name += f".{zlib.crc32(Path('/etc/machine-id').read_bytes()):08x}"
     try:
         return f"{name}/{Path('/proc/self/ns/pid').readlink().name.strip('pid:[]')}"
     except OSError:
@@ -136,13 +140,15 @@ class Slots:
             if len(reopened) > beyond:
                 number = reopened[0].number
                 values = {"state": "claimed", "owner": owner, "attempts": _C.attempts + 1}
-                if not self._update(number, values, _C.state == "open"):
+                if not self._update(number, values, _C.state == "open") and not self._is_held(number, owner):
                     continue  # another process was quicker
             else:
                 number = slots[-1].number + 1 if slots else 0
                 if number >= n_total:
                     return None
-                if not self._insert(number, state="claimed", owner=owner, attempts=1):
+                if not self._insert(number, state="claimed", owner=owner, attempts=1) and not self._is_held(
+                    number, owner
+                ):
                     continue
                 return Slot(number, "claimed", None, None, owner, 1, int(time.time()))
             found = self._read(number)
@@ -155,9 +161,15 @@ class Slots:
         if slot is None:
             return None
         values = {"state": "thawing", "owner": owner, "attempts": _C.attempts + 1}
-        if not self._update(slot.number, values, _C.state == "done", _C.attempts == slot.attempts):
+        changed = self._update(slot.number, values, _C.state == "done", _C.attempts == slot.attempts)
+        if not changed and not self._is_held(slot.number, owner):
             return None
         return self._read(slot.number)
+
+    def _is_held(self, number: int, owner: str) -> bool:
+        """Whether a change that seemed to fail was made: the server died after it was committed and before it said so."""
+        found = self._read(number)
+        return found is not None and found.owner == owner and found.state in ("claimed", "thawing")
 
     def leave_paused(self, slot: Slot) -> bool:
         """Give back a thawing slot whose row never began: its lineage is paused as before."""

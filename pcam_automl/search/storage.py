@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -241,7 +242,8 @@ class RetryingStorage(RDBStorage):
                 system_attrs={},
                 intermediate_values={},
             )
-        return super()._create_new_trial(study_id, template_trial)
+        create = super()._create_new_trial  # a row that was made twice has no claim, and is ended as lost
+        return retry_transient(lambda: create(study_id, template_trial))
 
     def _write_params(self, trial_id: int) -> None:
         if trial_id in self._unwritten:
@@ -325,7 +327,8 @@ class RetryingStorage(RDBStorage):
     def record_heartbeat(self, trial_id: int) -> None:
         """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
         try:
-            retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id))
+            every_s = float(self.heartbeat_interval or math.inf)  # others judge by it once the database is back
+            retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id), longest_s=every_s)
         except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
 

@@ -22,7 +22,7 @@ from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, 
 from pcam_automl.search.cost import TrialSeconds
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
-from pcam_automl.search.mirror import Mirror, open_mirror
+from pcam_automl.search.mirror import Mirror, find_mirror
 from pcam_automl.search.plan import trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
@@ -183,7 +183,7 @@ def open_study(
         )
     if not split_file.is_file():
         write_split(split, split_file)
-    mirror = None if settings.artifacts is None else open_mirror(settings.artifacts, name, folder, say)
+    mirror = find_mirror(settings.artifacts, name, folder, say)
     return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url), mirror)
 
 

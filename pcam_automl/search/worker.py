@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import optuna
 import sqlalchemy as sa
@@ -45,6 +46,7 @@ WAIT_S = 0.5
 NEVER_ENDS = 1_000_000
 """Total of a search that only its budget limits."""
 
+Waits = Literal["none", "far", "all"]
 Finished = Callable[[FrozenTrial, list[FrozenTrial]], None]
 
 
@@ -68,7 +70,7 @@ class Limits:
         thaws: whether they go on while a budget lasts; for comparisons.
         max_retries: how often a trial whose worker was killed goes on from its last checkpoint before it is given up and
             its slot takes another recipe.
-        waits: for trials that other workers of this host hold, too, before it ends.
+        waits: before it ends, for trials that others hold: ``far`` those of other hosts, which may vanish; ``all``; ``none``.
         yields: asked before each trial; True ends the worker, which has something better to do.
     """
 
@@ -78,7 +80,7 @@ class Limits:
     quota_bytes: int = DEFAULT_QUOTA_BYTES
     thaws: bool = True
     max_retries: int = MAX_RETRIES
-    waits: bool = False
+    waits: Waits = "far"
     yields: Callable[[], bool] | None = None
 
 
@@ -117,7 +119,7 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
         objective.writer.flush()
 
 
-def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol:
+def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol[Silent]:
     """Beside the trials: workers of other hosts that fell silent."""
     opened = objective.opened
 
@@ -166,7 +168,7 @@ def _run_trials(
             limits.clock.learn(best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
-        if turn == "claimed elsewhere" and (held := held_elsewhere(slots, limits)):
+        if turn == "claimed elsewhere" and (held := held_elsewhere(slots, limits, owner)):
             if not waited:
                 objective.watch.note(
                     f"other workers hold the last {held} trials; waiting for them, in case they are lost"
@@ -255,14 +257,15 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
     wanted = not clock.is_over_for_first and not n_finished_in(trials)  # a search needs a winner
-    if wanted or left_s >= whole_trial_s(opened, lineages):
+    fits = wanted or left_s >= whole_trial_s(opened, lineages)
+    if fits:
         slot = slots.claim(limits.n_trials, owner)
         if slot is not None:
             return Turn(slot)
     for one in by_promise(fitting, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    return "budget"
+    return _end(opened.study, limits) if fits else "budget"  # time is left: it is the total that is claimed
 
 
 def n_expected_of(opened: OpenStudy, n_trials: int) -> int:
@@ -282,9 +285,12 @@ def whole_trial_s(opened: OpenStudy, lineages: list[Lineage]) -> float:
     return typical_trial_s(first, ratios, float(planned.get("whole_s", planned["trial_s"])) if planned else math.inf)
 
 
-def held_elsewhere(slots: Slots, limits: Limits) -> int:
-    """Claims that a worker waits for before it ends: of other hosts, which may vanish; or, where it is to wait, of any."""
-    return sum(slot.owner is not None and (limits.waits or owner_alive(slot.owner) is None) for slot in slots.claimed())
+def held_elsewhere(slots: Slots, limits: Limits, owner: str) -> int:
+    """Claims of others that a worker waits for before it ends."""
+    if limits.waits == "none":
+        return 0
+    others = [slot.owner for slot in slots.claimed() if slot.owner not in (None, owner)]
+    return sum(limits.waits == "all" or owner_alive(str(other)) is None for other in others)
 
 
 def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
@@ -320,13 +326,14 @@ def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
     objective.expect()
     try:
         study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
-    except (UpdateFinishedTrialError, ValueError):  # Optuna's word on a row that was ended by others
+    except (UpdateFinishedTrialError, ValueError, AssertionError):  # Optuna's words on a row that was ended by others
         row = None if objective.number is None else study.get_trials(deepcopy=False)[objective.number]
         if row is None or not row.state.is_finished():
             raise
         objective.watch.note(
             f"trial {row.number} was taken for lost and ended by another worker; what it did since is dropped"
         )
+        objective.goes_on = True  # in whoever has it now
         return row
     except UnboundLocalError as fault:  # Optuna 5 stumbles over itself where the database is gone when it wants to tell
         raise _storage_fault_behind(fault) or fault from None
@@ -345,7 +352,10 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     """Close or give back the slot; 1 if the trial counts."""
     folder = objective.opened.checkpoints
     if trial.state not in FINISHED:
-        slots.reopen(slot, keep_lineage=objective.goes_on)
+        if objective.thawed_from is not None and not objective.goes_on:
+            slots.finish(slot)  # its lineage counts already
+        else:
+            slots.reopen(slot, keep_lineage=objective.goes_on)
         return 0
     slots.finish(slot)
     lineage = trial.user_attrs["lineage"]

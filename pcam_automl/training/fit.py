@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from pcam_automl.batches import ViewStream
+from pcam_automl.errors import DataError
 from pcam_automl.metrics import worst_domain_auc
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.checkpoint import CheckpointWriter, keep_newest, newest_checkpoint, write_checkpoint
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
-from pcam_automl.training.ranks import ranks
+from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
 
 Stop = Callable[[], None]
@@ -233,15 +234,30 @@ def save(
 
 
 def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
-    """Take over the newest checkpoint of the same recipe, key and data; returns how many rungs it has behind it."""
+    """Take over the newest checkpoint of the same recipe, key and data; returns how many rungs it has behind it.
+
+    Raises:
+        DataError: several ranks see different checkpoints.
+    """
+    _take_over(training, root, note)
+    agreed = from_first(lambda: (training.n_resumed, training.views))
+    if agreed != (training.n_resumed, training.views):
+        raise DataError(
+            f"the processes of this training see different checkpoints in {root} (after {agreed[0]} and {training.n_resumed} parts); "
+            "put --out on a disk that all of them share"
+        )
+    return training.n_resumed
+
+
+def _take_over(training: Training, root: Path | None, note: Callable[[str], None]) -> None:
     found = newest_checkpoint(root, note=note) if root is not None else None
     if found is None:
-        return 0
+        return
     folder, parts, state = found
     if (state["recipe"], state["key"], state.get("data")) != (training.recipe.hash, training.key, training.data_key):
         # with other rows, weights that saw the validation patches would be gone on from
         note(f"{folder} belongs to another recipe, seed, fold or data; training starts afresh")
-        return 0
+        return
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]
     training.n_steps = state.get("n_steps", 0)  # checkpoints of earlier releases have neither
@@ -249,4 +265,3 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None]) -
     training.best = None if state["best"] is None else (state["best"], parts["best"])
     training.results = [RungResult(**result) for result in state["results"]]
     training.n_resumed = int(state["rung"]) + 1
-    return training.n_resumed

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pcam_automl.errors import InputError
+from pcam_automl.errors import InputError, PcamError
+from pcam_automl.training.compute import choose_device
 
 T = TypeVar("T")
 MEETING, PATIENCE = datetime.timedelta(minutes=30), datetime.timedelta(days=1)
@@ -52,8 +53,8 @@ def ranks() -> Ranks:
 
 
 def launched_size() -> int:
-    """Processes that `torchrun` started for this job; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that `torchrun` started for this job; 1 without it, whatever else has set WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
 
 @contextmanager
@@ -66,10 +67,10 @@ def joined(device: str) -> Iterator[str]:
     if launched_size() == 1:
         yield device
         return
-    gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if device not in ("auto", "cuda", "cpu"):
         raise InputError(f"--device {device}: under torchrun every process has a GPU of its own; use auto, cuda or cpu")
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu"
+    gpu = choose_device(device).type == "cuda"
+    own = str(choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")) if gpu else "cpu"
     if gpu:
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=MEETING)
@@ -77,7 +78,25 @@ def joined(device: str) -> Iterator[str]:
     try:
         yield own
     finally:
-        _waiting.clear()
+        _leave()
+
+
+def part() -> Ranks:
+    """All have trained: the groups are dissolved by all at once, and the first goes on as a single process.
+
+    Returns:
+        This process's place until now.
+    """
+    here = ranks()
+    if here.n > 1:
+        dist.barrier(_waiting[0])
+        _leave()
+    return here
+
+
+def _leave() -> None:
+    _waiting.clear()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -91,15 +110,20 @@ def _alone() -> Iterator[None]:
 
 
 def from_first(decide: Callable[[], T]) -> T:
-    """What the first rank finds, for all; the others do not look themselves."""
+    """What the first rank finds, for all; the others do not look themselves. A fault of this package is raised by all."""
     here = ranks()
     if here.n == 1:
         return decide()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]
     if here.is_first:
-        with _alone():
-            box = [decide()]
+        try:
+            with _alone():
+                box = [decide(), None]
+        except PcamError as fault:
+            box = [None, fault]
     dist.broadcast_object_list(box, src=0, group=_waiting[0], device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
     found: T = box[0]
     return found
 

@@ -39,6 +39,11 @@ def endpoint() -> Iterator[str]:
     server.stop()
 
 
+@pytest.fixture(autouse=True)
+def _listed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcam_automl.search.mirror.LISTED_S", 0.0)
+
+
 @pytest.fixture
 def client(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, value in {

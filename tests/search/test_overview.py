@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from planted_study import settings_of
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search.budget import RUN_KEY, set_budget
-from pcam_automl.search.overview import SEARCHED_KEY, StudyLine, next_study, overview, submit
+from pcam_automl.search.budget import RUN_KEY
+from pcam_automl.search.overview import SEARCHED_KEY, StudyLine, next_study, note_asked, overview, submit
 from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage
@@ -68,7 +68,7 @@ def test_a_line_counts_what_is_there(storage: optuna.storages.RDBStorage) -> Non
         line = named(overview(engine_of(study)), name)
         assert not line.wants_workers, "two are done and one is in work"
         assert not line.is_over
-        set_budget(study, 600.0)
+        note_asked(study, 3, 600.0)
         study.set_user_attr(f"{RUN_KEY}x", json.dumps({"command": "search", "began": 1.0, "seconds": 50.0}))
         study.set_user_attr(f"{RUN_KEY}y", json.dumps({"command": "worker", "began": 31.0, "seconds": 50.0}))
         assert named(overview(engine_of(study)), name).spent_s == pytest.approx(80.0)
@@ -122,7 +122,7 @@ def test_the_queue_goes_by_priority_then_age(tmp_path: Path) -> None:
     assert next_study([replace(line, slots={"done": 4}) for line in lines]) is None
     young = optuna.load_study(study_name="young", storage=storage)
     before = young.user_attrs["pcam_automl:submitted"]
-    submit(young, total=None, priority=9)
+    submit(young, total=4, priority=9)
     assert young.user_attrs["pcam_automl:submitted"] == before, "its age counts from its first entry"
     assert [line.name for line in overview(storage.engine)] == ["young", "urgent", "old"]
     assert overview(storage.engine)[0].total == 4
@@ -132,9 +132,9 @@ def test_a_larger_budget_wants_workers_again(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path}/s.db")
     study = optuna.create_study(study_name="s", storage=storage)
     study.set_user_attr(SETTINGS_KEY, settings_of().model_dump_json())
-    set_budget(study, 60.0)
+    note_asked(study, None, 60.0)
     assert overview(storage.engine)[0].wants_workers
     study.set_user_attr(SEARCHED_KEY, 60.0)
     assert not overview(storage.engine)[0].wants_workers
-    set_budget(study, 120.0)
+    note_asked(study, None, 120.0)
     assert overview(storage.engine)[0].wants_workers

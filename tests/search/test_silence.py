@@ -10,12 +10,14 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from pcam_automl.search import settling as settling_module
+from pcam_automl.search import silence as silence_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import LOST, Settled, end_silent, settle_lost
 from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, running_rows
-from pcam_automl.search.slots import Slots, owner_of_this_process
+from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.storage import RetryingStorage, engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.worker import Limits, run_worker
@@ -63,17 +65,64 @@ def test_a_claim_is_silent_once_nothing_of_it_has_changed_for_the_grace(study: o
     watchman = Watchman(slots, GRACE_S, clock)
     number = claimed_by(study, slots, ELSEWHERE)
     trial_id = study.get_trials()[number]._trial_id
-    assert not watchman.look()
+    for clock.seconds in (0, 20, 40, 60, 80):
+        assert not watchman.look()
     clock.seconds = 90
     rdb_of(study).record_heartbeat(trial_id)  # the first sign after the claim
     assert running_rows(slots.engine, "s")[number] is not None
-    assert not watchman.look()
+    for clock.seconds in (90, 110, 130, 150, 170):
+        assert not watchman.look()
     clock.seconds = 189
     assert not watchman.look(), "99 s since the heartbeat was seen"
     clock.seconds = 190
     silent = watchman.look()
     assert [slot.trial_number for slot in silent.slots] == [number]
     assert silent.rows == ()
+
+
+def test_an_observer_that_could_not_see_starts_anew(
+    study: optuna.Study, slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    watchman = Watchman(slots, GRACE_S, clock)
+    number = claimed_by(study, slots, ELSEWHERE)
+    assert not watchman.look()
+    clock.seconds = 20
+    assert not watchman.look()
+    real = silence_module.running_rows
+
+    def away(*words: object) -> object:
+        clock.seconds += 245  # the database comes back
+        return real(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(silence_module, "running_rows", away)
+    clock.seconds = 40
+    assert not watchman.look(), "245 s of silence, of which nobody could have heard anything"
+    monkeypatch.setattr(silence_module, "running_rows", real)
+    for clock.seconds in (300, 320, 340, 360, 380):
+        assert not watchman.look()
+    clock.seconds = 386
+    assert [slot.trial_number for slot in watchman.look().slots] == [number]
+    clock.seconds = 800  # asleep itself
+    assert not watchman.look()
+
+
+def test_a_look_that_failed_counts_as_none(study: optuna.Study, slots: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    watchman = Watchman(slots, GRACE_S, clock)
+    claimed_by(study, slots, ELSEWHERE)
+    for clock.seconds in (0, 20, 40, 60, 80):
+        assert not watchman.look()
+
+    def gone(*_: object) -> None:
+        raise OSError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(silence_module, "running_rows", gone)
+        with pytest.raises(OSError, match="away"):
+            watchman.look()
+    clock.seconds = 100
+    assert not watchman.look()
 
 
 def test_who_runs_on_this_host_is_never_silent(study: optuna.Study, slots: Slots) -> None:
@@ -88,7 +137,8 @@ def test_a_row_without_a_claim_is_silent_and_ended(study: optuna.Study, slots: S
     clock = Clock()
     watchman = Watchman(slots, GRACE_S, clock)
     orphan = study.ask().number
-    assert not watchman.look()
+    for clock.seconds in (0, 20, 40, 60, 80):
+        assert not watchman.look()
     clock.seconds = 101
     silent = watchman.look()
     assert silent == Silent(rows=(orphan,))
@@ -196,3 +246,56 @@ def test_a_row_of_a_dead_worker_is_ended_at_once_though_no_slot_knows_it(
         running.number: TrialState.RUNNING,
     }
     assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path) == Settled()
+
+
+def test_a_row_that_finished_in_the_last_moment_is_done_and_not_trained_again(
+    study: optuna.Study, slots: Slots, tmp_path: Path
+) -> None:
+    number = claimed_by(study, slots, ELSEWHERE)
+    silent, before = Silent(tuple(slots.claimed())), study.get_trials()
+    study.tell(number, 0.5)  # it woke, told, and was cut off before it closed its slot
+    assert settle_lost(study, slots, before, checkpoints=tmp_path, silent=silent) == Settled()
+    assert [slot.state for slot in slots.all()] == ["done"]
+
+
+def test_only_the_claim_that_was_judged_is_given_back(
+    study: optuna.Study, slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The silent host wakes while its trial is being ended, drops it and claims another slot."""
+    number = claimed_by(study, slots, ELSEWHERE)
+    silent = Silent(tuple(slots.claimed()))
+    real = settling_module._fail_lost
+
+    def fail_and_wake(*words: object) -> bool:
+        failed = real(*words)  # type: ignore[arg-type]
+        claimed_by(study, slots, ELSEWHERE)
+        return failed
+
+    monkeypatch.setattr(settling_module, "_fail_lost", fail_and_wake)
+    assert settle_lost(study, slots, study.get_trials(), checkpoints=tmp_path, silent=silent) == Settled((number,))
+    assert [(slot.state, slot.owner) for slot in slots.all()] == [("open", None), ("claimed", ELSEWHERE)]
+
+
+def test_a_slot_that_was_lost_between_claim_and_row_is_not_trained_in(opened: OpenStudy) -> None:
+    objective = Objective(opened, torch.device("cpu"))
+    slots = Slots(engine_of(opened.study), opened.name)
+    begun: list[int] = []
+
+    class Sleeping(Slots):
+        """Another host takes the first slot over before its row begins."""
+
+        def claim(self, n_total: int, owner: str) -> Slot | None:
+            slot = super().claim(n_total, owner)
+            if slot is not None and not begun:
+                begun.append(slot.number)
+                slots.reopen(slot, keep_lineage=False)
+            return slot
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pcam_automl.search.worker.Slots", Sleeping)
+        end = run_worker(objective, Limits(2))
+    assert end.why == "done"
+    trials = opened.study.get_trials()
+    assert (trials[0].state, trials[0].user_attrs["reason"]) == (TrialState.FAIL, "slot lost")
+    assert n_finished_of(opened.study) == 2
+    assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}

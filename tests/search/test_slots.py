@@ -193,6 +193,30 @@ def test_lowered_total_is_not_exceeded_by_reopened_slots(slots: Slots) -> None:
     assert [s.number for s in (slots.claim(4, "a"), slots.claim(4, "a")) if s] == [0]
 
 
+def test_a_claim_whose_answer_was_lost_is_found_again(local: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server dies after the commit: the statement is repeated and changes nothing more."""
+    insert, update = Slots._insert, Slots._update
+
+    def committed_but_unheard(real: Any) -> Any:
+        def call(self: Slots, *words: Any, **values: Any) -> bool:
+            real(self, *words, **values)
+            return False
+
+        return call
+
+    monkeypatch.setattr(Slots, "_insert", committed_but_unheard(insert))
+    first = local.claim(1, "me")
+    assert first is not None
+    assert (first.number, first.owner) == (0, "me")
+    monkeypatch.setattr(Slots, "_insert", insert)
+    local.reopen(first, keep_lineage=False)
+    monkeypatch.setattr(Slots, "_update", committed_but_unheard(update))
+    again = local.claim(1, "me")
+    assert again is not None
+    assert again.number == 0
+    assert local.counts() == {"claimed": 1, "done": 0, "open": 0}
+
+
 def test_slot_that_was_taken_over_cannot_be_changed_by_its_old_owner(slots: Slots) -> None:
     old = slots.claim(1, "a")
     assert old is not None

@@ -59,7 +59,12 @@ def digest(training: Training) -> dict[str, Any]:
 
 def as_rank(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N_RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(N_RANKS),
+        TORCHELASTIC_RUN_ID="test",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     with joined("auto") as device:
         assert device == "cpu"
@@ -128,6 +133,8 @@ def test_alone_nothing_is_asked_of_others() -> None:
 
 def test_a_device_of_ones_own_or_too_small_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks_module.launched_size() == 1, "another launcher's: not ours to join"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     with pytest.raises(InputError, match="under torchrun every process has a GPU of its own"), joined("cuda:1"):
         pass
     monkeypatch.setattr("pcam_automl.train.ranks", lambda: Ranks(0, 9))
