@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 from pcam_automl.cli import app
 from pcam_automl.commands import queue
 from pcam_automl.errors import InputError, StudyError
+from pcam_automl.search.overview import StudyLine, overview
 from pcam_automl.search.reading import load_study, n_finished_of
+from pcam_automl.search.storage import open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PINS = ["backbone=test_resnet", "crop_size=32", "batch_size=16"]
@@ -65,15 +68,18 @@ def test_a_worker_leaves_a_study_for_a_more_urgent_one(
     easy_pack: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(url, easy_pack, "slow", 3)
-    real, looked = queue.overview, []
+    real, asked = queue.next_study, []
 
-    def overview(engine: object) -> object:
-        looked.append(engine)
-        if len(looked) == 3:  # before the second trial of the first study
+    def next_study(lines: list[StudyLine], **options: Any) -> StudyLine | None:
+        asked.append(len(lines))
+        if len(asked) == 3:  # before the second trial of the first study
             submit(url, easy_pack, "urgent", 1, "--priority", "1")
-        return real(engine)  # type: ignore[arg-type]
+            storage = open_storage(url)
+            lines = overview(storage.engine)
+            storage.engine.dispose()
+        return real(lines, **options)
 
-    monkeypatch.setattr(queue, "overview", overview)
+    monkeypatch.setattr(queue, "next_study", next_study)
     out = call("worker", "--storage", url, "--device", "cpu", "--until-idle")
     assert "a study of higher priority waits" in out
     first, urgent, rest = (
@@ -103,8 +109,6 @@ def test_a_study_whose_data_are_gone_does_not_hold_up_the_others(easy_pack: Path
 
 
 def test_the_queue_of_an_empty_storage_is_said_to_be_empty(url: str) -> None:
-    from pcam_automl.search.storage import open_storage
-
     open_storage(url).engine.dispose()
     assert "no studies in sqlite:///" in call("status", "--all", "--storage", url)
 

@@ -21,7 +21,6 @@ from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import Audit, audit_study
 from pcam_automl.search.lineages import THAWED_FROM
-from pcam_automl.search.overview import SEARCHED_KEY, note_asked
 from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
@@ -57,6 +56,7 @@ def run_search(
     """
     from pcam_automl.commands.workers import devices_for
     from pcam_automl.search.create import create_or_open_study
+    from pcam_automl.search.overview import note_asked
     from pcam_automl.search.storage import storage_faults
 
     began = time.monotonic()
@@ -114,6 +114,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     """Print the plan and run trials on the devices, in this process or in one for each of several."""
     from pcam_automl.commands.workers import run_many
     from pcam_automl.search.objective import Objective
+    from pcam_automl.search.overview import SEARCHED_KEY
     from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
     from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
     from pcam_automl.training.compute import use_device

@@ -265,7 +265,8 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     for one in by_promise(fitting, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    return _end(opened.study, limits) if fits else "budget"  # time is left: it is the total that is claimed
+    # Where time is left it is the total that is claimed, by others who may be lost.
+    return "claimed elsewhere" if fits and _end(opened.study, limits) == "claimed elsewhere" else "budget"
 
 
 def n_expected_of(opened: OpenStudy, n_trials: int) -> int:

@@ -39,13 +39,15 @@ def server() -> Iterator[OwnServer]:
 
 
 @pytest.fixture
-def opened(server: OwnServer, easy_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OpenStudy:
+def opened(server: OwnServer, easy_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenStudy]:
     monkeypatch.chdir(tmp_path)  # studies/ of a database server lie in the working directory
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
     pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
     asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu")
-    return create_or_open_study("away", server.url, asked, say=lambda text: None)
+    study = create_or_open_study("away", server.url, asked, say=lambda text: None)
+    yield study
+    engine_of(study.study).dispose()
 
 
 def search(opened: OpenStudy, at_rung: Callable[[int, int], None]) -> list[float]:
@@ -120,6 +122,7 @@ def test_one_that_stays_away_ends_the_search_with_a_line_and_the_same_command_go
     assert list(resumed.intermediate_values.values())[:n_before] == list(first.intermediate_values.values()), (
         "its rungs were read from the checkpoint"
     )
+    engine_of(again.study).dispose()
 
 
 def settled_as_dead(real: Callable[..., object]) -> Callable[..., object]:
