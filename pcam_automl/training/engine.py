@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pcam_automl.batches import ViewStream
 from pcam_automl.counter import key_of
-from pcam_automl.errors import TrainingDiverged
+from pcam_automl.errors import Interrupted, TrainingDiverged
 from pcam_automl.models.factory import logit_of
 from pcam_automl.models.layers import set_trainable
 from pcam_automl.recipe import Recipe
@@ -31,7 +32,7 @@ from pcam_automl.scores import Scores
 from pcam_automl.training.checkpoint import optimizer_tensors, restore_optimizer
 from pcam_automl.training.compute import Compute, is_out_of_memory
 from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
-from pcam_automl.training.ranks import mean_over_ranks, ranks, sum_over_ranks
+from pcam_automl.training.ranks import any_over_ranks, mean_over_ranks, ranks, sum_over_ranks
 from pcam_automl.training.schedule import Rates
 from pcam_automl.training.task import Score, Task
 
@@ -136,8 +137,9 @@ class Training:
         began = time.perf_counter()
         total = torch.zeros(2, device=self.compute.device)  # loss, accuracy: read once
         following = stream.rows_of(first, first + batch_size) if n_steps else None
+        pending: Interrupted | None = None
         for step in range(n_steps):
-            stop()
+            pending = self._asked_to_stop(stop) or pending
             view = first + step * batch_size
             self.use(rates_of(view))
             rows, after = following, view + batch_size
@@ -148,11 +150,25 @@ class Training:
             total += self.step(rows[mine], np.arange(view, after)[mine], coming)
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
                 check_finite(total[0])
+                if any_over_ranks(
+                    pending is not None
+                ):  # a signal reaches ranks at different steps; they end at the same one
+                    raise pending or Interrupted("another process of this training was interrupted", signal.SIGTERM)
             progress(batch_size)
         self.views = last
         self._settle_buffers()
         loss, right = (total / max(n_steps, 1)).tolist()
         return Segment(loss, right, time.perf_counter() - began, last - first)
+
+    def _asked_to_stop(self, stop: Callable[[], None]) -> Interrupted | None:
+        """Alone the interruption is raised at once; one of several ranks keeps it until all of them ask each other."""
+        try:
+            stop()
+        except Interrupted as fault:
+            if ranks().n == 1:
+                raise
+            return fault
+        return None
 
     def use(self, rates: Rates) -> None:
         """Set rates and trainable layers for the next step; a new stage begins with a fresh optimizer (fastai's way)."""

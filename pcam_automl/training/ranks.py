@@ -142,6 +142,16 @@ def first_before_others(do: Callable[[], T]) -> T:
     return do()
 
 
+def any_over_ranks(flag: bool) -> bool:
+    """Whether it is set on any rank; all of them must ask."""
+    here = ranks()
+    if here.n == 1:
+        return flag
+    flags = torch.tensor([float(flag)])
+    dist.all_reduce(flags, group=_waiting[0])
+    return bool(flags.item())
+
+
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Sum each tensor over the ranks, in place, in one message for each type."""
     if ranks().n == 1:

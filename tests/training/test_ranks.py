@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from easy_set import TINY, easy_patches
 from warm_processes import warm_context
 
 from pcam_automl.batches import ResidentPatches
-from pcam_automl.errors import InputError, RecipeError
+from pcam_automl.errors import InputError, Interrupted, RecipeError
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
@@ -34,14 +35,14 @@ RECIPE = Recipe(
 RUNGS = tuple(Rung(48 * n, 48) for n in range(1, 6))
 
 
-def trained(compute: Compute, checkpoints: Path | None = None) -> Training:
+def trained(compute: Compute, checkpoints: Path | None = None, stop: Callable[[], None] = lambda: None) -> Training:
     torch.set_num_threads(1)
     images, label = easy_patches(60, seed=3)
     patches = ResidentPatches(torch.from_numpy(images), torch.device("cpu"))
     data = TrainingData(patches, label, np.arange(48), np.arange(48, 60), normalisation(TINY))
     network = build_network(RECIPE, Weights("none"), seed=0)
     training = Training(RECIPE, network, PatchTask(RECIPE, data, compute, 99), compute, key=99)
-    list(fit(training, data.train_rows, RUNGS, checkpoints=checkpoints, keep_final=True))
+    list(fit(training, data.train_rows, RUNGS, checkpoints=checkpoints, keep_final=True, stop=stop))
     return training
 
 
@@ -75,6 +76,19 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
         mean = torch.tensor([float(rank)])
         mean_over_ranks([mean])
         found = digest(trained(Compute("cpu"), folder / "checkpoints"))
+        calls = 0
+
+        def stop() -> None:
+            nonlocal calls
+            calls += 1
+            if (rank, calls) == (1, 5):  # the signal reaches one of them, in the second epoch
+                raise Interrupted("enough", 15)
+
+        try:
+            trained(Compute("cpu"), folder / "stopped", stop)
+        except Interrupted as fault:
+            found["interrupted"] = f"{fault} {fault.exit_code} {calls}"
+        found["resumed"] = digest(trained(Compute("cpu"), folder / "stopped"))["losses"]
         found |= {"told": told, "sums": [tensor.flatten().tolist() for tensor in tensors], "mean": mean.item()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -112,6 +126,12 @@ def test_two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: 
     np.testing.assert_allclose(found[0]["accuracies"], ghosts["accuracies"], atol=1e-6)
     whole = digest(trained(Compute("cpu")))
     assert np.abs(np.subtract(whole["losses"], ghosts["losses"])).max() > 1e-3, "the batch statistics matter"
+
+
+def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found: list[dict[str, Any]]) -> None:
+    assert found[0]["interrupted"] == "another process of this training was interrupted 143 6"
+    assert found[1]["interrupted"] == "enough 143 6"
+    assert found[0]["resumed"] == found[0]["losses"] == found[1]["resumed"]
 
 
 def test_parts_of_a_batch_make_the_whole() -> None:
