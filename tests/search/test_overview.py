@@ -22,16 +22,24 @@ from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+SERVERS = {
+    "postgresql": ("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"),
+    "mysql": ("PCAM_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/test"),
+}
 LINE = StudyLine("s", 0, 0.0, 10, None, 0.0, False, {}, {}, None, "auc")
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param("postgresql", marks=pytest.mark.postgres),
+        pytest.param("mysql", marks=pytest.mark.postgres),
+    ]
+)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[optuna.storages.RDBStorage]:
-    url = f"sqlite:///{tmp_path}/s.db"
-    if request.param == "postgresql":
-        url = os.environ.get("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test")
+    url = f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else os.environ.get(*SERVERS[request.param])
     try:
-        opened = open_storage(url)
+        opened = open_storage(str(url))
     except StudyError as fault:
         pytest.skip(f"no {request.param} here: {fault}")
     yield opened
