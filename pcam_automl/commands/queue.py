@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from pcam_automl import terminal
 from pcam_automl.config import StudySettings, storage_url, studies_folder
-from pcam_automl.errors import Interrupted, PcamError
+from pcam_automl.errors import Interrupted, PcamError, StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.overview import StudyLine, next_study, overview, submit
 from pcam_automl.search.patience import patient
@@ -182,7 +182,12 @@ class QueueWatch:
             if now < self._due.get(line.name, 0.0):
                 continue
             if line.name not in self._watch:
-                _, settings = load_study(line.name, self.url)
+                try:
+                    _, settings = load_study(line.name, self.url)
+                except StudyError as fault:  # of another version, say: it is not this worker's to look after
+                    terminal.say(f"study {line.name} is not watched: {fault}")
+                    self._due[line.name] = float("inf")
+                    continue
                 self._watch[line.name] = Watchman(Slots(self.engine, line.name), settings.grace_s), settings
             watchman, settings = self._watch[line.name]
             self._due[line.name] = now + min(WATCH_S, settings.grace_s / LOOKS_A_GRACE) * 0.9
