@@ -25,6 +25,8 @@ T_co = TypeVar("T_co", covariant=True)
 logger = logging.getLogger(__name__)
 LOOKS_A_GRACE = 5
 """Looks in a grace period: what falls silent is noticed within 1.2 of it."""
+BUSY_S = 5.0
+"""A busy machine delays a look by so much; more, and it was the database or the observer that was away."""
 LEAST_HEARTBEAT_S, MOST_HEARTBEAT_S = 1, 60
 """Heartbeats are writes, and their times are kept in whole seconds."""
 
@@ -81,7 +83,7 @@ class Watchman:
         self._looked = now = self.now()
         # A database that was away, or this process asleep: nobody's signs could be seen, and all count from now.
         pause_s = self.grace_s / LOOKS_A_GRACE
-        if last is None or now - before > pause_s or before - last > 2 * pause_s:
+        if last is None or now - before > max(pause_s, BUSY_S) or before - last > 2 * pause_s + BUSY_S:
             self._seen = {}
         self._seen = {
             key: known if (known := self._seen.get(key)) is not None and known[0] == sign else (sign, now)
