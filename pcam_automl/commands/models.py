@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
@@ -38,7 +39,7 @@ from pcam_automl.training.engine import RungResult, Training
 from pcam_automl.training.pace import N_PARTS
 from pcam_automl.training.ranks import first_before_others, from_first, joined, ranks
 
-REPORT_S = 12.0
+REPORT_S, REPORT_ON_ONE_CORE_S = 12.0, 22.0
 """Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
 
 
@@ -179,7 +180,8 @@ def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
     total_s = budget_of(opened.study)
     if total_s is None:
         return None
-    left_s = total_s - spent_with(opened.study, process_age_s()) - (REPORT_S if with_report else 0.0)
+    report_s = REPORT_S if torch.get_num_threads() > 1 else REPORT_ON_ONE_CORE_S
+    left_s = total_s - spent_with(opened.study, process_age_s()) - (report_s if with_report else 0.0)
     if left_s <= 0:
         raise StudyError(
             f"study {opened.name!r} has used up its budget of {terminal.duration(total_s)}; give finalize --epochs E, or --no-budget"
