@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
-    {"errors", "__init__", "waiting", "heap"},
+    {"errors", "__init__", "waiting", "heap", "defaults", "cpu", "children"},
     {
         *(
             "files",
@@ -28,7 +28,7 @@ LAYERS = (
     {"data", "augment", "colour", "crops", "batches", "models", "scores"},
     {"training", "bundle", "submission"},
     {"predict", "predict_dense", "ensemble", "explain", "search", "train", "compare", "lr_find"},
-    {"finalize", "finalizing", "dashboard", "terminal", "report"},
+    {"finalize", "finalizing", "dashboard", "terminal", "report", "service", "workers_board"},
     {"commands"},
     {"command_line"},
     {"cli", "__main__"},
