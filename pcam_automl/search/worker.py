@@ -184,7 +184,7 @@ def _run_trials(
         objective.origin = None if entry is None else entry.origin
         spent = turn.slot.number / n_expected if limits.clock is None else limits.clock.used_share()
         sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
-        sampler.prescribed = prescribed(opened, turn.slot) if entry is None else dict(entry.params)
+        sampler.prescribed = {**prescribed(opened, turn.slot), **({} if entry is None else entry.params)}
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(slots, turn.slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
@@ -369,12 +369,16 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
 
 
 def prescribed(opened: OpenStudy, slot: Slot) -> dict[str, object]:
-    """Parameters of the slot's lineage, which its next row must take; empty where it has none yet."""
+    """Parameters of the slot's lineage, which its next row must take; empty where it has none yet.
+
+    Of all its rows, the first one that has a name: a row that was killed while it asked has some of them only.
+    """
+    found: dict[str, object] = {}
     if slot.lineage is not None:
-        for row in reversed(opened.study.get_trials(deepcopy=False)):
-            if row.user_attrs.get("lineage") == slot.lineage and row.params:
-                return dict(row.params)
-    return {}
+        for row in opened.study.get_trials(deepcopy=False):
+            if row.user_attrs.get("lineage") == slot.lineage:
+                found = {**row.params, **found}
+    return found
 
 
 def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:

@@ -156,7 +156,7 @@ def readers(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     def read_url(raw: bytes) -> object:
         text = raw.decode("utf-8", "replace")
         shown = safe_url(text)
-        assert "s3cret" not in shown or b"s3cret@" not in raw, shown
+        assert "s3cret" not in shown or b":s3cret@" not in raw, shown
         scrubbed(f"cannot connect to {text}", text)
         url = normalised_url(text)
         return engine_options(url), sqlite_path(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -20,7 +21,7 @@ from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, runn
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.storage import RetryingStorage, engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.worker import Limits, prescribed, run_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ELSEWHERE = "elsewhere/4026531836:17:boot-1"
@@ -299,3 +300,30 @@ def test_a_slot_that_was_lost_between_claim_and_row_is_not_trained_in(opened: Op
     assert (trials[0].state, trials[0].user_attrs["reason"]) == (TrialState.FAIL, "slot lost")
     assert n_finished_of(opened.study) == 2
     assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
+
+
+def test_a_retry_takes_what_any_earlier_row_of_its_lineage_was_given(study: optuna.Study) -> None:
+    """The soak's finding: a row that is killed while it asks has some parameters only, and the next one drew the rest anew."""
+    space = {
+        "lr": optuna.distributions.FloatDistribution(0.0, 1.0),
+        "wd": optuna.distributions.FloatDistribution(0.0, 1.0),
+    }
+
+    def row(lineage: str, **params: float) -> None:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.FAIL,
+                params=params,
+                distributions={name: space[name] for name in params},
+                user_attrs={"lineage": lineage},
+            )
+        )
+
+    row("0", lr=0.1)
+    row("0", lr=0.1, wd=0.2)
+    row("1", lr=0.7, wd=0.8)
+    row("0", lr=0.1)
+    row("0")
+    opened = SimpleNamespace(study=study)
+    of = [prescribed(opened, Slot(0, "claimed", lineage, None, None, 1, 0)) for lineage in ("0", "1", "9", None)]  # type: ignore[arg-type]
+    assert of == [{"lr": 0.1, "wd": 0.2}, {"lr": 0.7, "wd": 0.8}, {}, {}]

@@ -28,7 +28,6 @@ from pcam_automl.training.fit import fit
 from pcam_automl.training.ranks import Ranks, from_first, joined, mean_over_ranks, ranks, sum_over_ranks
 from pcam_automl.training.task import PatchTask, TrainingData
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one pair of processes for all
 N_RANKS, BATCH = 2, 16
 RECIPE = Recipe(
     backbone=TINY, crop_size=32, batch_size=BATCH, schedule="one_cycle", dropout=0.0, lr=2e-3, ema=0.9, optimizer="adamw", clip_norm=1.0
@@ -94,9 +93,8 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def test_two_processes_on_one_training(tmp_path: Path) -> None:
+    folder = tmp_path
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     workers = [warm_context().Process(target=as_rank, args=(rank, port, folder)) for rank in range(N_RANKS)]
@@ -107,21 +105,25 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     assert [worker.exitcode for worker in workers] == [0] * N_RANKS
     checkpoints = {f"checkpoints/{entry.name}" for entry in (folder / "checkpoints").iterdir()}
     assert checkpoints == {"checkpoints/3", "checkpoints/4"}, "the first rank's, the two newest"
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(N_RANKS)]
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(N_RANKS)]
+    what_the_first_finds_all_have(found)
+    the_ranks_end_in_the_same_weights(found)
+    two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found)
+    a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found)
 
 
-def test_what_the_first_finds_all_have(found: list[dict[str, Any]]) -> None:
+def what_the_first_finds_all_have(found: list[dict[str, Any]]) -> None:
     assert [one["told"] for one in found] == [{"rank": 0, "n": 1}] * N_RANKS, "it decides by itself, trainings included"
     assert [one["sums"] for one in found] == [[[3.0] * 3, [3] * 4, [2.0]]] * N_RANKS
     assert [one["mean"] for one in found] == [0.5] * N_RANKS
 
 
-def test_the_ranks_end_in_the_same_weights(found: list[dict[str, Any]]) -> None:
+def the_ranks_end_in_the_same_weights(found: list[dict[str, Any]]) -> None:
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["losses"] == found[1]["losses"]
 
 
-def test_two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: list[dict[str, Any]]) -> None:
+def two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: list[dict[str, Any]]) -> None:
     ghosts = digest(trained(Compute("cpu", micro_batch=BATCH // N_RANKS)))
     np.testing.assert_allclose(found[0]["losses"], ghosts["losses"], atol=1e-3)
     np.testing.assert_allclose(found[0]["accuracies"], ghosts["accuracies"], atol=1e-6)
@@ -129,7 +131,7 @@ def test_two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: 
     assert np.abs(np.subtract(whole["losses"], ghosts["losses"])).max() > 1e-3, "the batch statistics matter"
 
 
-def test_a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found: list[dict[str, Any]]) -> None:
+def a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found: list[dict[str, Any]]) -> None:
     assert found[0]["interrupted"] == "another process of this training was interrupted 143 5"
     assert found[1]["interrupted"] == "enough 143 5"
     assert found[0]["resumed"] == found[0]["losses"] == found[1]["resumed"]
