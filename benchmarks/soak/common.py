@@ -47,7 +47,9 @@ def storage_of(kind: str, folder: Path) -> Iterator[str]:
         return
     server = sa.make_url(os.environ.get("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"))
     name = f"soak_{uuid.uuid4().hex[:12]}"
-    engine = sa.create_engine(server.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    engine = sa.create_engine(
+        server.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool
+    )
     with engine.connect() as connection:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
     try:

@@ -82,6 +82,7 @@ def main() -> None:
             trials = opened.study.get_trials(deepcopy=False)
             sound = check_study(trials, slots.all(), opened.checkpoints, total=asked.trials)
             missing = [one for one in told if trials[one[0]].intermediate_values.get(one[1]) != one[2]]
+            reasons = [str(trial.user_attrs.get("reason")) for trial in trials if trial.state == TrialState.FAIL]
             finished, failed = n_finished_of(opened.study), sum(trial.state == TrialState.FAIL for trial in trials)
     seconds = time.monotonic() - began
     passed = finished == asked.trials and not missing and not sound.faults and len(events) == 2
@@ -89,8 +90,8 @@ def main() -> None:
         f"outage: {finished} of {asked.trials} finished, {failed} rows failed, {len(missing)} of {len(told)} reports lost, {len(sound.faults)} faults, {end.why}; "
         f"{seconds:.0f} s: {'passed' if passed else 'FAILED'}"
     )
-    for fault in sound.faults:
-        print(f"  {fault}")
+    for fault in (*sound.faults, *reasons):
+        print(f"  {fault[:300]}")
     write_result(
         OUT / "outage.json",
         {

@@ -143,7 +143,8 @@ class Objective:
             reason, self.interrupted, self.goes_on = "interrupted", fault, True
             raise
         except Exception as fault:
-            reason = f"error: {type(fault).__name__}: {str(fault)[:500]}"
+            root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it
+            reason = f"error: {type(root).__name__}: {str(root)[:500]}"
             raise
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)

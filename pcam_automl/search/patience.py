@@ -79,6 +79,11 @@ def is_creation_race(fault: Exception) -> bool:
 
 def is_transient(fault: Exception) -> bool:
     """Whether the same statement may well succeed a little later: locks, deadlocks, a server that restarts."""
+    inner = fault.__cause__ if isinstance(fault, StorageInternalError) else fault
+    if isinstance(
+        inner, sa.exc.PendingRollbackError
+    ):  # the connection died inside a transaction, which is closed by now
+        return True
     found = database_fault(fault)
     if found is None:
         return False

@@ -258,6 +258,12 @@ def test_a_worker_waits_longer_and_then_gives_up_at_once(monkeypatch: pytest.Mon
     module.PATIENCE.exhausted = False
 
 
+def test_a_transaction_whose_connection_died_is_tried_again() -> None:
+    fault = StorageInternalError("An exception is raised during the commit.")
+    fault.__cause__ = sa.exc.PendingRollbackError("Can't reconnect until invalid transaction is rolled back.")
+    assert is_transient(fault)
+
+
 def test_deadlocks_and_lost_servers_are_transient() -> None:
     def fault(orig: BaseException, *, invalidated: bool = False) -> Exception:
         return sa.exc.OperationalError("UPDATE", {}, orig, connection_invalidated=invalidated)
