@@ -79,6 +79,7 @@ def bare(url: str, name: str) -> None:
 def ours(url: str, name: str) -> None:
     """The worker of `search` with its training replaced by ready results."""
     import torch
+    from optuna.trial import TrialState
 
     from benchmarks.filled import RUNGS
     from pcam_automl import terminal
@@ -90,20 +91,22 @@ def ours(url: str, name: str) -> None:
     from pcam_automl.data.synthetic import write_synthetic
     from pcam_automl.models.factory import smallest_input
     from pcam_automl.search import objective as at
+    from pcam_automl.search.budget import Ledger
     from pcam_automl.search.reading import load_study, n_finished_of
     from pcam_automl.search.space import parse_space
     from pcam_automl.search.study import OpenStudy
     from pcam_automl.search.worker import Limits, run_worker
     from pcam_automl.training.compute import Compute
-    from pcam_automl.training.engine import RungResult
+    from pcam_automl.training.engine import RungResult, Training
 
     def fit(training: Any, *_: Any, **__: Any) -> Iterator[RungResult]:
         for index, (views, subset) in enumerate(RUNGS):
             training.results.append(RungResult(index, views, subset, 0.99, 0.1, 0.1, 20.0, 200.0, 1e-3))
             yield training.results[-1]
 
-    def start(*_: Any, **__: Any) -> Any:
-        return SimpleNamespace(network=torch.nn.Conv2d(3, 1, 1), results=[], micro_batch=64, scores=None)
+    def start(recipe: Any, *_: Any, compute: Compute, key: int, **__: Any) -> Training:
+        no_task: Any = SimpleNamespace()  # nothing is trained
+        return Training(recipe, torch.nn.Conv2d(3, 1, 1), no_task, compute, key=key)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(at, "fit", fit):
         write_synthetic(Path(folder) / "raw", n_patches=400, n_slides=8, seed=0)
@@ -128,17 +131,19 @@ def ours(url: str, name: str) -> None:
             mock.patch.object(terminal, "say"),
         ):
             objective._speed = speed  # type: ignore[assignment]
-            show = _SearchShow(bars, opened, 10**9)
-            objective.watch = show.watch()
             began = _Turns()
-            n_trials = n_finished_of(study) + N_ROUNDS + 1
+            limits = Limits(n_finished_of(study) + N_ROUNDS + 1)
+            show = _SearchShow(bars, opened, limits, Ledger(study, "search", kept=False))
+            objective.watch = show.watch()
 
             def finished(trial: Any, trials: list[Any]) -> None:
                 show.finished(trial, trials)
                 began.over()
 
             objective.stop = began.wait
-            run_worker(objective, Limits(n_trials), finished=finished)
+            run_worker(objective, limits, finished=finished)
+        made = study.get_trials(deepcopy=False)[-N_ROUNDS - 1 :]
+        assert all(trial.state == TrialState.COMPLETE for trial in made), made[-1].user_attrs["reason"]
 
 
 class _Turns:

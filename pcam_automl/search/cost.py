@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
-from optuna.samplers import TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from pcam_automl.search.dimension import UPSCALE
+from pcam_automl.search.quick_tpe import QuickTPE
 
 SecondsOf = Callable[[Mapping[str, Any]], float]
 """Expected seconds (> 0) of a trial with these parameters; those that are not named are the study's own values."""
@@ -66,14 +66,14 @@ def log_improvement_per_cost(
     return np.asarray(log_improvement - alpha * np.log(seconds))
 
 
-class CostAwareTPE(TPESampler):
+class CostAwareTPE(QuickTPE):
     """TPE whose candidates are judged by expected improvement per second.
 
     Args:
         seconds_of: the model of costs.
         alpha: exponent of the seconds in [0, 1]. Let it fall with what is left of the budget: then what is good and slow
             gets its turn in the end (cost cooling, Lee et al. 2020, arXiv:2003.10870).
-        options: TPESampler's.
+        options: QuickTPE's.
     """
 
     def __init__(self, seconds_of: SecondsOf, alpha: float, **options: Any) -> None:

@@ -28,7 +28,7 @@ from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import FIGURES
 from pcam_automl.search.slots import Slot
-from pcam_automl.search.storage import set_user_attrs
+from pcam_automl.search.storage import report, set_user_attrs
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
@@ -156,7 +156,7 @@ class Objective:
         recipe, compute, rungs = self._settle(trial, lineage)
         training, rows = self.build(recipe, compute)
         forward_ms = self._latency_ms(training, recipe, compute)
-        set_user_attrs(trial, n_parameters=n_parameters(training.network), latency_ms=round(forward_ms, 3))
+        network = {"n_parameters": n_parameters(training.network), "latency_ms": round(forward_ms, 3)}
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
         if self.slot is not None and self.slot.lineage is not None:
             self.writer.flush()  # the lineage may be one that was just paused
@@ -174,9 +174,11 @@ class Objective:
             stop=self._check,
             progress=self.watch.views,
         ):
-            trial.report(self._value(result), step=planned[result.rung].views)
-            set_user_attrs(
+            report(
                 trial,
+                self._value(result),
+                step=planned[result.rung].views,
+                **network,
                 rungs=[asdict(done) for done in training.results],
                 **{FIGURES: figures_of(best_result(training.results, recipe))},
                 images_per_s=round(result.images_per_s, 1),

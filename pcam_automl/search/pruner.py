@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
@@ -42,7 +42,7 @@ class SuccessiveHalving(BasePruner):
             raise ValueError(f"eta must be at least 2, got {eta}")
         self.eta, self.pauses = eta, pauses
         self.first_judged = 0
-        self.spared: Callable[[str, Sequence[str]], bool] = lambda lineage, earlier: False
+        self.spared: Callable[[str, Iterable[str]], bool] = lambda lineage, earlier: False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial ends here; see the class."""
@@ -52,7 +52,7 @@ class SuccessiveHalving(BasePruner):
         sign = sign_of(study)
         own, trials = _score(trial.intermediate_values[step], sign), study.get_trials(deepcopy=False)
         if own > -math.inf and self.spared(
-            lineage_of(trial), [lineage_of(t) for t in trials if t.number < trial.number]
+            lineage_of(trial), (lineage_of(t) for t in trials if t.number < trial.number)
         ):
             return False
         others = values_at(step, trials, trial)

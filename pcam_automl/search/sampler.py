@@ -8,7 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -16,6 +16,7 @@ from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.search.cost import CostAwareTPE, SecondsOf
 from pcam_automl.search.current import CurrentStudy
 from pcam_automl.search.lineages import FINISHED
+from pcam_automl.search.quick_tpe import QuickTPE, Remembered
 from pcam_automl.search.storage import quiet_experimental
 
 SamplerName = Literal["tpe", "tpe-qmc", "gp", "random", "cmaes", "qmc"]
@@ -65,6 +66,7 @@ class PerTrialSampler(BaseSampler):
         self.seconds_of = seconds_of
         self.prescribed: dict[str, Any] = {}
         self.budget_left = 1.0
+        self._remembered = Remembered()
         self._inner = self._built(0, starting=False)
         self._current: CurrentStudy | None = None
 
@@ -73,6 +75,8 @@ class PerTrialSampler(BaseSampler):
         return int(np.random.SeedSequence([self.seed, trial_number]).generate_state(1)[0])
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if self._current is None or self._current.study is not study:
+            self._remembered = Remembered()
         self._current = current = CurrentStudy(study)
         starting = False
         if self.name == "tpe-qmc":
@@ -87,8 +91,8 @@ class PerTrialSampler(BaseSampler):
             return _NumberedQMC(number, seed=self.seed, independent_sampler=RandomSampler(seed=seed))
         options = {"seed": seed, "n_startup_trials": N_STARTUP, "group": True}
         if self.seconds_of is not None:
-            return CostAwareTPE(self.seconds_of, self.budget_left, **options)
-        return _build_inner(self.name, seed, options)
+            return CostAwareTPE(self.seconds_of, self.budget_left, remembered=self._remembered, **options)
+        return _build_inner(self.name, seed, {**options, "remembered": self._remembered})
 
     def _view(self, study: Study) -> Study:
         """What the inner sampler is given for the study: of one trial always the same, so that hidden rows are found once."""
@@ -187,14 +191,14 @@ def _check(name: str, seed: int, *, cost_aware: bool) -> None:
 
 def _build_inner(name: str, seed: int, tpe_options: dict[str, Any]) -> BaseSampler:
     if name in COST_AWARE:
-        return TPESampler(**tpe_options)
+        return QuickTPE(**tpe_options)
     if name == "gp":
         return GPSampler(seed=seed, n_startup_trials=N_STARTUP // 2, warn_independent_sampling=False)
     if name == "cmaes":  # it takes numbers that every trial has; TPE takes the rest, instead of Optuna's random draws
         return CmaEsSampler(
             seed=seed,
             n_startup_trials=N_STARTUP // 2,
-            independent_sampler=TPESampler(**tpe_options),
+            independent_sampler=QuickTPE(**tpe_options),
             warn_independent_sampling=False,
         )
     return RandomSampler(seed=seed)

@@ -6,26 +6,26 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import math
 import sqlite3
 from collections.abc import Collection, Container, Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import optuna
-from optuna.distributions import json_to_distribution
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from pcam_automl.search.trial_rows import INTERMEDIATE, PARAM, USER_ATTR, VALUE, assemble
+
 KNOWN_SCHEMA = ("v3.2.0.a",)
 """Alembic's revisions of Optuna's tables that :func:`read_study` understands: that of Optuna 3.2 to 5.0."""
 _BUSY_TIMEOUT_S = 60
-_NOT_FINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
 
 
 def read_study(file: Path, name: str, attrs: Collection[str]) -> optuna.Study | None:
@@ -91,40 +91,24 @@ class _ReadTrials(InMemoryStorage):
 
 
 def _trials(database: sqlite3.Connection, study_id: int, attrs: Collection[str]) -> list[FrozenTrial]:
-    """All trials by number, as ``RDBStorage._build_frozen_trial_from_trial_model`` builds them."""
+    """All trials by number."""
     rows = functools.partial(_rows, database, study_id)
-    distribution = functools.cache(json_to_distribution)  # few differ, and parsing one takes 15 us
-    trials = {
-        trial_id: FrozenTrial(
-            number=number,
-            state=TrialState[state],
-            value=None,
-            values=None,
-            datetime_start=_local(started),
-            datetime_complete=_local(completed),
-            params={},
-            distributions={},
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-            trial_id=trial_id,
-        )
+    heads = (
+        (trial_id, number, TrialState[state], _time(started), _time(completed))
         for trial_id, number, state, started, completed in rows(
             "trials", "number, state, datetime_start, datetime_complete", order="number"
         )
-    }
-    for trial_id, param, value, text in rows("trial_params", "param_name, param_value, distribution_json", "param_id"):
-        trials[trial_id].distributions[param] = distribution(text)
-        trials[trial_id].params[param] = distribution(text).to_external_repr(value)
-    for trial_id, value, kind in rows("trial_values", "value, value_type"):
-        trials[trial_id].values = [_number(value, kind)]
-    for trial_id, step, value, kind in rows(
-        "trial_intermediate_values", "step, intermediate_value, intermediate_value_type"
-    ):
-        trials[trial_id].intermediate_values[step] = _number(value, kind)
-    for trial_id, key, text in rows("trial_user_attributes", "key, value_json", keys=attrs):
-        trials[trial_id].user_attrs[key] = json.loads(text)
-    return list(trials.values())
+    )
+    details = itertools.chain(
+        ((PARAM, *row) for row in rows("trial_params", "param_name, param_value, distribution_json", "param_id")),
+        ((VALUE, *row) for row in rows("trial_values", "objective, value, value_type")),
+        (
+            (INTERMEDIATE, *row)
+            for row in rows("trial_intermediate_values", "step, intermediate_value, intermediate_value_type")
+        ),
+        ((USER_ATTR, *row) for row in rows("trial_user_attributes", "key, NULL, value_json", keys=attrs)),
+    )
+    return assemble(heads, details)
 
 
 def _rows(
@@ -143,10 +127,5 @@ def _rows(
     return database.execute(query, (study_id, *keys))
 
 
-def _number(value: float | None, kind: str) -> float:
-    return value if value is not None else _NOT_FINITE[kind]
-
-
-def _local(text: str | None) -> datetime | None:
-    """Optuna stores naive UTC and hands out naive local time."""
-    return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+def _time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text)

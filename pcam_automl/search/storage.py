@@ -8,7 +8,7 @@ import logging
 import math
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from pcam_automl.errors import StudyError
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
+from pcam_automl.search.trial_reader import read_trial, read_trials
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -34,6 +35,11 @@ BUSY_TIMEOUT_S = 60
 OWNER = "owner"
 """User attribute of a trial: the process that asked for it, see slots.py."""
 CONNECT_TIMEOUT_S = 10
+TPE_SHARED = "tpe:relative_params"
+"""Beginning of the system attributes in which TPE tells other workers what a trial is about to try."""
+
+Rows = dict[str, list[dict[str, Any]]]
+"""Rows to be written, by the keys of ``_TABLES``."""
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
@@ -198,13 +204,14 @@ def storage_faults(url: str) -> Iterator[None]:
 class RetryingStorage(RDBStorage):
     """Optuna's RDB storage that outlives a server's restart. Optuna itself retries the creation of trials only.
 
-    A trial's parameters are written together, with whatever of the trial is written or read next: 13 transactions of one
-    row each were a fifth of a trial's cost on PostgreSQL. A process that is killed between loses a trial without a result.
+    A trial's parameters, and what TPE says of them to others, are written together with whatever of the trial is written or
+    read next: 13 transactions of one row each were a fifth of a trial's cost on PostgreSQL. A process that is killed between
+    loses a trial without a result.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unwritten: dict[int, list[dict[str, Any]]] = {}  # rows of parameters by trial
+        self._unwritten: dict[int, Rows] = {}  # by trial
         self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
 
     def _set_trial_param(
@@ -224,7 +231,16 @@ class RetryingStorage(RDBStorage):
         check_distribution_compatibility(previous_distribution, distribution)
         row = {"trial_id": trial_id, "param_name": param_name, "param_value": param_value_internal}
         row["distribution_json"] = distribution_to_json(distribution)
-        self._unwritten.setdefault(trial_id, []).append(row)
+        self._unwritten.setdefault(trial_id, {}).setdefault("params", []).append(row)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if key.startswith(TPE_SHARED):  # in the middle of ask
+            row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+            self._unwritten.setdefault(trial_id, {}).setdefault("system_attrs", []).append(row)
+            return
+        self._write_params(trial_id)
+        write = super().set_trial_system_attr
+        retry_transient(lambda: write(trial_id, key, value))
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
         """With the owner in the same transaction: a row whose worker is killed before it notes its slot is known as lost."""
@@ -247,7 +263,7 @@ class RetryingStorage(RDBStorage):
 
     def _write_params(self, trial_id: int) -> None:
         if trial_id in self._unwritten:
-            self.set_trial_user_attrs(trial_id, {})
+            self.write(trial_id)
 
     def _write_all_params(self) -> None:
         for trial_id in list(self._unwritten):
@@ -265,13 +281,30 @@ class RetryingStorage(RDBStorage):
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         self._write_params(trial_id)
-        read = super().get_trial
-        return retry_transient(lambda: read(trial_id))
 
-    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        def read() -> FrozenTrial:
+            with self.engine.connect() as connection:
+                return read_trial(connection, trial_id)
+
+        return retry_transient(read)
+
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Container[TrialState] | None,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:
         self._write_all_params()
-        read = super()._get_trials
-        return retry_transient(lambda: read(*args, **kwargs))
+        wanted = None if states is None else [state for state in TrialState if state in states]
+
+        def read() -> list[FrozenTrial]:
+            with self.engine.connect() as connection:
+                return read_trials(
+                    connection, study_id, after=trial_id_greater_than, beside=included_trial_ids, states=wanted
+                )
+
+        return retry_transient(read)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         self._write_params(trial_id)
@@ -290,32 +323,42 @@ class RetryingStorage(RDBStorage):
 
         return retry_transient(call)
 
-    def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
-        """All of them in one transaction, with the trial's parameters; what is there under the same keys is replaced."""
-        params = self._unwritten.pop(
-            trial_id, None
-        )  # first: the check below reads the trial, which writes what is left
-        rows = [{"trial_id": trial_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-        state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
-        dialect = self.engine.dialect.name
-        upsert = _upsert(models.TrialUserAttributeModel.__table__, dialect, "key", ("value_json",))
-        upsert_param = _upsert(
-            models.TrialParamModel.__table__, dialect, "param_name", ("param_value", "distribution_json")
-        )
+    def write(
+        self, trial_id: int, *, user_attrs: Mapping[str, Any] | None = None, values: Mapping[int, float] | None = None
+    ) -> None:
+        """In one transaction, with what of the trial is not written yet; what is there under the same keys is replaced.
 
-        def write() -> None:
+        Args:
+            trial_id: of a running trial.
+            user_attrs: its user attributes, JSON values by key.
+            values: its intermediate values by step.
+
+        Raises:
+            UpdateFinishedTrialError: the trial has ended.
+        """
+        held = self._unwritten.pop(trial_id, {})  # first: the check below reads the trial, which writes what is left
+        rows: Rows = {
+            **held,
+            "user_attrs": [
+                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                for key, value in (user_attrs or {}).items()
+            ],
+            "values": [_step_row(trial_id, step, value) for step, value in (values or {}).items()],
+        }
+        state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
+        upserts = [(_upsert(kind, self.engine.dialect.name), of_kind) for kind, of_kind in rows.items() if of_kind]
+
+        def call() -> None:
             with self.engine.begin() as connection:
                 self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
-                if params:
-                    connection.execute(upsert_param, params)
-                if rows:
-                    connection.execute(upsert, rows)
+                for upsert, of_kind in upserts:
+                    connection.execute(upsert, of_kind)
 
         try:
-            retry_transient(write)
+            retry_transient(call)
         except (sa.exc.SQLAlchemyError, StorageInternalError):
-            if params:
-                self._unwritten[trial_id] = params  # the database may be back at the next write
+            if held:
+                self._unwritten[trial_id] = held  # the database may be back at the next write
             raise  # a trial that another worker ended is refused once, and the study stays readable
 
     def _get_stale_trial_ids(self, study_id: int) -> list[int]:
@@ -333,8 +376,19 @@ class RetryingStorage(RDBStorage):
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
 
 
-def _upsert(table: sa.Table, dialect: str, key: str, values: Sequence[str]) -> sa.Insert:
-    """Insert of rows by (trial_id, ``key``) that replaces the ``values`` of a row that is there."""
+_TABLES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "params": (models.TrialParamModel, "param_name", ("param_value", "distribution_json")),
+    "system_attrs": (models.TrialSystemAttributeModel, "key", ("value_json",)),
+    "user_attrs": (models.TrialUserAttributeModel, "key", ("value_json",)),
+    "values": (models.TrialIntermediateValueModel, "step", ("intermediate_value", "intermediate_value_type")),
+}
+
+
+@functools.cache
+def _upsert(kind: str, dialect: str) -> sa.Insert:
+    """Insert of rows of a table of ``_TABLES`` by trial and key that replaces the values of a row that is there."""
+    model, key, values = _TABLES[kind]
+    table = model.__table__
     if dialect == "mysql":
         put = mysql.insert(table)
         return put.on_duplicate_key_update({name: put.inserted[name] for name in values})
@@ -342,6 +396,11 @@ def _upsert(table: sa.Table, dialect: str, key: str, values: Sequence[str]) -> s
     return insert.on_conflict_do_update(
         index_elements=[table.c.trial_id, table.c[key]], set_={name: insert.excluded[name] for name in values}
     )
+
+
+def _step_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
+    stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+    return {"trial_id": trial_id, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
 
 
 def set_user_attrs(trial: Trial, **attrs: Any) -> None:
@@ -355,8 +414,24 @@ def set_user_attrs(trial: Trial, **attrs: Any) -> None:
         for key, value in attrs.items():
             trial.set_user_attr(key, value)
         return
-    storage.set_trial_user_attrs(trial._trial_id, attrs)
+    storage.write(trial._trial_id, user_attrs=attrs)
     trial._cached_frozen_trial.user_attrs.update(attrs)  # as Trial.set_user_attr does; the pruner reads it there
+
+
+def report(trial: Trial, value: float, *, step: int, **attrs: Any) -> None:
+    """``trial.report`` and user attributes in one transaction: no rung is reported without what is known of it.
+
+    Raises:
+        UpdateFinishedTrialError: the trial has ended.
+    """
+    storage = getattr(trial.storage, "_backend", trial.storage)
+    if not isinstance(storage, RetryingStorage):
+        trial.report(value, step=step)
+        set_user_attrs(trial, **attrs)
+        return
+    storage.write(trial._trial_id, user_attrs=attrs, values={step: value})
+    trial._cached_frozen_trial.intermediate_values[step] = value  # as Trial.report does
+    trial._cached_frozen_trial.user_attrs.update(attrs)
 
 
 def _retried(method: Callable[..., T]) -> Callable[..., T]:
@@ -369,7 +444,7 @@ def _retried(method: Callable[..., T]) -> Callable[..., T]:
 
 # Writes that set a value and reads may be repeated. Those that Optuna's cache calls under other names are above.
 _RETRIED = """
-set_trial_param set_trial_system_attr
+set_trial_param
 set_study_user_attr set_study_system_attr get_study_id_from_name get_study_name_from_id get_study_directions
 get_study_user_attrs get_study_system_attrs get_all_studies get_all_trials
 _get_best_trial_id get_trial_id_from_study_id_trial_number

@@ -96,9 +96,10 @@ def test_view_hides_the_rows_from_both_readers_and_passes_the_rest_on() -> None:
     assert view._study_id == study._study_id
 
 
-def test_rows_added_in_the_meantime_show() -> None:
+def test_a_view_is_of_one_moment_and_the_next_one_shows_what_was_added() -> None:
     study = study_of([row(0, "a", TrialState.PRUNED), row(1, "a", TrialState.COMPLETE)])
     view = CurrentStudy(study)
     view.get_trials()
     study.add_trial(row(2, "b", TrialState.COMPLETE))
-    assert [trial.number for trial in view.get_trials()] == [1, 2]
+    assert [trial.number for trial in view.get_trials()] == [1]
+    assert [trial.number for trial in CurrentStudy(study).get_trials()] == [1, 2]

@@ -16,37 +16,11 @@ import pytest
 import sqlalchemy as sa
 from warm_processes import warm_context
 
-from pcam_automl.errors import StudyError
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.storage import engine_of, engine_options, open_storage, set_user_attrs
 from pcam_automl.search.storage_url import normalised_url
 
-SERVERS = {
-    "postgresql": ("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"),
-    "mysql": ("PCAM_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/test"),
-}
 N_WORKERS, N_SLOTS = 6, 20
-
-
-def server_url(backend: str) -> str:
-    variable, local = SERVERS[backend]
-    url = os.environ.get(variable, local)
-    try:
-        engine_of(open_storage(url)).dispose()
-    except StudyError as fault:
-        pytest.skip(f"no {backend} here ({variable} names none): {fault}")
-    return url
-
-
-@pytest.fixture(
-    params=[
-        "sqlite",
-        pytest.param("postgresql", marks=pytest.mark.postgres),
-        pytest.param("mysql", marks=pytest.mark.postgres),
-    ]
-)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else server_url(request.param)
 
 
 @pytest.fixture
@@ -278,7 +252,7 @@ def test_attributes_are_written_together_and_read_as_optunas_own(url: str) -> No
         assert one.trials[0].user_attrs == {"reason": "complete", "rungs": [{"auc": 0.5}], "seconds": 1.5}
     storage = study._storage._backend
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
-        storage.set_trial_user_attrs(study.trials[0]._trial_id, {"late": 1})
+        storage.write(study.trials[0]._trial_id, user_attrs={"late": 1})
     assert "late" not in optuna.load_study(study_name=study.study_name, storage=storage).trials[0].user_attrs
     optuna.delete_study(study_name=study.study_name, storage=storage)
     engine_of(study).dispose()

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 from test_reading import SETTINGS
 
@@ -102,7 +103,7 @@ def plain(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
 
 
 def test_trials_equal_those_of_optunas_storage(url: str) -> None:
-    whole = optuna.load_study(study_name="pcam", storage=open_storage(url)).get_trials()
+    whole = optuna.load_study(study_name="pcam", storage=RDBStorage(url)).get_trials()
     read = read_study(file_of(url), "pcam", READ_ATTRS)
     assert read is not None
     assert [plain(trial) for trial in read.get_trials()] == [plain(trial) for trial in whole]

@@ -1,0 +1,86 @@
+"""Optuna's TPE with what it finds out anew for every trial remembered between them. Proposes what Optuna's proposes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.search_space.group_decomposed import _SearchSpaceGroup
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from pcam_automl.search.lineages import FINISHED
+
+Row = tuple[float, ...] | None
+"""A trial's parameters as numbers; None of one that has not all of them."""
+
+
+class Remembered:
+    """What is known of the finished trials of one study, which no longer change; outlives the samplers of its trials."""
+
+    def __init__(self) -> None:
+        self._grouped: set[int] = set()
+        self._distinct: dict[tuple[str, ...], dict[str, BaseDistribution]] = {}
+        self._groups = _SearchSpaceGroup()
+        self._rows: dict[tuple[str, ...], dict[int, Row]] = {}
+
+    def calculate(self, study: Study, use_cache: bool = False) -> _SearchSpaceGroup:
+        """The groups of parameters that were suggested together, in place of Optuna's own object for that.
+
+        Optuna's goes through every trial each time it is built, 8 ms at 1,000 trials, and one that is kept would order the
+        groups, and with them the random draws, by what this process saw first. This one has one order.
+        """
+        trials = study._get_trials(deepcopy=False, states=FINISHED, use_cache=use_cache)
+        known = len(self._distinct)
+        for trial in trials:
+            if trial._trial_id not in self._grouped:
+                self._grouped.add(trial._trial_id)
+                self._distinct.setdefault(tuple(sorted(trial.distributions)), trial.distributions)
+        if len(self._distinct) != known:
+            self._groups = _SearchSpaceGroup()
+            for names in sorted(self._distinct):
+                self._groups.add_distributions(self._distinct[names])
+        return self._groups
+
+    def rows(self, names: tuple[str, ...]) -> dict[int, Row]:
+        """By trial id, for parameters of these names."""
+        return self._rows.setdefault(names, {})
+
+
+class QuickTPE(TPESampler):
+    """TPE over a study that grows.
+
+    Args:
+        remembered: of earlier trials of the same study.
+        options: TPESampler's, ``group`` among them.
+    """
+
+    def __init__(self, *, remembered: Remembered | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._remembered = Remembered() if remembered is None else remembered
+        self._group_decomposed_search_space = cast(Any, self._remembered)
+
+    def _get_internal_repr(
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: Study
+    ) -> dict[str, NDArray[Any]]:
+        """(n,) numbers of each parameter over the trials that have them all, as Optuna's own."""
+        known = self._remembered.rows(tuple(search_space))
+        found: list[tuple[float, ...]] = []
+        for trial in trials:
+            if trial._trial_id in known:
+                row = known[trial._trial_id]
+            else:
+                params = self._get_params(trial, study)
+                whole = search_space.keys() <= params.keys()
+                row = (
+                    tuple(dist.to_internal_repr(params[name]) for name, dist in search_space.items()) if whole else None
+                )
+                if trial.state in FINISHED:
+                    known[trial._trial_id] = row
+            if row is not None:
+                found.append(row)
+        columns = zip(*found, strict=True) if found else [()] * len(search_space)
+        return {name: np.asarray(column) for name, column in zip(search_space, columns, strict=True)}

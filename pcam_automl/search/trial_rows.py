@@ -1,0 +1,85 @@
+"""Trials from the rows of Optuna's tables, whoever read them. Opens no database and imports no SQLAlchemy."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from optuna.distributions import json_to_distribution
+from optuna.trial import FrozenTrial, TrialState
+
+PARAM, VALUE, INTERMEDIATE, USER_ATTR, SYSTEM_ATTR = range(5)
+"""What a row of details holds."""
+
+Head = tuple[int, int, TrialState, datetime | None, datetime | None]
+"""Trial id, number, state, start and end as they are stored: naive UTC."""
+Detail = tuple[int, int, str, float | None, str]
+"""Kind, trial id, name (of a parameter or attribute; the objective's or rung's number), value, text (JSON, or kind of value)."""
+
+_NOT_FINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
+
+
+def assemble(heads: Iterable[Head], details: Iterable[Detail]) -> list[FrozenTrial]:
+    """The trials, in the order of ``heads``, as ``RDBStorage._build_frozen_trial_from_trial_model`` builds them.
+
+    Trials share their distributions: few differ, and parsing one takes 15 us, a third of Optuna's seven seconds for 10,000.
+
+    Args:
+        heads: one a trial.
+        details: of these trials, the parameters of each in the order in which they were suggested.
+    """
+    trials = {head[0]: _bare(*head) for head in heads}
+    values: dict[int, dict[int, float]] = {}
+    for kind, trial_id, name, value, text in details:
+        trial = trials[trial_id]
+        if kind == PARAM:
+            assert value is not None
+            name, found = sys.intern(name), _distribution(text)
+            trial.distributions[name] = found
+            trial.params[name] = found.to_external_repr(value)
+        elif kind == VALUE:
+            values.setdefault(trial_id, {})[int(name)] = _number(value, text)
+        elif kind == INTERMEDIATE:
+            trial.intermediate_values[int(name)] = _number(value, text)
+        elif kind == USER_ATTR:
+            trial.user_attrs[sys.intern(name)] = json.loads(text)
+        else:
+            trial.system_attrs[sys.intern(name)] = json.loads(text)
+    for trial_id, of_trial in values.items():
+        trials[trial_id].values = [of_trial[objective] for objective in sorted(of_trial)]
+    return list(trials.values())
+
+
+_distribution = functools.lru_cache(maxsize=4096)(json_to_distribution)
+
+
+def _bare(
+    trial_id: int, number: int, state: TrialState, started: datetime | None, completed: datetime | None
+) -> FrozenTrial:
+    return FrozenTrial(
+        number=number,
+        state=state,
+        value=None,
+        values=None,
+        datetime_start=_local(started),
+        datetime_complete=_local(completed),
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=trial_id,
+    )
+
+
+def _number(value: float | None, kind: str) -> float:
+    return value if value is not None else _NOT_FINITE[kind]
+
+
+def _local(utc: datetime | None) -> datetime | None:
+    """Optuna stores naive UTC and hands out naive local time."""
+    return None if utc is None else utc.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

@@ -1,0 +1,131 @@
+"""Trials read by our two statements are those of Optuna's own reader, on every database."""
+
+from __future__ import annotations
+
+import math
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from pcam_automl.search import trial_reader
+from pcam_automl.search.storage import engine_options, open_storage, rdb_of, report
+from pcam_automl.search.storage_url import normalised_url
+from pcam_automl.search.trial_reader import read_trial, read_trials
+
+SPACE: dict[str, optuna.distributions.BaseDistribution] = {
+    "z": CategoricalDistribution(["resnet10t", None, 2, 0.5, True]),
+    "crop_size": IntDistribution(32, 96, step=16),
+    "lr": FloatDistribution(1e-4, 1e-2, log=True),
+}
+
+
+def plain(trial: FrozenTrial) -> dict[str, Any]:
+    """Everything of a trial, in its order; NaN as text, since it equals nothing."""
+    found = dict(vars(trial))
+    found["types"] = [type(value) for value in trial.params.values()]
+    found["intermediate_values"] = [(step, str(value)) for step, value in sorted(trial.intermediate_values.items())]
+    found["_params"], found["_distributions"] = list(trial.params.items()), list(trial.distributions.items())
+    return found
+
+
+@pytest.fixture
+def storage(url: str) -> Iterator[RDBStorage]:
+    """Optuna's own."""
+    storage = RDBStorage(normalised_url(url), engine_kwargs=engine_options(normalised_url(url)))
+    yield storage
+    storage.engine.dispose()
+
+
+@pytest.fixture
+def study(storage: RDBStorage) -> Iterator[optuna.Study]:
+    """A study of every state beside another one."""
+    names = [f"test-{uuid.uuid4().hex}" for _ in range(2)]
+    made, other = (optuna.create_study(storage=storage, study_name=name, direction="maximize") for name in names)
+    reports: dict[int, float] = {30: 0.25, 10: math.nan, 20: math.inf, 40: -math.inf}
+    for number, state in enumerate(TrialState):
+        ends = {"value": -math.inf if number else 0.1} if state == TrialState.COMPLETE else {}
+        params = {"lr": 1e-3 + number / 1e4, "z": [None, 2, True, 0.5, "resnet10t"][number], "crop_size": 48}
+        attrs = {"recipe": {"text": "µ \U0001f52c", "n": [1, 2.5, None]}, "reason": "x" * 3000}
+        made.add_trial(
+            create_trial(
+                state=state,
+                params=params if number != 2 else {},
+                distributions={name: SPACE[name] for name in params} if number != 2 else {},
+                user_attrs=attrs,
+                system_attrs={"fixed_params": {"lr": 1e-3}},
+                intermediate_values=reports if number else {},
+                **ends,
+            )
+        )
+        other.add_trial(create_trial(state=TrialState.COMPLETE, value=1.0))
+    yield made
+    for name in names:
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+@pytest.mark.parametrize("few", [200, 2])
+def test_trials_equal_those_of_optunas_reader(
+    study: optuna.Study, storage: RDBStorage, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_reader, "_FEW", few)  # 2: by whole tables, streamed
+    whole = storage._get_trials(study._study_id, None, set(), -1)
+    assert {trial.state for trial in whole} == set(TrialState)
+    first, last = whole[0]._trial_id, whole[-1]._trial_id
+    with storage.engine.connect() as connection:
+        assert [plain(t) for t in read_trials(connection, study._study_id)] == [plain(t) for t in whole]
+        for trial in whole:
+            assert plain(read_trial(connection, trial._trial_id)) == plain(trial)
+        for wanted in ((TrialState.RUNNING,), (TrialState.COMPLETE, TrialState.FAIL)):
+            found = [t.number for t in read_trials(connection, study._study_id, states=wanted)]
+            assert found == [t.number for t in whole if t.state in wanted]
+        for after, beside in ((last, {first}), (first, {first}), (first, set()), (last, {t._trial_id for t in whole})):
+            found = [t._trial_id for t in read_trials(connection, study._study_id, after=after, beside=beside)]
+            assert found == [t._trial_id for t in storage._get_trials(study._study_id, None, beside, after)]
+        assert read_trials(connection, study._study_id, after=last) == []
+
+
+def test_what_is_not_there_is_a_key_error_as_in_optuna(study: optuna.Study, storage: RDBStorage) -> None:
+    with storage.engine.connect() as connection:
+        with pytest.raises(KeyError, match="no study with id 1000000"):
+            read_trials(connection, 1_000_000)
+        with pytest.raises(KeyError, match="no trial with id 1000000"):
+            read_trial(connection, 1_000_000)
+
+
+def test_a_rung_is_reported_with_its_attributes_in_one_transaction(url: str) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    study = optuna.create_study(storage=open_storage(url), study_name=name)
+    storage = rdb_of(study)
+    commits: list[int] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+        for step, value in ((10, 0.5), (20, math.nan)):
+            before = len(commits)
+            report(trial, value, step=step, rungs=[step], images_per_s=3.0)
+            assert len(commits) == before + 1
+        with storage.engine.connect() as connection:
+            found = read_trial(connection, trial._trial_id)
+        assert {step: str(value) for step, value in found.intermediate_values.items()} == {10: "0.5", 20: "nan"}
+        assert found.user_attrs["rungs"] == [20]
+        assert found.params == trial.params
+        assert trial.user_attrs["rungs"] == [20]
+        assert list(trial._cached_frozen_trial.intermediate_values) == [10, 20]
+        return 0.5
+
+    main = threading.get_ident()  # heartbeats commit, too, in a thread of their own
+    sa.event.listen(storage.engine, "commit", lambda _: threading.get_ident() == main and commits.append(1))
+    study.optimize(
+        objective, n_trials=2
+    )  # in the second the names of its parameters are known, and they go with the report
+    assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 2
+    optuna.delete_study(study_name=name, storage=storage)
+    storage.engine.dispose()
