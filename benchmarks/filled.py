@@ -90,6 +90,7 @@ def make_trials(n: int, seed: int = 0) -> list[FrozenTrial]:
     for number in range(len(made), n):
         again = copy.copy(made[number % N_DIFFERENT])
         again.number = number
+        again.user_attrs = {**again.user_attrs, "slot": number, "lineage": str(number)}
         if again.value is not None:
             again.value += 0.01 * float(rng.random())
         made.append(again)

@@ -132,6 +132,7 @@ def ours(url: str, name: str) -> None:
         ):
             objective._speed = speed  # type: ignore[assignment]
             began = _Turns()
+            n_before = len(study.get_trials(deepcopy=False))
             limits = Limits(n_finished_of(study) + N_ROUNDS + 1)
             show = _SearchShow(bars, opened, limits, Ledger(study, "search", kept=False))
             objective.watch = show.watch()
@@ -142,7 +143,8 @@ def ours(url: str, name: str) -> None:
 
             objective.stop = began.wait
             run_worker(objective, limits, finished=finished)
-        made = study.get_trials(deepcopy=False)[-N_ROUNDS - 1 :]
+        made = study.get_trials(deepcopy=False)[n_before:]
+        assert len(made) == N_ROUNDS + 1
         assert all(trial.state == TrialState.COMPLETE for trial in made), made[-1].user_attrs["reason"]
 
 
