@@ -18,6 +18,7 @@ NAMES = (
     "convolutions",
     "startup",
     "study-size",
+    "large-study",
     "keras-cnn",
     "recipes",
     "replay",

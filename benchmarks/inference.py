@@ -52,7 +52,7 @@ from pcam_automl.data.sources import open_source
 from pcam_automl.data.store import PatchStore
 from pcam_automl.models.factory import build_network, normalisation, normalisation_of
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe
+from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.scoring import Views, logits_of_rows
 
@@ -156,7 +156,7 @@ def write_test_pack(folder: Path, n_test: int) -> Path:
 
 def write_tiny_bundle(folder: Path) -> Path:
     """A bundle of a tiny untrained network at 96 px."""
-    recipe = Recipe(backbone=TINY, crop_size=96)
+    recipe = build_recipe({"backbone": TINY, "crop_size": 96})
     state = build_network(recipe, Weights("none"), seed=0).state_dict()
     write_bundle(folder, ModelBundle(recipe, normalisation(TINY), state, {}, {}))
     return folder

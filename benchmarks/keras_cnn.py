@@ -26,7 +26,7 @@ from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.models.cnn import NETWORKS
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe
+from pcam_automl.recipe import build_recipe
 
 PX, BATCH, LR, KERAS_EPS = 64, 256, 1e-4, 1e-7
 N_ROUNDS = setting("ROUNDS", 5)
@@ -80,13 +80,15 @@ def copy_weights(network: nn.Module, model: Any) -> None:
             arrays[0] = module.weight.T
         else:
             arrays += [module.running_mean, module.running_var]
-        layer.set_weights([tensor.detach().numpy() for tensor in arrays])
+        layer.set_weights([tensor.detach().numpy() for tensor in arrays if tensor is not None])
 
 
 def largest_difference(network: nn.Module, model: Any, images: np.ndarray) -> float:
     """Largest difference of logits in evaluation mode, after both saw the same non-trivial batch statistics."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -99,7 +101,7 @@ def largest_difference(network: nn.Module, model: Any, images: np.ndarray) -> fl
 
 def our_side(name: str, images: np.ndarray, labels: np.ndarray, *, channels_last: bool, bf16: bool) -> Side:
     """``N_STEPS`` training steps of ours."""
-    network = build_network(Recipe(backbone=name, input_size=PX), Weights("none"), seed=0).train()
+    network = build_network(build_recipe({"backbone": name, "input_size": PX}), Weights("none"), seed=0).train()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = network.to(memory_format=layout)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -135,7 +137,7 @@ def measure(keras: Any, name: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = rng.random((N_STEPS * BATCH, PX, PX, 3), np.float32)
     labels = rng.integers(0, 2, (len(images), 1)).astype(np.float32)
-    network = build_network(Recipe(backbone=name, input_size=PX), Weights("none"), seed=0)
+    network = build_network(build_recipe({"backbone": name, "input_size": PX}), Weights("none"), seed=0)
     difference = largest_difference(network, keras_network(keras, name), images[:64])
     assert difference <= TOLERANCE, f"{name}: logits differ by {difference:g}, more than {TOLERANCE:g}"
     sides: dict[str, Side] = {

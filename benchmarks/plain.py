@@ -182,7 +182,7 @@ def fastai_loaders(
     order = np.random.default_rng(0).permutation(np.arange(n_train + batch_size) % len(images))
 
     def image_of(number: int) -> np.ndarray:
-        return images[number]  # type: ignore[no-any-return]
+        return images[number]
 
     def label_of(number: int) -> float:
         return float(label[number])

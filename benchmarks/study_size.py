@@ -225,7 +225,7 @@ def draw(times: Times, file: Path) -> None:
             middle = [1000 * statistics.median(found[side]) for found in sizes.values()]
             ends = [[1000 * pick(found[side]) for found in sizes.values()] for pick in (min, max)]
             axes.plot(list(sizes), middle, color=colour, marker=marker, label=f"{side}: median, least to most")
-            axes.fill_between(list(sizes), *ends, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(list(sizes), ends[0], ends[1], color=colour, alpha=0.15, linewidth=0)
         axes.axhline(LIMIT_MS, color=GREY, linestyle=":", label=f"{LIMIT_MS:.0f} ms")
         axes.set(xscale="log", yscale="log", ylim=(20, 2000))
         axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000], minor=False)

@@ -26,23 +26,27 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
         ) from None
 
 
-def serve_dashboard(url: str, *, host: str, port: int, artifacts: Path, ready: Callable[[], None]) -> None:
+def serve_dashboard(
+    url: str, *, host: str, port: int, studies: Path, ready: Callable[[], None], say: Callable[[str], None]
+) -> None:
     """Serve until interrupted.
 
     Args:
         url: the storage's.
         host: address to bind.
         port: in [1, 65535].
-        artifacts: folder of the studies' artifacts.
+        studies: folder of the studies, which holds their artifacts; those of studies with a bucket come from there, too.
         ready: called once the storage is open, just before serving.
+        say: told of a bucket that cannot be reached.
     """
     import optuna_dashboard
-    from optuna.artifacts import FileSystemArtifactStore
 
+    from pcam_automl.search.pictures import Pictures, mirrors_of
     from pcam_automl.search.storage import open_storage
 
     check_port(host, port)
     storage = open_storage(url, create=False)
-    artifacts.mkdir(parents=True, exist_ok=True)
+    (studies / "artifacts").mkdir(parents=True, exist_ok=True)
     ready()
-    optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=FileSystemArtifactStore(artifacts))
+    store = Pictures(studies / "artifacts", mirrors_of(storage, studies, say))
+    optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=store)

@@ -122,6 +122,7 @@ def build_network(name: str, weights: Path | None, *, n_classes: int = 1, **opti
 def statistics_of(name: str) -> tuple[list[float], list[float]]:
     """Channel means and deviations that the network's weights were trained with."""
     config = timm.get_pretrained_cfg(name)
+    assert config is not None
     return list(config.mean), list(config.std)
 
 

@@ -35,7 +35,12 @@ def draw_speed_up(lines: Sequence[dict[str, Any]], file: Path) -> None:
     sizes = sorted({line["n_trials"] for line in lines if line["policy"] == "asha"})
     left.plot(workers, workers, color=GREY, linestyle=":", label="ideal")
     for place, size in enumerate(sizes):
-        style = {"color": SERIES[place], "marker": MARKS[place], "markersize": 4, "label": f"{size:,} trials"}
+        style: dict[str, Any] = {
+            "color": SERIES[place],
+            "marker": MARKS[place],
+            "markersize": 4,
+            "label": f"{size:,} trials",
+        }
         left.plot(*_series(lines, "asha", size, "speed_up"), **style)
         _, limit = _series(lines, "asha", size, "limit")
         left.axhline(limit[-1], color=SERIES[place], linewidth=0.9, linestyle="--")
@@ -76,8 +81,8 @@ def draw_regret(lines: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]
     few = 50
     policies = [p for p in ("none", "asha", "asha+thaw", "tpe+asha") if any(line["policy"] == p for line in lines)]
     for place, policy in enumerate(policies):
-        x, regret = _series(lines, policy, few, "mean_regret")
-        right.plot(x, regret, color=SERIES[place], marker=MARKS[place], markersize=4, label=policy)
+        x, mean_regret = _series(lines, policy, few, "mean_regret")
+        right.plot(x, mean_regret, color=SERIES[place], marker=MARKS[place], markersize=4, label=policy)
     dress(right, title=f"After {few} trials, by policy", x="workers", y="mean regret (AUC)")
     _workers_axis(right, sorted({line["n_workers"] for line in lines}))
     for axes in (left, right):

@@ -110,9 +110,10 @@ class Recorded:
 @contextmanager
 def recorded_workers() -> Iterator[Recorded]:
     """Inside the block :func:`~pcam_automl.search.processes.run_workers` starts its workers so."""
-    recorded, real = Recorded(), processes.multiprocessing
-    processes.multiprocessing = recorded  # type: ignore[assignment]
+    real = vars(processes)["multiprocessing"]
+    recorded = Recorded()
+    vars(processes)["multiprocessing"] = recorded
     try:
         yield recorded
     finally:
-        processes.multiprocessing = real
+        vars(processes)["multiprocessing"] = real

@@ -138,6 +138,7 @@ def report_of_study(
     The pictures are also attached to the trial, so that optuna-dashboard shows them.
     """
     from pcam_automl.report.artifacts import attach
+    from pcam_automl.search.pictures import pictures_of
     from pcam_automl.search.ranking import rank_study
     from pcam_automl.search.study import Asked, open_study
 
@@ -184,8 +185,8 @@ def report_of_study(
     )
     written = draw(content, out or opened.folder, None if bundle is None else predictor_of(bundle, device))
     if trial is not None:
-        artifacts = studies_folder(storage_url(url)) / "artifacts"
-        attach(opened.study, trial.number, written.pictures, artifacts, page=str(written.page))
+        pictures = pictures_of(opened.study, studies_folder(storage_url(url)) / "artifacts", opened.mirror)
+        attach(opened.study, trial.number, written.pictures, pictures, page=str(written.page))
     return written
 
 

@@ -437,6 +437,7 @@ def run_dashboard(url: str | None, *, host: str, port: int) -> None:
             url,
             host=host,
             port=port,
-            artifacts=studies_folder(url) / "artifacts",
+            studies=studies_folder(url),
+            say=terminal.say,
             ready=lambda: terminal.result(line),
         )

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.artifacts import get_all_artifact_meta, upload_artifact
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import StudyError
 from pcam_automl.files import sha256_of_file, write_faults
+from pcam_automl.search.pictures import Pictures
 
 _DASHBOARD_PREFIX = "dashboard:artifacts:"  # optuna_dashboard/artifact/_backend.py
 NOTE_HEAD = "### Report of trial {number}\n\nWritten by `pcam-automl`; the whole page is `{page}`."
@@ -28,7 +29,7 @@ class Attached:
 
 
 def attach(
-    study: optuna.Study, number: int, files: Sequence[Path], artifact_folder: Path, *, page: str = "report.html"
+    study: optuna.Study, number: int, files: Sequence[Path], pictures: Pictures, *, page: str = "report.html"
 ) -> list[Attached]:
     """Upload PNGs for a trial and write its note with the pictures inline; the same pictures are not stored twice.
 
@@ -39,7 +40,7 @@ def attach(
         study: in the storage that the dashboard serves.
         number: the trial's, finished or not.
         files: PNGs in the order of the note.
-        artifact_folder: the one that the dashboard serves, ``<studies>/artifacts``.
+        pictures: the store that the dashboard serves.
         page: where the whole report lies, for the note.
 
     Raises:
@@ -49,19 +50,23 @@ def attach(
     trial = _trial(study, number)
     owner = study if trial.state.is_finished() else trial
     storage = study._storage  # Optuna names no public way from a study to its storage
-    with write_faults(artifact_folder):
-        artifact_folder.mkdir(parents=True, exist_ok=True)
-        store = FileSystemArtifactStore(artifact_folder)
+    folder = pictures.folder
+    with write_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         known = {
-            (meta.filename, sha256_of_file(artifact_folder / meta.artifact_id)): meta.artifact_id
+            (meta.filename, sha256_of_file(folder / meta.artifact_id)): meta.artifact_id
             for meta in get_all_artifact_meta(owner, storage=storage)
-            if (artifact_folder / meta.artifact_id).is_file()
+            if (folder / meta.artifact_id).is_file()
         }
         attached = []
         for file in files:
             found = known.get((file.name, sha256_of_file(file)))
             artifact_id = found or upload_artifact(
-                artifact_store=store, file_path=str(file), study_or_trial=owner, storage=storage, mimetype="image/png"
+                artifact_store=pictures,
+                file_path=str(file),
+                study_or_trial=owner,
+                storage=storage,
+                mimetype="image/png",
             )
             attached.append(Attached(file.name, artifact_id, found is None))
     if trial.state.is_finished():

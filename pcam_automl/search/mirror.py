@@ -1,6 +1,6 @@
-"""What workers without a shared disk need of each other, in an S3 bucket: checkpoints and scores. Trains nothing.
+"""What machines without a shared disk need of each other, in an S3 bucket: checkpoints, scores, pictures. Trains nothing.
 
-Objects lie under ``<prefix>/<study>/checkpoints/<lineage>/<rung>/`` and ``<prefix>/<study>/trials/<number>/``. A checkpoint's
+Objects lie under ``<prefix>/<study>/checkpoints/<lineage>/<rung>/`` ``<prefix>/<study>/trials/<number>/`` and ``artifacts/<id>``. A checkpoint's
 ``state.json`` is uploaded last: one without it is incomplete and not seen. Credentials, region and endpoint are boto3's own
 (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...); they are never stored.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pcam_automl.errors import InputError
-from pcam_automl.files import folder_written_whole
+from pcam_automl.files import folder_written_whole, written_whole
 
 LISTED_S = 30.0
 LAST = "state.json"
@@ -123,6 +123,33 @@ class Mirror:
                     partial.replace(file)
                     n += 1
         return n
+
+    # -- pictures ----------------------------------------------------------------------------------------------------
+
+    def push_artifact(self, file: Path) -> None:
+        """Upload an artifact of Optuna's; its file is named by its id."""
+        with self._faults(f"the picture {file.name}"):
+            self.client.upload_file(str(file), self.bucket, self._key("artifacts", file.name))
+
+    def pull_artifact(self, artifact_id: str, file: Path) -> bool:
+        """Bring an artifact to ``file``; False where the bucket does not have it."""
+        from botocore.exceptions import ClientError
+
+        found = False
+        with self._faults(f"the picture {artifact_id}"):
+            try:
+                with written_whole(file) as partial:
+                    self.client.download_file(self.bucket, self._key("artifacts", artifact_id), str(partial))
+                found = True
+            except ClientError as fault:
+                if fault.response.get("Error", {}).get("Code") not in ("404", "NoSuchKey"):
+                    raise
+        return found
+
+    def drop_artifact(self, artifact_id: str) -> None:
+        """Remove an artifact from the bucket."""
+        with self._faults(f"the picture {artifact_id}"):
+            self._remove([self._key("artifacts", artifact_id)])
 
     # -- objects -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -198,24 +198,6 @@ class Slots:
         if not keep_lineage:
             values |= {"lineage": None, "trial_number": None}
         return self._update(slot.number, values, *_held_by(slot))
-
-    def reap(
-        self,
-        is_alive: Callable[[str], bool | None] = owner_alive,
-        goes_on: Callable[[Slot], bool] = lambda slot: True,
-    ) -> list[Slot]:
-        """Reopen the claims whose owner is certainly dead, with their lineage where it goes on; those slots as they were before.
-
-        A thaw that had not begun is undone.
-        """
-        dead = [s for s in self.claimed() if s.owner and is_alive(s.owner) is False]
-        given_back = []
-        for slot in dead:
-            if slot.state == "thawing":
-                self.leave_paused(slot)
-            elif self.reopen(slot, keep_lineage=goes_on(slot)):
-                given_back.append(slot)
-        return given_back
 
     def adopt(self, done_trial_numbers: Iterable[int]) -> int:
         """Reconcile with trials that finished without their slot being told: made elsewhere, or killed just after.

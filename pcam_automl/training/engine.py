@@ -150,10 +150,7 @@ class Training:
             total += self.step(rows[mine], np.arange(view, after)[mine], coming)
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
                 check_finite(total[0])
-                if any_over_ranks(
-                    pending is not None
-                ):  # a signal reaches ranks at different steps; they end at the same one
-                    raise pending or Interrupted("another process of this training was interrupted", signal.SIGTERM)
+                _end_together(pending)  # a signal reaches ranks at different steps; they end at the same one
             progress(batch_size)
         self.views = last
         self._settle_buffers()
@@ -270,8 +267,16 @@ class Training:
 
     def score(self, stop: Callable[[], None] = lambda: None) -> tuple[Score, Scores]:
         """Figures of the averaged weights on the scoring rows, and what they are of."""
+        pending: Interrupted | None = None
+
+        def asked() -> None:
+            nonlocal pending
+            pending = self._asked_to_stop(stop) or pending
+
         with self.averaged() as network:
-            return self.task.score(network, stop)
+            found = self.task.score(network, asked)
+        _end_together(pending)
+        return found
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -311,6 +316,12 @@ class Training:
         self.network.load_state_dict(state)
         if self.average is not None:
             self.average.load(state, self.average.n_updates)
+
+
+def _end_together(pending: Interrupted | None) -> None:
+    """Raise on every rank once one of them was interrupted; all of them must ask."""
+    if any_over_ranks(pending is not None):
+        raise pending or Interrupted("another process of this training was interrupted", signal.SIGTERM)
 
 
 def check_finite(loss: Tensor) -> None:

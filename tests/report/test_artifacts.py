@@ -11,6 +11,7 @@ from report_content import study_of
 
 from pcam_automl.errors import StudyError
 from pcam_automl.report.artifacts import attach
+from pcam_automl.search.pictures import Pictures
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_pictures_are_attached_to_the_finished_trial_and_shown_in_its_note(study
     from optuna_dashboard import get_note
     from optuna_dashboard.artifact._backend import list_trial_artifacts
 
-    attached = attach(study, 2, pngs(tmp_path, "roc.png", "slides.png"), tmp_path / "artifacts")
+    attached = attach(study, 2, pngs(tmp_path, "roc.png", "slides.png"), Pictures(tmp_path / "artifacts"))
     again = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path / 's.db'}")
     trial = again.trials[2]
     metas = get_all_artifact_meta(again)
@@ -47,7 +48,7 @@ def test_pictures_are_attached_to_the_finished_trial_and_shown_in_its_note(study
 
 def test_pictures_of_a_running_trial_are_its_own(study: optuna.Study, tmp_path: Path) -> None:
     number = study.ask().number
-    attach(study, number, pngs(tmp_path, "roc.png"), tmp_path / "artifacts")
+    attach(study, number, pngs(tmp_path, "roc.png"), Pictures(tmp_path / "artifacts"))
     metas = get_all_artifact_meta(study.trials[number], storage=study._storage)
     assert [meta.filename for meta in metas] == ["roc.png"]
     assert not get_all_artifact_meta(study)
@@ -55,9 +56,9 @@ def test_pictures_of_a_running_trial_are_its_own(study: optuna.Study, tmp_path: 
 
 def test_the_same_pictures_are_stored_once_and_changed_ones_anew(study: optuna.Study, tmp_path: Path) -> None:
     files = pngs(tmp_path, "roc.png", "slides.png")
-    first = attach(study, 0, files, tmp_path / "artifacts")
+    first = attach(study, 0, files, Pictures(tmp_path / "artifacts"))
     files[0].write_bytes(b"\x89PNG\r\n\x1a\nanother")
-    second = attach(study, 0, files, tmp_path / "artifacts")
+    second = attach(study, 0, files, Pictures(tmp_path / "artifacts"))
     assert [one.new for one in first] == [True, True]
     assert [one.new for one in second] == [True, False]
     assert second[1].artifact_id == first[1].artifact_id
@@ -65,4 +66,4 @@ def test_the_same_pictures_are_stored_once_and_changed_ones_anew(study: optuna.S
 
 def test_unknown_trial_is_named(study: optuna.Study, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="has no trial 99"):
-        attach(study, 99, [], tmp_path / "artifacts")
+        attach(study, 99, [], Pictures(tmp_path / "artifacts"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import signal
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import boto3
 import optuna
 import pytest
 import torch
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
 
 from pcam_automl.errors import InputError, Interrupted
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.mirror import Mirror, open_mirror, parse_s3
 from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.pictures import Pictures, mirrors_of, pictures_of
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.search.worker import Limits, run_worker
@@ -171,3 +174,30 @@ def test_a_trial_goes_on_on_a_machine_that_never_saw_it(client: Any, easy_pack: 
     assert again.mirror is not None
     assert again.mirror.pull_trials() == 1
     assert list((opened.folder / "trials" / str(resumed.number)).iterdir()) != []
+
+
+def test_pictures_of_one_machine_are_in_the_dashboard_of_another(client: Any, easy_pack: Path, tmp_path: Path) -> None:
+    urls = {name: f"sqlite:///{tmp_path / name / 's.db'}" for name in ("a", "b")}
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", artifacts=f"s3://{BUCKET}/team")
+    here = create_or_open_study("study", urls["a"], asked, say=lambda text: None)
+    own = pictures_of(here.study, tmp_path / "a" / "artifacts", here.mirror)
+    own.write("1b4e28ba-2fa1", io.BytesIO(b"a picture"))
+    assert keys(client) == ["team/study/artifacts/1b4e28ba-2fa1"]
+
+    said: list[str] = []
+    mirrors = mirrors_of(here.study._storage, tmp_path / "b", said.append)
+    there = Pictures(tmp_path / "b" / "artifacts", mirrors)
+    with there.open_reader("1b4e28ba-2fa1") as picture:
+        assert picture.read() == b"a picture"
+    client.delete_object(Bucket=BUCKET, Key="team/study/artifacts/1b4e28ba-2fa1")
+    with there.open_reader("1b4e28ba-2fa1") as picture:
+        assert picture.read() == b"a picture", "it came once and stays"
+    for wrong in ("00000000-0000", "../s.db", "/etc/passwd", ""):
+        with pytest.raises(ArtifactNotFound):
+            there.open_reader(wrong)
+    assert list((tmp_path / "b" / "artifacts").iterdir()) == [tmp_path / "b" / "artifacts" / "1b4e28ba-2fa1"]
+    own.remove("1b4e28ba-2fa1")
+    with pytest.raises(ArtifactNotFound):
+        own.remove("1b4e28ba-2fa1")
+    assert said == []

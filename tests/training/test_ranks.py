@@ -33,6 +33,8 @@ RECIPE = Recipe(
     backbone=TINY, crop_size=32, batch_size=BATCH, schedule="one_cycle", dropout=0.0, lr=2e-3, ema=0.9, optimizer="adamw", clip_norm=1.0
 )  # fmt: skip
 RUNGS = tuple(Rung(48 * n, 48) for n in range(1, 6))
+STOPS = {"in scoring": 4, "in a step": 5}
+"""Calls of ``stop``: an epoch has three steps and one batch that is scored."""
 
 
 def trained(compute: Compute, checkpoints: Path | None = None, stop: Callable[[], None] = lambda: None) -> Training:
@@ -76,19 +78,20 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
         mean = torch.tensor([float(rank)])
         mean_over_ranks([mean])
         found = digest(trained(Compute("cpu"), folder / "checkpoints"))
-        calls = 0
+        for place, at in STOPS.items():
+            calls = 0
 
-        def stop() -> None:
-            nonlocal calls
-            calls += 1
-            if (rank, calls) == (1, 5):  # the signal reaches one of them, at the first step of the second epoch
-                raise Interrupted("enough", 15)
+            def stop(at: int = at) -> None:
+                nonlocal calls
+                calls += 1
+                if (rank, calls) == (1, at):  # the signal reaches one of them
+                    raise Interrupted("enough", 15)
 
-        try:
-            trained(Compute("cpu"), folder / "stopped", stop)
-        except Interrupted as fault:
-            found["interrupted"] = f"{fault} {fault.exit_code} {calls}"
-        found["resumed"] = digest(trained(Compute("cpu"), folder / "stopped"))["losses"]
+            try:
+                trained(Compute("cpu"), folder / place, stop)
+            except Interrupted as fault:
+                found[place] = f"{fault} {fault.exit_code} {calls}"
+            found[f"resumed {place}"] = digest(trained(Compute("cpu"), folder / place))["losses"]
         found |= {"told": told, "sums": [tensor.flatten().tolist() for tensor in tensors], "mean": mean.item()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -132,9 +135,10 @@ def two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: list[
 
 
 def a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found: list[dict[str, Any]]) -> None:
-    assert found[0]["interrupted"] == "another process of this training was interrupted 143 5"
-    assert found[1]["interrupted"] == "enough 143 5"
-    assert found[0]["resumed"] == found[0]["losses"] == found[1]["resumed"]
+    for place, at in STOPS.items():
+        assert found[0][place] == f"another process of this training was interrupted 143 {at}"
+        assert found[1][place] == f"enough 143 {at}"
+        assert found[0][f"resumed {place}"] == found[0]["losses"] == found[1][f"resumed {place}"]
 
 
 def test_parts_of_a_batch_make_the_whole() -> None:
