@@ -3,6 +3,7 @@
 PcamError                    everything this package raises on purpose
 ├── InputError               the user's input is at fault: one line, exit code 2
 │   ├── DataError            a source folder, table, patch or pack
+│   │   └── WriteError       a full or read-only disk
 │   ├── RecipeError          a recipe, search space or ``--set``
 │   ├── StudyError           a study, its storage or a contradiction with what it remembers
 │   └── BundleError          a model bundle or checkpoint that cannot be trusted or read
@@ -32,6 +33,10 @@ class InputError(PcamError):
 
 class DataError(InputError):
     """A source folder, a table, a patch file or a pack cannot be used."""
+
+
+class WriteError(DataError):
+    """A file cannot be written: the disk is full, or the place is read-only. A trial that meets it goes on later."""
 
 
 class RecipeError(InputError):

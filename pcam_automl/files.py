@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pcam_automl.errors import DataError
+from pcam_automl.errors import DataError, WriteError
 
 _CHUNK_BYTES = 1 << 20
 _WRITING = ".writing"
@@ -37,18 +37,18 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _explained(fault: OSError, target: Path) -> DataError | None:
+def _explained(fault: OSError, target: Path) -> WriteError | None:
     """The one-line fault for the operating system's answers that a user can act on."""
     if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DataError(f"no space left to write {target} ({fault.strerror}); free some and repeat the same command")
+        return WriteError(f"no space left to write {target} ({fault.strerror}); free some and repeat the same command")
     if fault.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return DataError(f"{target} cannot be written ({fault.strerror}); choose another folder or change its rights")
+        return WriteError(f"{target} cannot be written ({fault.strerror}); choose another folder or change its rights")
     return None
 
 
 @contextmanager
 def write_faults(target: Path) -> Iterator[None]:
-    """Turn "disk full" and "read-only" inside the block into a one-line :class:`DataError` naming ``target``."""
+    """Turn "disk full" and "read-only" inside the block into a one-line :class:`WriteError` naming ``target``."""
     try:
         yield
     except OSError as fault:

@@ -16,7 +16,7 @@ from optuna.trial import Trial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import DataError, Interrupted, OutOfTime, SearchFailed, TrainingDiverged
+from pcam_automl.errors import DataError, Interrupted, OutOfTime, SearchFailed, TrainingDiverged, WriteError
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
@@ -64,7 +64,7 @@ class Objective:
         slot: the claimed slot, set by the worker before each trial.
         origin: where the slot's prescribed parameters come from; None where the sampler chooses them all.
         stop: called at every step; raises :class:`Interrupted`.
-        interrupted: the interruption that ended the last trial, for the worker.
+        interrupted: what ended the last trial and ends the worker, too: a signal, or a disk that takes no more.
         begun: called once the trial's number and lineage are known.
         clock: of a budget, None without one.
         thawed_from: the paused row that the next trial goes on from, set by the worker.
@@ -80,7 +80,7 @@ class Objective:
     begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
     origin: str | None = None
-    interrupted: Interrupted | None = None
+    interrupted: Interrupted | WriteError | None = None
     clock: BudgetClock | None = None
     thawed_from: int | None = None
     goes_on: bool = False
@@ -141,6 +141,9 @@ class Objective:
             raise optuna.TrialPruned(reason) from fault
         except Interrupted as fault:
             reason, self.interrupted, self.goes_on = "interrupted", fault, True
+            raise
+        except WriteError as fault:
+            reason, self.interrupted, self.goes_on = f"interrupted: {fault}", fault, True
             raise
         except Exception as fault:
             root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it

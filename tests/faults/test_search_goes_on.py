@@ -16,6 +16,7 @@ import optuna
 import pytest
 import torch
 from easy_set import write_easy_set
+from optuna.trial import TrialState
 
 from pcam_automl.errors import DataError
 from pcam_automl.search.budget import BudgetClock, Ledger, spent_s
@@ -74,10 +75,13 @@ def full_disk() -> Iterator[None]:
 def test_a_disk_that_fills_ends_the_search_with_a_line_and_it_goes_on_once_there_is_space(asked: Asked) -> None:
     opened = opened_with(asked)
     run_worker(Objective(opened, torch.device("cpu")), Limits(1))
-    with full_disk(), pytest.raises(DataError, match=r"checkpoint.*no space left.*free some") as told:
+    with full_disk(), pytest.raises(DataError, match=r"no space left to write .*checkpoints.*free some") as told:
         run_worker(Objective(opened, torch.device("cpu")), Limits(N))
     assert "\n" not in str(told.value)
     assert list(Path("studies").rglob(".*.partial")) == [], "nothing half-written"
+    trials = opened.study.get_trials()
+    assert sum(trial.state == TrialState.FAIL for trial in trials) == 1, "one is interrupted, no other begins"
+    assert trials[-1].user_attrs["reason"].startswith("interrupted: no space left")
     assert n_finished_of(opened.study) < N
 
     again = opened_with(Asked())
