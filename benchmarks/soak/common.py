@@ -24,13 +24,18 @@ from pcam_automl.data.sources import open_source
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.search import processes
 from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.storage_url import normalised_url
 from pcam_automl.search.study import Asked, OpenStudy
 
-PRELOADED = ["pcam_automl.search.processes", "pcam_automl.search.objective", "psycopg"]
+PRELOADED = ["pcam_automl.search.processes", "pcam_automl.search.objective", "psycopg", "pymysql"]
 OUT = RESULTS / "soak"
+SERVERS = {
+    "postgresql": ("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"),
+    "mysql": ("PCAM_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/test"),
+}
 
 
-def arguments(*, storages: tuple[str, ...] = ("sqlite", "postgresql"), **defaults: Any) -> argparse.Namespace:
+def arguments(*, storages: tuple[str, ...] = ("sqlite", "postgresql", "mysql"), **defaults: Any) -> argparse.Namespace:
     """``--storage``, the first by default, and a number for every default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
     parser.add_argument("--storage", choices=storages, default=storages[0])
@@ -41,22 +46,23 @@ def arguments(*, storages: tuple[str, ...] = ("sqlite", "postgresql"), **default
 
 @contextmanager
 def storage_of(kind: str, folder: Path) -> Iterator[str]:
-    """A fresh database: a file, or one of the server in PCAM_TEST_POSTGRES_URL (else the local one), dropped at the end."""
+    """A fresh database: a file, or one of the server in PCAM_TEST_POSTGRES_URL or PCAM_TEST_MYSQL_URL (else the local one),
+    dropped at the end.
+    """
     if kind == "sqlite":
         yield f"sqlite:///{folder}/studies/soak.db"
         return
-    server = sa.make_url(os.environ.get("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"))
+    variable, local = SERVERS[kind]
+    server = sa.make_url(normalised_url(os.environ.get(variable, local)))
     name = f"soak_{uuid.uuid4().hex[:12]}"
-    engine = sa.create_engine(
-        server.set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool
-    )
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
     with engine.connect() as connection:
         connection.execute(sa.text(f"CREATE DATABASE {name}"))
     try:
         yield server.set(database=name).render_as_string(hide_password=False)
     finally:
         with engine.connect() as connection:
-            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+            connection.execute(sa.text(f"DROP DATABASE {name}" + " WITH (FORCE)" * (kind == "postgresql")))
         engine.dispose()
 
 
