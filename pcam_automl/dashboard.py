@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
 def serve_dashboard(
     url: str, *, host: str, port: int, studies: Path, ready: Callable[[], None], say: Callable[[str], None]
 ) -> None:
-    """Serve until interrupted.
+    """Serve until interrupted, in a thread: a signal that is raised inside a request is swallowed by the server.
 
     Args:
         url: the storage's.
@@ -49,4 +50,17 @@ def serve_dashboard(
     (studies / "artifacts").mkdir(parents=True, exist_ok=True)
     ready()
     store = Pictures(studies / "artifacts", mirrors_of(storage, studies, say))
-    optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=store)
+    faults: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=store)
+        except BaseException as fault:  # noqa: BLE001 - raised again below
+            faults.append(fault)
+
+    server = threading.Thread(target=serve, name="dashboard", daemon=True)
+    server.start()
+    while server.is_alive():
+        server.join(1.0)
+    if faults:
+        raise faults[0]

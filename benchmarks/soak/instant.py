@@ -22,7 +22,7 @@ from benchmarks.settings import write_result
 from benchmarks.soak.common import OUT, PRELOADED, arguments, tiny_study
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
-from pcam_automl.search.storage import engine_of, set_user_attrs
+from pcam_automl.search.storage import engine_of, report, set_user_attrs
 from pcam_automl.search.study import open_study
 
 
@@ -46,7 +46,7 @@ def work(url: str, name: str, total: int, sleep_s: float, start: Any, out: Any) 
                 set_user_attrs(trial, recipe="{}", compute={})
                 time.sleep(sleep_s)
                 for views, _ in self.opened.settings.rungs:
-                    trial.report(0.5 + trial.number / 1e6, step=views)
+                    report(trial, 0.5 + trial.number / 1e6, step=views)
                 return 0.5 + trial.number / 1e6
 
             def _release(self) -> None:
@@ -98,7 +98,7 @@ def run(kind: str, n_workers: int, total: int, sleep_s: float) -> dict[str, Any]
 
 def main() -> None:
     """Run, print, write ``results/soak/instant_<storage>.json``."""
-    asked = arguments(workers=8, trials=500, sleepers=80)
+    asked = arguments(workers=8, trials=500, sleepers=240)
     runs = {"instant": run(asked.storage, asked.workers, asked.trials, 0.0)}
     if asked.storage == "postgresql":
         runs["1 s, one worker"] = run(asked.storage, 1, asked.sleepers // asked.workers, 1.0)
