@@ -24,7 +24,7 @@ from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
-from pcam_automl.search.summary import READ_ATTRS, Summary, summarise
+from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
     from pcam_automl.goals import Goal
@@ -367,7 +367,7 @@ def command_options(name: str | None, url: str | None) -> str:
 def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     """Print a study's counts, best trial, importances and seconds."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study, settings = load_study_to_read(name, url, READ_ATTRS)
+    study, settings = load_study_to_read(name, url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
     summary = summarise(study, settings)
     ranking = rank_study(study, settings, studies_folder(storage_url(url)) / name)
     audit = audit_study(study, settings)

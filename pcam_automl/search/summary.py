@@ -17,8 +17,10 @@ from pcam_automl.search.lineages import not_superseded
 from pcam_automl.search.reading import FIGURES, auc_of, best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
-READ_ATTRS = ("reason", "seconds", "recipe", "images_per_s", "device", "lineage", FIGURES)
-"""The trials' user attributes that a summary is made of."""
+READ_ATTRS = ("reason", "seconds", "lineage")
+"""The trials' user attributes that a summary is made of,"""
+READ_OF_COMPLETE = ("recipe", "images_per_s", "device", FIGURES)
+"""and those of complete trials."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pcam_automl.search.reading import SETTINGS_KEY, load_study, load_study_to_r
 from pcam_automl.search.sqlite_reader import KNOWN_SCHEMA, read_study
 from pcam_automl.search.storage import open_storage
 from pcam_automl.search.storage_url import plain_sqlite_path
-from pcam_automl.search.summary import READ_ATTRS, summarise
+from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, summarise
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "backbone": CategoricalDistribution(["resnet10t", None, 2, 0.5, True]),
@@ -104,7 +104,7 @@ def plain(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
 
 def test_trials_equal_those_of_optunas_storage(url: str) -> None:
     whole = optuna.load_study(study_name="pcam", storage=RDBStorage(url)).get_trials()
-    read = read_study(file_of(url), "pcam", READ_ATTRS)
+    read = read_study(file_of(url), "pcam", (*READ_ATTRS, *READ_OF_COMPLETE))
     assert read is not None
     assert [plain(trial) for trial in read.get_trials()] == [plain(trial) for trial in whole]
     assert {trial.state for trial in whole} == set(TrialState)
@@ -112,8 +112,21 @@ def test_trials_equal_those_of_optunas_storage(url: str) -> None:
     assert [t.number for t in read.get_trials(states=(TrialState.PRUNED,))] == [12, 13]
 
 
+def test_what_is_asked_of_complete_trials_only_is_not_read_of_others(url: str) -> None:
+    whole = optuna.load_study(study_name="pcam", storage=RDBStorage(url)).get_trials()
+    read = read_study(file_of(url), "pcam", ("seconds",), of_complete=("device", "recipe"))
+    assert read is not None
+    for ours, one in zip(read.get_trials(), whole, strict=True):
+        complete = one.state == TrialState.COMPLETE
+        wanted = ("seconds", "device", "recipe") if complete else ("seconds",)
+        assert ours.user_attrs == {name: one.user_attrs[name] for name in wanted if name in one.user_attrs}
+        assert list(ours.params.items()) == (list(one.params.items()) if complete else [])
+        assert str(ours.intermediate_values) == str(dict(sorted(one.intermediate_values.items())))
+
+
 def test_the_summary_is_that_of_optunas_storage_to_the_letter(url: str) -> None:
-    ours, whole = summarise(*load_study_to_read("pcam", url, READ_ATTRS)), summarise(*load_study("pcam", url))
+    read = load_study_to_read("pcam", url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
+    ours, whole = summarise(*read), summarise(*load_study("pcam", url))
     assert json.dumps(ours.to_json()) == json.dumps(whole.to_json())
     assert ours.importances
     assert ours.states == {"running": 1, "complete": 12, "pruned": 2, "fail": 1, "waiting": 1}
