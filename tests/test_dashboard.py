@@ -38,10 +38,10 @@ def test_a_signal_ends_it_although_its_server_swallows_whatever_a_request_raises
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """wsgiref answers 500 to anything that is raised inside a request, and goes on."""
-    inside = threading.Event()
+    inside, over = threading.Event(), threading.Event()
 
     def swallow(*words: Any, **options: Any) -> None:
-        while True:
+        while not over.is_set():
             try:
                 inside.set()
                 time.sleep(0.01)
@@ -54,6 +54,7 @@ def test_a_signal_ends_it_although_its_server_swallows_whatever_a_request_raises
     with pytest.raises(Interrupted) as told:
         run_dashboard(url, host="127.0.0.1", port=free_port())
     sender.join()
+    over.set()
     assert told.value.exit_code == 143
 
 

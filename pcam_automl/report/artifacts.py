@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import optuna
 from optuna.artifacts import get_all_artifact_meta, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import StudyError
@@ -53,11 +56,10 @@ def attach(
     folder = pictures.folder
     with write_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        known = {
-            (meta.filename, sha256_of_file(folder / meta.artifact_id)): meta.artifact_id
-            for meta in get_all_artifact_meta(owner, storage=storage)
-            if (folder / meta.artifact_id).is_file()
-        }
+        known = {}
+        for meta in get_all_artifact_meta(owner, storage=storage):
+            with contextlib.suppress(ArtifactNotFound), pictures.open_reader(meta.artifact_id) as held:
+                known[meta.filename, hashlib.sha256(held.read()).hexdigest()] = meta.artifact_id
         attached = []
         for file in files:
             found = known.get((file.name, sha256_of_file(file)))

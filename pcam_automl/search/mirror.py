@@ -1,6 +1,6 @@
 """What machines without a shared disk need of each other, in an S3 bucket: checkpoints, scores, pictures. Trains nothing.
 
-Objects lie under ``<prefix>/<study>/checkpoints/<lineage>/<rung>/`` ``<prefix>/<study>/trials/<number>/`` and ``artifacts/<id>``. A checkpoint's
+Objects lie under ``<prefix>/<study>/checkpoints/<lineage>/<rung>/``, ``trials/<number>/`` and ``artifacts/<id>``. A checkpoint's
 ``state.json`` is uploaded last: one without it is incomplete and not seen. Credentials, region and endpoint are boto3's own
 (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...); they are never stored.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pcam_automl.errors import InputError
+from pcam_automl.errors import InputError, WriteError
 from pcam_automl.files import folder_written_whole, written_whole
 
 LISTED_S = 30.0
@@ -142,14 +142,19 @@ class Mirror:
                     self.client.download_file(self.bucket, self._key("artifacts", artifact_id), str(partial))
                 found = True
             except ClientError as fault:
-                if fault.response.get("Error", {}).get("Code") not in ("404", "NoSuchKey"):
+                # 403: S3's word for a missing key where the credentials may not list
+                if fault.response.get("Error", {}).get("Code") not in ("404", "403", "NoSuchKey"):
                     raise
         return found
 
-    def drop_artifact(self, artifact_id: str) -> None:
-        """Remove an artifact from the bucket."""
+    def drop_artifact(self, artifact_id: str) -> bool:
+        """Remove an artifact from the bucket; whether it was there."""
+        keys: list[str] = []
         with self._faults(f"the picture {artifact_id}"):
-            self._remove([self._key("artifacts", artifact_id)])
+            key = self._key("artifacts", artifact_id)
+            keys = [found for found in self._keys(key) if found == key]
+            self._remove(keys)
+        return bool(keys)
 
     # -- objects -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +189,7 @@ class Mirror:
 
         try:
             yield
-        except (Boto3Error, BotoCoreError, ClientError, OSError) as fault:  # OSError: gone meanwhile by the quota, say
+        except (Boto3Error, BotoCoreError, ClientError, WriteError, OSError) as fault:  # OSError: gone meanwhile, say
             self.say(
                 f"{what} could not be copied to or from s3://{self.bucket} ({type(fault).__name__}: {str(fault)[:120]})"
             )

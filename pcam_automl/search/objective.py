@@ -28,7 +28,7 @@ from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import FIGURES
 from pcam_automl.search.slots import Slot
-from pcam_automl.search.storage import report, set_user_attrs
+from pcam_automl.search.storage import report, set_user_attrs, write_now
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
@@ -93,6 +93,7 @@ class Objective:
         self._masks = open_masks(self.opened.store, self.device) if dense else None
         self._speed: SpeedBook = self.opened.quick_speed_book
         self._latencies: dict[tuple[object, ...], float] = {}
+        self._network: dict[str, float] = {}  # of the running trial, for its attributes
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
@@ -113,7 +114,7 @@ class Objective:
         if not self.begun(self.slot, trial.number, lineage):
             set_user_attrs(trial, reason=SLOT_LOST)
             raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
-        began = time.perf_counter()
+        began, self._network = time.perf_counter(), {}
         set_user_attrs(
             trial,
             slot=self.slot.number,
@@ -152,14 +153,14 @@ class Objective:
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             self._release()
-            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak)
+            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
 
     def _train(self, trial: Trial, lineage: str) -> float:
         mirror = self.opened.mirror
         recipe, compute, rungs = self._settle(trial, lineage)
         training, rows = self.build(recipe, compute)
         forward_ms = self._latency_ms(training, recipe, compute)
-        network = {"n_parameters": n_parameters(training.network), "latency_ms": round(forward_ms, 3)}
+        self._network = {"n_parameters": n_parameters(training.network), "latency_ms": round(forward_ms, 3)}
         self.watch.begins(trial.number, recipe, total_views(recipe, rungs))
         if self.slot is not None and self.slot.lineage is not None:
             self.writer.flush()  # the lineage may be one that was just paused
@@ -181,7 +182,7 @@ class Objective:
                 trial,
                 self._value(result),
                 step=planned[result.rung].views,
-                **network,
+                **self._network,
                 rungs=[asdict(done) for done in training.results],
                 **{FIGURES: figures_of(best_result(training.results, recipe))},
                 images_per_s=round(result.images_per_s, 1),
@@ -253,6 +254,8 @@ class Objective:
             recipe = build_recipe(json.loads(earlier["recipe"]))
             compute = Compute(**{**earlier["compute"], "device": str(self.device)})
         else:
+            if not self._speed.knows(recipe, self.device):
+                write_now(trial)  # what it is about to try, before it times the network
             compute = self._speed.compute_for(recipe, self.device)
             share = self._share(recipe)
             recipe = recipe.model_copy(update={"views": scaled(opened.rungs, share)[-1].views, "epochs": None})

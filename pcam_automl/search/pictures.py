@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,9 @@ from pcam_automl.files import written_whole
 from pcam_automl.search.mirror import Mirror, Say, find_mirror
 from pcam_automl.search.reading import SETTINGS_KEY
 
+AWAY_S = 60.0
+"""A bucket that cannot be reached is not asked again for so long."""
+
 
 class Pictures:
     """An artifact store (Optuna's protocol): the folder first, then the buckets; what came from one stays in the folder.
@@ -25,36 +30,48 @@ class Pictures:
 
     Args:
         folder: ``<studies>/artifacts``.
-        mirrors: the buckets, asked for whenever the folder does not hold an artifact; what is written goes into each.
+        mirrors: the buckets, asked for whenever the folder does not hold an artifact. What is written goes there where there is
+            just one: the store is not told of which study an artifact is, and another study's bucket may be another team's.
     """
 
     def __init__(self, folder: Path, mirrors: Callable[[], Sequence[Mirror]] = lambda: ()) -> None:
         self.folder, self.mirrors = folder, mirrors
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """Raises ``ArtifactNotFound`` where nobody has it."""
+        """The artifact's bytes.
+
+        Raises:
+            ArtifactNotFound: nobody has it.
+        """
         file = self._file(artifact_id)
         if not file.is_file() and not any(mirror.pull_artifact(artifact_id, file) for mirror in self.mirrors()):
             raise ArtifactNotFound(f"no artifact {artifact_id}")
         return file.open("rb")
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Raises :class:`~pcam_automl.errors.DataError` on a full or read-only disk."""
+        """Keep an artifact.
+
+        Raises:
+            WriteError: the disk is full or read-only.
+        """
         file = self._file(artifact_id)
         with written_whole(file) as partial, partial.open("wb") as out:
             shutil.copyfileobj(content_body, out)
-        for mirror in self.mirrors():
-            mirror.push_artifact(file)
+        if len(mirrors := self.mirrors()) == 1:
+            mirrors[0].push_artifact(file)
 
     def remove(self, artifact_id: str) -> None:
-        """Raises ``ArtifactNotFound`` where this machine does not have it."""
-        try:
-            self._file(artifact_id).unlink()
-        except FileNotFoundError:
-            raise ArtifactNotFound(f"no artifact {artifact_id}") from None
-        finally:
-            for mirror in self.mirrors():
-                mirror.drop_artifact(artifact_id)
+        """Forget an artifact, here and in the buckets.
+
+        Raises:
+            ArtifactNotFound: nobody has it.
+        """
+        file = self._file(artifact_id)
+        here = file.is_file()
+        file.unlink(missing_ok=True)
+        there = [mirror.drop_artifact(artifact_id) for mirror in self.mirrors()]
+        if not here and not any(there):
+            raise ArtifactNotFound(f"no artifact {artifact_id}")
 
     def _file(self, artifact_id: str) -> Path:
         if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", artifact_id):  # an id never becomes a path elsewhere
@@ -63,23 +80,31 @@ class Pictures:
 
 
 def mirrors_of(storage: BaseStorage, studies: Path, say: Say) -> Callable[[], Sequence[Mirror]]:
-    """The buckets of all studies in the storage, those of new studies, too; each is opened once.
+    """The buckets of all studies in the storage, those of new studies, too; one that was away is tried again after a minute.
 
     Args:
         storage: of the studies.
         studies: the folder that holds theirs.
         say: told of a bucket that cannot be reached.
     """
-    known: dict[str, Mirror | None] = {}
+    open_ones: dict[tuple[str, str], Mirror] = {}
+    away: dict[tuple[str, str], float] = {}
 
     def found() -> Sequence[Mirror]:
+        here = []
         for study in storage.get_all_studies():
-            name = study.study_name
-            if name in known or SETTINGS_KEY not in study.user_attrs:
+            url = json.loads(study.user_attrs.get(SETTINGS_KEY, "{}")).get("artifacts")
+            key = (study.study_name, str(url))
+            if url is None or time.monotonic() - away.get(key, -math.inf) < AWAY_S:
                 continue
-            url = json.loads(study.user_attrs[SETTINGS_KEY]).get("artifacts")
-            known[name] = find_mirror(url, name, studies / name, say)
-        return [mirror for mirror in known.values() if mirror is not None]
+            if key not in open_ones:
+                mirror = find_mirror(url, study.study_name, studies / study.study_name, say)
+                if mirror is None:
+                    away[key] = time.monotonic()
+                    continue
+                open_ones[key] = mirror
+            here.append(open_ones[key])
+        return here
 
     return found
 

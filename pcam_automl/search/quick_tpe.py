@@ -1,4 +1,7 @@
-"""Optuna's TPE with what it finds out anew for every trial remembered between them. Proposes what Optuna's proposes."""
+"""Optuna's TPE with what it finds out anew for every trial remembered between them.
+
+From the same trials and seed it proposes what Optuna's does, but for the order in which groups of parameters are drawn.
+"""
 
 from __future__ import annotations
 

@@ -59,10 +59,34 @@ def load_study_to_read(
     """
     check_study_name(name)
     file = plain_sqlite_path(storage_url(url))
-    study = read_study(file, name, attrs, of_complete=of_complete) if file is not None else None
+    if file is not None:
+        study = read_study(file, name, attrs, of_complete=of_complete)
+    else:
+        study = _from_server(storage_url(url), name, attrs, of_complete)
     if study is None or SETTINGS_KEY not in study.user_attrs:  # of another kind, or still being created
         return load_study(name, url)
     return study, _settings_of(study)
+
+
+def _from_server(
+    url: str, name: str, attrs: Collection[str], of_complete: Collection[str] | None
+) -> optuna.Study | None:
+    import sqlalchemy as sa
+
+    from pcam_automl.search.storage import engine_options, storage_faults
+    from pcam_automl.search.storage_url import normalised_url
+    from pcam_automl.search.trial_reader import read_study as read_from
+
+    url = normalised_url(url)
+    if url.startswith("sqlite"):  # in memory, or with options of its own
+        return None
+    with storage_faults(url):
+        try:
+            engine = sa.create_engine(url, **engine_options(url), poolclass=sa.NullPool)
+        except ImportError:  # of the driver; who opens the storage says how to get it
+            return None
+        with engine.connect() as connection:
+            return read_from(connection, name, attrs, of_complete=of_complete)
 
 
 def _settings_of(study: optuna.Study) -> StudySettings:

@@ -66,6 +66,7 @@ class PerTrialSampler(BaseSampler):
         self.seconds_of = seconds_of
         self.prescribed: dict[str, Any] = {}
         self.budget_left = 1.0
+        self._of: tuple[Any, int] | None = None
         self._remembered = Remembered()
         self._inner = self._built(0, starting=False)
         self._current: CurrentStudy | None = None
@@ -75,8 +76,10 @@ class PerTrialSampler(BaseSampler):
         return int(np.random.SeedSequence([self.seed, trial_number]).generate_state(1)[0])
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        if self._current is None or self._current.study is not study:
-            self._remembered = Remembered()
+        if (
+            storage_and_id := (study._storage, study._study_id)
+        ) != self._of:  # a bracket of Hyperband is a new object each time
+            self._of, self._remembered = storage_and_id, Remembered()
         self._current = current = CurrentStudy(study)
         starting = False
         if self.name == "tpe-qmc":

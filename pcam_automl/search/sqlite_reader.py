@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import sqlite3
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -17,14 +17,19 @@ from typing import Any
 from urllib.parse import quote
 
 import optuna
-from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from pcam_automl.search.trial_rows import INTERMEDIATE, PARAM, USER_ATTR, VALUE, assemble
+from pcam_automl.search.trial_rows import (
+    INTERMEDIATE,
+    KNOWN_SCHEMA,
+    PARAM,
+    USER_ATTR,
+    VALUE,
+    assemble,
+    study_to_read,
+)
 
-KNOWN_SCHEMA = ("v3.2.0.a",)
-"""Alembic's revisions of Optuna's tables that :func:`read_study` understands: that of Optuna 3.2 to 5.0."""
 _BUSY_TIMEOUT_S = 60
 
 
@@ -72,28 +77,11 @@ def _study(
     )]  # fmt: skip
     if len(directions) != 1:
         return None
-    study = optuna.create_study(
-        study_name=name,
-        direction=StudyDirection[directions[0]],
-        storage=_ReadTrials(_trials(database, study_id, attrs, of_complete)),
-    )
     query = "SELECT key, value_json FROM study_user_attributes WHERE study_id = ?"
-    for key, text in database.execute(query, (study_id,)):
-        study.set_user_attr(key, json.loads(text))
-    return study
-
-
-class _ReadTrials(InMemoryStorage):
-    """Optuna's storage in memory around trials that are there already; it would copy each of them deeply."""
-
-    def __init__(self, trials: list[FrozenTrial]) -> None:
-        super().__init__()
-        self._read = trials
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        return [trial for trial in self._read if states is None or trial.state in states]
+    user_attrs = {key: json.loads(text) for key, text in database.execute(query, (study_id,))}
+    return study_to_read(
+        name, StudyDirection[directions[0]], _trials(database, study_id, attrs, of_complete), user_attrs
+    )
 
 
 def _trials(

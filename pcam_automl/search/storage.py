@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import sqlite3
@@ -14,19 +13,19 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, check_distribution_compatibility, distribution_to_json
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
 from pcam_automl.search.trial_reader import read_trial, read_trials
+from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, param_row, rows_of, upserts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,11 +34,6 @@ BUSY_TIMEOUT_S = 60
 OWNER = "owner"
 """User attribute of a trial: the process that asked for it, see slots.py."""
 CONNECT_TIMEOUT_S = 10
-TPE_SHARED = "tpe:relative_params"
-"""Beginning of the system attributes in which TPE tells other workers what a trial is about to try."""
-
-Rows = dict[str, list[dict[str, Any]]]
-"""Rows to be written, by the keys of ``_TABLES``."""
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
@@ -224,21 +218,20 @@ class RetryingStorage(RDBStorage):
     ) -> None:
         """What Optuna's cache calls; a name that this process has not met is compared with the study's at once."""
         if previous_distribution is None:
-            self._write_params(trial_id)
+            self._write_held(trial_id)
             known = super()._set_trial_param
             retry_transient(lambda: known(trial_id, param_name, param_value_internal, distribution, None))
             return
         check_distribution_compatibility(previous_distribution, distribution)
-        row = {"trial_id": trial_id, "param_name": param_name, "param_value": param_value_internal}
-        row["distribution_json"] = distribution_to_json(distribution)
+        row = param_row(trial_id, param_name, param_value_internal, distribution)
         self._unwritten.setdefault(trial_id, {}).setdefault("params", []).append(row)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if key.startswith(TPE_SHARED):  # in the middle of ask
-            row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        if key.startswith(TPE_SHARED):  # at the first parameter; the others follow at once
+            row = attr_row(trial_id, key, value)
             self._unwritten.setdefault(trial_id, {}).setdefault("system_attrs", []).append(row)
             return
-        self._write_params(trial_id)
+        self._write_held(trial_id)
         write = super().set_trial_system_attr
         retry_transient(lambda: write(trial_id, key, value))
 
@@ -261,26 +254,26 @@ class RetryingStorage(RDBStorage):
         create = super()._create_new_trial  # a row that was made twice has no claim, and is ended as lost
         return retry_transient(lambda: create(study_id, template_trial))
 
-    def _write_params(self, trial_id: int) -> None:
+    def _write_held(self, trial_id: int) -> None:
         if trial_id in self._unwritten:
             self.write(trial_id)
 
-    def _write_all_params(self) -> None:
+    def _write_all_held(self) -> None:
         for trial_id in list(self._unwritten):
-            self._write_params(trial_id)
+            self._write_held(trial_id)
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        self._write_params(trial_id)
+        self._write_held(trial_id)
         write = super().set_trial_intermediate_value
         retry_transient(lambda: write(trial_id, step, intermediate_value))
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._write_params(trial_id)
+        self._write_held(trial_id)
         write = super().set_trial_user_attr
         retry_transient(lambda: write(trial_id, key, value))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        self._write_params(trial_id)
+        self._write_held(trial_id)
 
         def read() -> FrozenTrial:
             with self.engine.connect() as connection:
@@ -295,7 +288,7 @@ class RetryingStorage(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        self._write_all_params()
+        self._write_all_held()
         wanted = None if states is None else [state for state in TrialState if state in states]
 
         def read() -> list[FrozenTrial]:
@@ -307,7 +300,7 @@ class RetryingStorage(RDBStorage):
         return retry_transient(read)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self._write_params(trial_id)
+        self._write_held(trial_id)
         tries = 0
 
         def call() -> bool:
@@ -336,23 +329,16 @@ class RetryingStorage(RDBStorage):
         Raises:
             UpdateFinishedTrialError: the trial has ended.
         """
+        new = rows_of(trial_id, user_attrs or {}, values or {})
         held = self._unwritten.pop(trial_id, {})  # first: the check below reads the trial, which writes what is left
-        rows: Rows = {
-            **held,
-            "user_attrs": [
-                {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-                for key, value in (user_attrs or {}).items()
-            ],
-            "values": [_step_row(trial_id, step, value) for step, value in (values or {}).items()],
-        }
+        statements = upserts({**held, **new}, self.engine.dialect.name)
         state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
-        upserts = [(_upsert(kind, self.engine.dialect.name), of_kind) for kind, of_kind in rows.items() if of_kind]
 
         def call() -> None:
             with self.engine.begin() as connection:
                 self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
-                for upsert, of_kind in upserts:
-                    connection.execute(upsert, of_kind)
+                for statement, rows in statements:
+                    connection.execute(statement, rows)
 
         try:
             retry_transient(call)
@@ -376,33 +362,6 @@ class RetryingStorage(RDBStorage):
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
 
 
-_TABLES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
-    "params": (models.TrialParamModel, "param_name", ("param_value", "distribution_json")),
-    "system_attrs": (models.TrialSystemAttributeModel, "key", ("value_json",)),
-    "user_attrs": (models.TrialUserAttributeModel, "key", ("value_json",)),
-    "values": (models.TrialIntermediateValueModel, "step", ("intermediate_value", "intermediate_value_type")),
-}
-
-
-@functools.cache
-def _upsert(kind: str, dialect: str) -> sa.Insert:
-    """Insert of rows of a table of ``_TABLES`` by trial and key that replaces the values of a row that is there."""
-    model, key, values = _TABLES[kind]
-    table = model.__table__
-    if dialect == "mysql":
-        put = mysql.insert(table)
-        return put.on_duplicate_key_update({name: put.inserted[name] for name in values})
-    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
-    return insert.on_conflict_do_update(
-        index_elements=[table.c.trial_id, table.c[key]], set_={name: insert.excluded[name] for name in values}
-    )
-
-
-def _step_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
-    stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
-    return {"trial_id": trial_id, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
-
-
 def set_user_attrs(trial: Trial, **attrs: Any) -> None:
     """Several user attributes of a running trial at once: 21 a trial, one by one, took 25 ms on SQLite.
 
@@ -416,6 +375,11 @@ def set_user_attrs(trial: Trial, **attrs: Any) -> None:
         return
     storage.write(trial._trial_id, user_attrs=attrs)
     trial._cached_frozen_trial.user_attrs.update(attrs)  # as Trial.set_user_attr does; the pruner reads it there
+
+
+def write_now(trial: Trial) -> None:
+    """Put the trial's parameters into the database without waiting for its next write, for others to see."""
+    set_user_attrs(trial)
 
 
 def report(trial: Trial, value: float, *, step: int, **attrs: Any) -> None:

@@ -1,24 +1,38 @@
 """Trials read from any of Optuna's databases in two statements. Writes nothing and retries nothing.
 
 Optuna's own reader sends six statements through the ORM, also for the one running trial that a worker looks at several times
-a rung: 2.6 ms on SQLite and 5.2 on PostgreSQL for each look, where this takes 0.6 and 1.3; a study of 10,000 takes it 7 s.
+a rung: 2.6 ms on SQLite and 5.2 on PostgreSQL for each look, where this takes 1 and 2; a study of 10,000 takes it 7 s.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import optuna
 import sqlalchemy as sa
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
-from pcam_automl.search.trial_rows import INTERMEDIATE, PARAM, SYSTEM_ATTR, USER_ATTR, VALUE, Detail, assemble
+from pcam_automl.search.trial_rows import (
+    INTERMEDIATE,
+    KNOWN_SCHEMA,
+    PARAM,
+    SYSTEM_ATTR,
+    USER_ATTR,
+    VALUE,
+    Detail,
+    Head,
+    assemble,
+    study_to_read,
+)
 
 _FEW = 200
 """Trials that are named one by one in a statement; for more the whole study's rows are read."""
 _AT_ONCE = 10_000
+"""Rows that are fetched together where a whole study is read."""
 
 _TRIALS = models.TrialModel.__table__.c
 _PARAMS = models.TrialParamModel.__table__.c
@@ -65,9 +79,7 @@ def read_trials(
         by_name = len(beside) <= _FEW
         some = _TRIALS.trial_id.in_(sorted(beside)) if by_name else _TRIALS.trial_id >= min(beside)
         wanted.append(sa.or_(_TRIALS.trial_id > after, some) if beside else _TRIALS.trial_id > after)
-    if states is not None:
-        wanted.append(_TRIALS.state.in_(list(states)))
-    found = _read(connection, *wanted)
+    found = _read(connection, sa.and_(*wanted), states)
     if not found:
         study = sa.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id)
         if connection.execute(study).first() is None:
@@ -77,31 +89,94 @@ def read_trials(
     return found
 
 
-def _read(connection: sa.Connection, *wanted: sa.ColumnElement[bool]) -> list[FrozenTrial]:
+def read_study(
+    connection: sa.Connection, name: str, attrs: Collection[str], *, of_complete: Collection[str] | None = None
+) -> optuna.Study | None:
+    """As :func:`~pcam_automl.search.sqlite_reader.read_study`, from a server; None where Optuna has to say what is wrong.
+
+    Args:
+        connection: to the database.
+        name: of the study.
+        attrs: the user attributes of trials that are wanted.
+        of_complete: more of them, of complete trials only; parameters, too, are then read of those only.
+    """
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    versions = [row[0] for row in connection.execute(sa.text("SELECT version_num FROM alembic_version"))]
+    study, direction, attr = models.StudyModel, models.StudyDirectionModel, models.StudyUserAttributeModel
+    study_id = connection.execute(sa.select(study.study_id).where(study.study_name == name)).scalar_one_or_none()
+    if versions not in [[known] for known in KNOWN_SCHEMA] or study_id is None:
+        return None
+    directions = connection.execute(sa.select(direction.direction).where(direction.study_id == study_id)).all()
+    if len(directions) != 1:
+        return None
+    kept = {
+        key: json.loads(text)
+        for key, text in connection.execute(sa.select(attr.key, attr.value_json).where(attr.study_id == study_id))
+    }
+    wanted = _TRIALS.study_id == study_id
+    heads = _heads(connection, wanted)
+    matching = sa.select(_TRIALS.trial_id).where(wanted)
+    complete = matching.where(_TRIALS.state == TrialState.COMPLETE)
+    params, values, steps, user, _ = _selects(lambda trial_id: trial_id.in_(matching))
+    some = [params, values, steps, user.where(_USER.key.in_(list(attrs)))]
+    if of_complete is not None:
+        some[0] = params.where(_PARAMS.trial_id.in_(complete))
+        some.append(user.where(_USER.key.in_(list(of_complete)), _USER.trial_id.in_(complete)))
+    known = {head[0] for head in heads}
+    details = (detail for detail in _streamed(connection, some) if detail[1] in known)
+    return study_to_read(name, directions[0][0], assemble(heads, details), kept)
+
+
+def _heads(
+    connection: sa.Connection, wanted: sa.ColumnElement[bool], states: Collection[TrialState] | None = None
+) -> list[Head]:
     columns = (_TRIALS.trial_id, _TRIALS.number, _TRIALS.state, _TRIALS.datetime_start, _TRIALS.datetime_complete)
-    query = sa.select(*columns).where(*wanted).order_by(_TRIALS.trial_id)
-    heads = [tuple(row) for row in connection.execute(query)]  # first: who is finished here is whole below
+    query = sa.select(*columns).where(wanted).order_by(_TRIALS.trial_id)
+    if states is not None:  # of this moment only: what such a trial holds is read although it has gone on meanwhile
+        query = query.where(_TRIALS.state.in_(list(states)))
+    return [tuple(row) for row in connection.execute(query)]
+
+
+def _read(
+    connection: sa.Connection, wanted: sa.ColumnElement[bool], states: Collection[TrialState] | None = None
+) -> list[FrozenTrial]:
+    heads = _heads(connection, wanted, states)  # first: who is finished here is whole below
     if not heads:
         return []
     if len(heads) <= _FEW:
-        rows = connection.execute(_of_few(), {"ids": [head[0] for head in heads]})
-        return assemble(heads, (tuple(row)[:-1] for row in rows))
-    matching = sa.select(_TRIALS.trial_id).where(*wanted)
+        return assemble(heads, _details_of(connection, [head[0] for head in heads]))
+    matching = sa.select(_TRIALS.trial_id).where(wanted)
     known = {head[0] for head in heads}  # a trial that was made meanwhile is of the next look
     selects = _selects(lambda trial_id: trial_id.in_(matching))
     return assemble(heads, (detail for detail in _streamed(connection, selects) if detail[1] in known))
 
 
+def _details_of(connection: sa.Connection, ids: list[int]) -> Iterator[Detail]:
+    """Of some trials, each table's rows in their order."""
+    rows: list[Any] = []
+    for statement in _of_few(connection.dialect.name):
+        rows += connection.execute(statement, {"ids": ids})
+    rows.sort(key=lambda row: row.place)
+    return (tuple(row)[:-1] for row in rows)
+
+
 @functools.cache
-def _of_few() -> sa.CompoundSelect[Any]:
-    """All details of the trials in the parameter ``ids``; built once, which takes as long as its execution."""
+def _of_few(dialect: str) -> list[sa.Executable]:
+    """What reads all details of the trials in the parameter ``ids``; built once, which takes as long as its execution.
+
+    One statement, but five on MySQL and MariaDB: texts of the tables' collation and of the connection's do not mix in a union.
+    """
     ids: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
-    return sa.union_all(*_selects(lambda trial_id: trial_id.in_(ids))).order_by("place")
+    selects = _selects(lambda trial_id: trial_id.in_(ids))
+    return [*selects] if dialect == "mysql" else [sa.union_all(*selects)]
 
 
 def _streamed(connection: sa.Connection, selects: list[sa.Select[Any]]) -> Iterator[Detail]:
-    for select in selects:
-        for rows in connection.execution_options(yield_per=_AT_ONCE).execute(select.order_by("place")).partitions():
+    """In the order of each table's rows where that matters: attributes are long, and have none."""
+    for place, select in enumerate(selects):
+        ordered = select if place >= USER_ATTR else select.order_by("place")
+        for rows in connection.execution_options(yield_per=_AT_ONCE).execute(ordered).partitions():
             for row in rows:
                 yield tuple(row)[:-1]
 

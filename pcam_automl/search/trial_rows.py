@@ -6,14 +6,21 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
+import optuna
 from optuna.distributions import json_to_distribution
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 PARAM, VALUE, INTERMEDIATE, USER_ATTR, SYSTEM_ATTR = range(5)
 """What a row of details holds."""
+
+KNOWN_SCHEMA = ("v3.2.0.a",)
+"""Alembic's revisions of Optuna's tables that are read here without Optuna: that of Optuna 3.2 to 5.0."""
 
 Head = tuple[int, int, TrialState, datetime | None, datetime | None]
 """Trial id, number, state, start and end as they are stored: naive UTC."""
@@ -55,6 +62,29 @@ def assemble(heads: Iterable[Head], details: Iterable[Detail]) -> list[FrozenTri
 
 
 _distribution = functools.lru_cache(maxsize=4096)(json_to_distribution)
+
+
+class _ReadTrials(InMemoryStorage):
+    """Optuna's storage in memory around trials that are there already; it would copy each of them deeply."""
+
+    def __init__(self, trials: list[FrozenTrial]) -> None:
+        super().__init__()
+        self._read = trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return [trial for trial in self._read if states is None or trial.state in states]
+
+
+def study_to_read(
+    name: str, direction: StudyDirection, trials: list[FrozenTrial], user_attrs: Mapping[str, Any]
+) -> optuna.Study:
+    """A study in memory around trials that were read, which nobody writes to."""
+    study = optuna.create_study(study_name=name, direction=direction, storage=_ReadTrials(trials))
+    for key, value in user_attrs.items():
+        study.set_user_attr(key, value)
+    return study
 
 
 def _bare(

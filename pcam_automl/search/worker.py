@@ -95,7 +95,7 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     Raises:
         SearchFailed: max(10, n_trials) trials failed.
         Interrupted: after the running trial's slot was given back with its lineage.
-        DataError: a checkpoint could not be written (a full disk).
+        WriteError: a checkpoint could not be written (a full disk).
     """
     opened = objective.opened
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
@@ -157,6 +157,7 @@ def _run_trials(
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     while True:
         objective.stop()
+        objective.writer.check()  # a disk that is full shall not meet another trial
         if limits.timeout_s is not None and time.monotonic() - began >= limits.timeout_s:
             return SearchEnd(n_finished, "timeout")
         if limits.yields is not None and limits.yields():
@@ -361,8 +362,10 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     slots.finish(slot)
     lineage = trial.user_attrs["lineage"]
     if trial.state == TrialState.COMPLETE or has_diverged(trial):
-        objective.writer.flush()
-        forget(objective.opened.mirror, folder, lineage)  # it never goes on
+        try:
+            objective.writer.flush()
+        finally:
+            forget(objective.opened.mirror, folder, lineage)  # it never goes on
     else:
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1

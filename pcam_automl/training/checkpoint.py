@@ -88,10 +88,19 @@ class CheckpointWriter:
         """Hand over; waits for the checkpoint before it.
 
         Raises:
-            DataError: of the checkpoint before it, see :func:`write_checkpoint`.
+            WriteError: of the checkpoint before it, see :func:`write_checkpoint`.
         """
         self.flush()
         self._pending = self._thread.submit(write)
+
+    def check(self) -> None:
+        """Raise what the last checkpoint ended in, if it has ended; waits for nothing.
+
+        Raises:
+            WriteError: see :func:`write_checkpoint`.
+        """
+        if self._pending is not None and self._pending.done():
+            self.flush()
 
     def flush(self) -> None:
         """Wait until everything is on the disk.

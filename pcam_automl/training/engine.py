@@ -150,7 +150,8 @@ class Training:
             total += self.step(rows[mine], np.arange(view, after)[mine], coming)
             if step % STEPS_BETWEEN_CHECKS == 0 or step == n_steps - 1:
                 check_finite(total[0])
-                _end_together(pending)  # a signal reaches ranks at different steps; they end at the same one
+                if any_over_ranks(pending is not None):  # a signal reaches ranks at different steps; all end at one
+                    raise pending or Interrupted("another process of this training was interrupted", signal.SIGTERM)
             progress(batch_size)
         self.views = last
         self._settle_buffers()
@@ -266,17 +267,13 @@ class Training:
                 self.average.swap()
 
     def score(self, stop: Callable[[], None] = lambda: None) -> tuple[Score, Scores]:
-        """Figures of the averaged weights on the scoring rows, and what they are of."""
-        pending: Interrupted | None = None
+        """Figures of the averaged weights on the scoring rows, and what they are of.
 
-        def asked() -> None:
-            nonlocal pending
-            pending = self._asked_to_stop(stop) or pending
-
+        One of several ranks does not ask to stop meanwhile: not all of them score at every place, and alone it would leave the
+        others waiting. A signal is heard at the next step.
+        """
         with self.averaged() as network:
-            found = self.task.score(network, asked)
-        _end_together(pending)
-        return found
+            return self.task.score(network, stop if ranks().n == 1 else lambda: None)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -316,12 +313,6 @@ class Training:
         self.network.load_state_dict(state)
         if self.average is not None:
             self.average.load(state, self.average.n_updates)
-
-
-def _end_together(pending: Interrupted | None) -> None:
-    """Raise on every rank once one of them was interrupted; all of them must ask."""
-    if any_over_ranks(pending is not None):
-        raise pending or Interrupted("another process of this training was interrupted", signal.SIGTERM)
 
 
 def check_finite(loss: Tensor) -> None:

@@ -18,6 +18,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
 
 from pcam_automl.errors import InputError, Interrupted
+from pcam_automl.search import pictures as pictures_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.mirror import Mirror, open_mirror, parse_s3
 from pcam_automl.search.objective import Objective, Watch
@@ -190,14 +191,50 @@ def test_pictures_of_one_machine_are_in_the_dashboard_of_another(client: Any, ea
     there = Pictures(tmp_path / "b" / "artifacts", mirrors)
     with there.open_reader("1b4e28ba-2fa1") as picture:
         assert picture.read() == b"a picture"
-    client.delete_object(Bucket=BUCKET, Key="team/study/artifacts/1b4e28ba-2fa1")
-    with there.open_reader("1b4e28ba-2fa1") as picture:
-        assert picture.read() == b"a picture", "it came once and stays"
     for wrong in ("00000000-0000", "../s.db", "/etc/passwd", ""):
         with pytest.raises(ArtifactNotFound):
             there.open_reader(wrong)
     assert list((tmp_path / "b" / "artifacts").iterdir()) == [tmp_path / "b" / "artifacts" / "1b4e28ba-2fa1"]
-    own.remove("1b4e28ba-2fa1")
-    with pytest.raises(ArtifactNotFound):
-        own.remove("1b4e28ba-2fa1")
+    Pictures(tmp_path / "c" / "artifacts", mirrors).remove("1b4e28ba-2fa1")  # by a machine that never had it
+    assert keys(client) == []
+    with there.open_reader("1b4e28ba-2fa1") as picture:
+        assert picture.read() == b"a picture", "it came once and stays"
+    for store in (own, there):
+        store.remove("1b4e28ba-2fa1")
+        with pytest.raises(ArtifactNotFound):
+            store.remove("1b4e28ba-2fa1")
     assert said == []
+
+
+def test_of_several_buckets_all_are_read_and_none_is_written(client: Any, tmp_path: Path) -> None:
+    one, two = (open_mirror(f"s3://{BUCKET}/{team}", "study", tmp_path / team) for team in ("one", "two"))
+    Pictures(tmp_path / "two" / "artifacts", lambda: [two]).write("aaaa-1", io.BytesIO(b"of two"))
+    both = Pictures(tmp_path / "here" / "artifacts", lambda: [one, two])
+    with both.open_reader("aaaa-1") as picture:
+        assert picture.read() == b"of two"
+    both.write("aaaa-2", io.BytesIO(b"whose?"))
+    assert keys(client) == ["two/study/artifacts/aaaa-1"]
+
+
+def test_a_bucket_that_was_away_is_asked_again_later(
+    client: Any, easy_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", artifacts=f"s3://{BUCKET}/team")
+    here = create_or_open_study("study", f"sqlite:///{tmp_path}/s.db", asked, say=lambda text: None)
+    said: list[str] = []
+    mirrors = mirrors_of(here.study._storage, tmp_path, said.append)
+    real, asked_times = pictures_module.find_mirror, []
+
+    def away_at_first(*words: Any) -> Any:
+        asked_times.append(1)
+        return None if len(asked_times) == 1 else real(*words)
+
+    monkeypatch.setattr(pictures_module, "find_mirror", away_at_first)
+    assert mirrors() == []
+    assert mirrors() == [], "within the minute it is not asked again"
+    assert len(asked_times) == 1
+    monkeypatch.setattr(pictures_module, "AWAY_S", 0.0)
+    assert len(mirrors()) == 1
+    assert len(mirrors()) == 1
+    assert len(asked_times) == 2, "and opened once"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import optuna
 import pytest
+from databases import server_url
 from optuna.trial import TrialState
 from planted_study import settings_of
 
-from pcam_automl.errors import StudyError
 from pcam_automl.search.budget import RUN_KEY
 from pcam_automl.search.overview import SEARCHED_KEY, StudyLine, next_study, note_asked, overview, submit
 from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
@@ -22,10 +21,6 @@ from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SERVERS = {
-    "postgresql": ("PCAM_TEST_POSTGRES_URL", "postgresql://postgres@127.0.0.1:5432/test"),
-    "mysql": ("PCAM_TEST_MYSQL_URL", "mysql://root@127.0.0.1:3306/test"),
-}
 LINE = StudyLine("s", 0, 0.0, 10, None, 0.0, False, {}, {}, None, "auc")
 
 
@@ -37,11 +32,7 @@ LINE = StudyLine("s", 0, 0.0, 10, None, 0.0, False, {}, {}, None, "auc")
     ]
 )
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[optuna.storages.RDBStorage]:
-    url = f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else os.environ.get(*SERVERS[request.param])
-    try:
-        opened = open_storage(str(url))
-    except StudyError as fault:
-        pytest.skip(f"no {request.param} here: {fault}")
+    opened = open_storage(f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else server_url(request.param))
     yield opened
     opened.engine.dispose()
 

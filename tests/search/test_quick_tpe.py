@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -12,7 +13,9 @@ from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 
 from pcam_automl.search.quick_tpe import QuickTPE, Remembered
 from pcam_automl.search.sampler import build_sampler
-from pcam_automl.search.storage import quiet_experimental
+from pcam_automl.search.storage import open_storage, quiet_experimental, rdb_of, write_now
+from pcam_automl.search.trial_reader import read_trial
+from pcam_automl.search.trial_writes import TPE_SHARED
 
 
 def one_group(trial: optuna.Trial) -> float:
@@ -74,15 +77,39 @@ def test_the_order_of_groups_does_not_depend_on_what_was_seen_first() -> None:
     assert orders[0] == orders[1]
 
 
-@pytest.mark.parametrize("objective", [one_group, conditional])
+def mirrored(trial: optuna.Trial) -> float:
+    """The names of :func:`one_group`, other values."""
+    return -one_group(trial) + 0.1 * trial.params["crop_size"]
+
+
+@pytest.mark.parametrize("objective", [mirrored, conditional])
 def test_a_sampler_that_goes_on_to_another_study_forgets_the_first(objective: object) -> None:
     """Trials of two studies in memory have the same ids."""
-    found = []
-    kept = build_sampler("tpe", 3)
-    for sampler in (kept, kept, build_sampler("tpe", 3)):
+
+    def trials_by(sampler: optuna.samplers.BaseSampler, wanted: object) -> list[dict[str, object]]:
         study = optuna.create_study(sampler=sampler)
-        for number in range(20):
-            study.optimize(objective if len(found) else one_group, n_trials=1)  # type: ignore[arg-type]
-            assert study.trials[-1].number == number
-        found.append([trial.params for trial in study.trials])
-    assert found[1] == found[2]
+        study.optimize(wanted, n_trials=20)  # type: ignore[arg-type]
+        return [trial.params for trial in study.trials]
+
+    kept = build_sampler("tpe", 3)
+    trials_by(kept, one_group)
+    kept.seed = 4
+    assert trials_by(kept, objective) == trials_by(build_sampler("tpe", 4), objective)
+
+
+def test_what_a_trial_is_about_to_try_is_seen_by_others_before_it_has_all_its_parameters(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"), sampler=build_sampler("tpe", 0))
+    seen = []
+
+    def objective(trial: optuna.Trial) -> float:
+        value = one_group(trial)
+        write_now(trial)  # as the objective does before it times a network
+        with rdb_of(study).engine.connect() as connection:
+            seen.append(read_trial(connection, trial._trial_id))
+        return value
+
+    study.optimize(objective, n_trials=14)
+    assert [list(trial.params) for trial in seen] == [["backbone", "crop_size", "lr"]] * 14
+    told = [any(key.startswith(TPE_SHARED) for key in trial.system_attrs) for trial in seen]
+    assert told == [False] * 10 + [True] * 4  # from the end of the random start on
+    rdb_of(study).engine.dispose()

@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
+from databases import server_url
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -18,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pcam_automl.search import trial_reader
 from pcam_automl.search.storage import engine_options, open_storage, rdb_of, report
 from pcam_automl.search.storage_url import normalised_url
-from pcam_automl.search.trial_reader import read_trial, read_trials
+from pcam_automl.search.trial_reader import read_study, read_trial, read_trials
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "z": CategoricalDistribution(["resnet10t", None, 2, 0.5, True]),
@@ -28,8 +29,9 @@ SPACE: dict[str, optuna.distributions.BaseDistribution] = {
 
 
 def plain(trial: FrozenTrial) -> dict[str, Any]:
-    """Everything of a trial, in its order; NaN as text, since it equals nothing."""
+    """Everything of a trial, reports by step and parameters in their order; NaN as text, since it equals nothing."""
     found = dict(vars(trial))
+    found["_values"] = str(found["_values"])
     found["types"] = [type(value) for value in trial.params.values()]
     found["intermediate_values"] = [(step, str(value)) for step, value in sorted(trial.intermediate_values.items())]
     found["_params"], found["_distributions"] = list(trial.params.items()), list(trial.distributions.items())
@@ -90,6 +92,65 @@ def test_trials_equal_those_of_optunas_reader(
             found = [t._trial_id for t in read_trials(connection, study._study_id, after=after, beside=beside)]
             assert found == [t._trial_id for t in storage._get_trials(study._study_id, None, beside, after)]
         assert read_trials(connection, study._study_id, after=last) == []
+
+
+def test_a_study_to_be_read_holds_what_is_asked_for(study: optuna.Study, storage: RDBStorage) -> None:
+    study.set_user_attr("settings", {"seed": 3})
+    whole = study.get_trials()
+    with storage.engine.connect() as connection:
+        read = read_study(connection, study.study_name, ("reason",), of_complete=("recipe",))
+        everything = read_study(connection, study.study_name, ("reason", "recipe"))
+        assert read_study(connection, "absent", ()) is None
+    assert read is not None
+    assert everything is not None
+    assert (read.study_name, read.direction, read.user_attrs) == (study.study_name, study.direction, study.user_attrs)
+    for ours, full, one in zip(read.get_trials(), everything.get_trials(), whole, strict=True):
+        complete = one.state == TrialState.COMPLETE
+        assert ours.user_attrs == {
+            key: one.user_attrs[key] for key in (("reason", "recipe") if complete else ("reason",))
+        }
+        assert ours.params == (one.params if complete else {})
+        for found in (ours, full):
+            assert (found.number, found.state, found._values) == (one.number, one.state, one._values)
+            assert str(sorted(found.intermediate_values.items())) == str(sorted(one.intermediate_values.items()))
+        assert (full.params, full.user_attrs) == (one.params, one.user_attrs)
+
+
+def test_several_objectives_come_in_their_order(storage: RDBStorage) -> None:
+    name = f"test-{uuid.uuid4().hex}"
+    made = optuna.create_study(storage=storage, study_name=name, directions=["maximize", "minimize", "minimize"])
+    for values in ([0.5, 2.0, -math.inf], [math.inf, 1.0, 0.0]):
+        made.add_trial(create_trial(state=TrialState.COMPLETE, values=values))
+    with storage.engine.connect() as connection:
+        found = read_trials(connection, made._study_id)
+    assert [plain(trial) for trial in found] == [
+        plain(trial) for trial in storage._get_trials(made._study_id, None, set(), -1)
+    ]
+    optuna.delete_study(study_name=name, storage=storage)
+
+
+@pytest.mark.postgres
+def test_a_mysql_database_of_another_collation_than_the_connection_is_read() -> None:
+    """Texts of two collations do not mix in one UNION."""
+    server = sa.make_url(normalised_url(server_url("mysql")))
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    name = f"pcam_{uuid.uuid4().hex[:12]}"
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci"))
+    try:
+        opened = open_storage(server.set(database=name).render_as_string(hide_password=False))
+        study = optuna.create_study(storage=opened)
+
+        def objective(trial: optuna.Trial) -> float:
+            trial.report(trial.suggest_float("lr", 1e-4, 1e-2), step=3)
+            return 0.5
+
+        study.optimize(objective, n_trials=2)
+        assert [trial.intermediate_values.keys() for trial in study.get_trials()] == [{3}] * 2
+        opened.engine.dispose()
+    finally:
+        with engine.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name}"))
 
 
 def test_what_is_not_there_is_a_key_error_as_in_optuna(study: optuna.Study, storage: RDBStorage) -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ RECIPE = Recipe(
     backbone=TINY, crop_size=32, batch_size=BATCH, schedule="one_cycle", dropout=0.0, lr=2e-3, ema=0.9, optimizer="adamw", clip_norm=1.0
 )  # fmt: skip
 RUNGS = tuple(Rung(48 * n, 48) for n in range(1, 6))
-STOPS = {"in scoring": 4, "in a step": 5}
-"""Calls of ``stop``: an epoch has three steps and one batch that is scored."""
+PLACES = ("in scoring", "in a step")
+"""Where a signal reaches one rank: both end at the first step of the second epoch, the fourth in all."""
 
 
 def trained(compute: Compute, checkpoints: Path | None = None, stop: Callable[[], None] = lambda: None) -> Training:
@@ -60,6 +61,30 @@ def digest(training: Training) -> dict[str, Any]:
     }
 
 
+def stopped(place: str, rank: int, checkpoints: Path) -> str:
+    """A training that the second rank hears a signal in: what it ended in, and after how many steps."""
+    calls, signalled, score = 0, False, PatchTask.score
+
+    def stop() -> None:
+        nonlocal calls, signalled
+        calls += 1
+        signalled = signalled or (place, rank, calls) == ("in a step", 1, 4)
+        if signalled:  # and stays so
+            raise Interrupted("enough", 15)
+
+    def scoring(self: PatchTask, network: Any, stop: Any) -> Any:
+        nonlocal signalled
+        signalled = signalled or (place, rank) == ("in scoring", 1)
+        return score(self, network, stop)
+
+    try:
+        with mock.patch.object(PatchTask, "score", scoring):
+            trained(Compute("cpu"), checkpoints, stop)
+    except Interrupted as fault:
+        return f"{fault} {fault.exit_code} {calls}"
+    return "not interrupted"
+
+
 def as_rank(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -78,19 +103,8 @@ def as_rank(rank: int, port: int, folder: Path) -> None:
         mean = torch.tensor([float(rank)])
         mean_over_ranks([mean])
         found = digest(trained(Compute("cpu"), folder / "checkpoints"))
-        for place, at in STOPS.items():
-            calls = 0
-
-            def stop(at: int = at) -> None:
-                nonlocal calls
-                calls += 1
-                if (rank, calls) == (1, at):  # the signal reaches one of them
-                    raise Interrupted("enough", 15)
-
-            try:
-                trained(Compute("cpu"), folder / place, stop)
-            except Interrupted as fault:
-                found[place] = f"{fault} {fault.exit_code} {calls}"
+        for place in PLACES:
+            found[place] = stopped(place, rank, folder / place)
             found[f"resumed {place}"] = digest(trained(Compute("cpu"), folder / place))["losses"]
         found |= {"told": told, "sums": [tensor.flatten().tolist() for tensor in tensors], "mean": mean.item()}
     (folder / f"{rank}.json").write_text(json.dumps(found))
@@ -135,9 +149,9 @@ def two_ranks_have_the_loss_curve_of_one_process_with_ghost_batches(found: list[
 
 
 def a_signal_to_one_rank_ends_all_at_the_same_step_and_they_go_on_together(found: list[dict[str, Any]]) -> None:
-    for place, at in STOPS.items():
-        assert found[0][place] == f"another process of this training was interrupted 143 {at}"
-        assert found[1][place] == f"enough 143 {at}"
+    for place in PLACES:
+        assert found[0][place] == "another process of this training was interrupted 143 4"
+        assert found[1][place] == "enough 143 4"
         assert found[0][f"resumed {place}"] == found[0]["losses"] == found[1][f"resumed {place}"]
 
 
