@@ -33,7 +33,8 @@ _NOT_FINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
 def assemble(heads: Iterable[Head], details: Iterable[Detail]) -> list[FrozenTrial]:
     """The trials, in the order of ``heads``, as ``RDBStorage._build_frozen_trial_from_trial_model`` builds them.
 
-    Trials share their distributions: few differ, and parsing one takes 15 us, a third of Optuna's seven seconds for 10,000.
+    Trials share their distributions: few differ, and parsing one takes 15 us, a third of Optuna's seven seconds for 10,000. They
+    also share attributes of the same text (versions, device, ...), which nobody changes: a fifth of a large study's memory.
 
     Args:
         heads: one a trial.
@@ -41,6 +42,7 @@ def assemble(heads: Iterable[Head], details: Iterable[Detail]) -> list[FrozenTri
     """
     trials = {head[0]: _bare(*head) for head in heads}
     values: dict[int, dict[int, float]] = {}
+    parsed: dict[str, Any] = {}
     for kind, trial_id, name, value, text in details:
         trial = trials[trial_id]
         if kind == PARAM:
@@ -53,7 +55,9 @@ def assemble(heads: Iterable[Head], details: Iterable[Detail]) -> list[FrozenTri
         elif kind == INTERMEDIATE:
             trial.intermediate_values[int(name)] = _number(value, text)
         elif kind == USER_ATTR:
-            trial.user_attrs[sys.intern(name)] = json.loads(text)
+            if text not in parsed:
+                parsed[text] = json.loads(text)
+            trial.user_attrs[sys.intern(name)] = parsed[text]
         else:
             trial.system_attrs[sys.intern(name)] = json.loads(text)
     for trial_id, of_trial in values.items():
