@@ -123,6 +123,7 @@ def ours(url: str, name: str) -> None:
         speed = SimpleNamespace(
             compute_for=lambda *_: Compute("cpu", step_s=0.1),
             images_per_s=lambda *_: 300.0,
+            knows=lambda *_: True,
             note_micro_batch=lambda *_: None,
         )
         with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -9,19 +10,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from easy_set import TINY
+from optuna.trial import TrialState
 
 from benchmarks import (
     batches,
     common,
     convolutions,
+    filled,
     inference,
     overhead,
     plain,
     roofline,
     settings,
+    study_size,
     training,
     workers,
 )
@@ -29,6 +34,7 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import PcamError
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
+from pcam_automl.search.storage import open_storage
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
@@ -290,3 +296,24 @@ def test_stopwatches_are_taken_off_after_a_fault() -> None:
     with pytest.raises(PcamError, match="enough"):
         fail_inside()
     assert Training.train is original
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("side", [study_size.ours, study_size.bare])
+def test_both_sides_of_a_growing_study_finish_their_trials(
+    side: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ours trains a stand-in, which breaks silently when the search asks more of it: it refuses trials that failed."""
+    url = f"sqlite:///{tmp_path}/s.db"
+    storage = open_storage(url)
+    filled.create_study(storage, "s", filled.make_trials(12))
+    monkeypatch.setattr(study_size, "N_ROUNDS", 1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n" * 2))
+    side(url, "s")
+    assert len([float(line) for line in capsys.readouterr().out.splitlines()]) == 2
+    made = optuna.load_study(study_name="s", storage=storage).get_trials()[12:]
+    assert [trial.state for trial in made] == [TrialState.COMPLETE] * 2
+    storage.engine.dispose()
