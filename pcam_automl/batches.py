@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,9 +109,39 @@ class StreamedPatches:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
-def open_patches(store: PatchStore, device: torch.device) -> Patches:
-    """The store's patches, resident on ``device`` where they fit, else streamed from the memory map."""
-    return _open(store, "patches.npy", device)
+def open_patches(store: PatchStore, device: torch.device, shared: Tensor | None = None) -> Patches:
+    """The store's patches, resident on ``device`` where they fit, else streamed from the memory map.
+
+    Args:
+        store: of the patches.
+        device: where batches are wanted.
+        shared: what :func:`load_shared` gave another process for the same store and device.
+
+    Raises:
+        DataError: ``shared`` is of other patches.
+    """
+    if shared is None:
+        return _open(store, "patches.npy", device)
+    if shared.shape != store.patches.shape or shared.device != device:
+        raise DataError(
+            f"the shared patches {tuple(shared.shape)} on {shared.device} are not those of {store.root}, {tuple(store.patches.shape)} on {device}"
+        )
+    return ResidentPatches(shared, device)
+
+
+def load_shared(store: PatchStore, device: torch.device) -> Tensor | None:
+    """The store's patches on a GPU, for several processes to work on: (N, S, S, 3) uint8, to be handed to them as an argument.
+
+    A process that gets it through torch's pickling (CUDA IPC) has no copy of its own; this one must keep it, and live, as long.
+
+    Returns:
+        None where there is nothing to share: on a CPU all map the same file; and where the patches are streamed, or the platform
+        cannot share (CUDA IPC is Linux's).
+    """
+    if device.type != "cuda" or sys.platform != "linux":
+        return None
+    opened = open_patches(store, device)
+    return opened.tensor if isinstance(opened, ResidentPatches) else None
 
 
 def open_masks(store: PatchStore, device: torch.device) -> Patches:

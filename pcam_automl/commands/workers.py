@@ -15,7 +15,7 @@ from pcam_automl.errors import DataError
 from pcam_automl.interrupt import StopSignal
 from pcam_automl.recipe import Recipe, load_recipe
 from pcam_automl.search.patience import patient
-from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
+from pcam_automl.search.placement import n_for_cpu, n_for_gpu, shared_packs, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import Settled, settle_lost
@@ -124,7 +124,8 @@ def run_many(
             return settled_text(found, limits)
 
         with stop.deferred(), patient():
-            return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle)
+            packs = shared_packs(opened.store, devices)
+            return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle, packs=packs)
 
 
 def settled_text(found: Settled, limits: Limits) -> str:

@@ -71,6 +71,7 @@ class Objective:
         goes_on: whether the last trial, which failed, left a lineage to go on with.
         writer: of the checkpoints; the worker flushes it.
         number: of the last trial that began.
+        pack: the patches on ``device``, where another process holds them for several workers.
     """
 
     opened: OpenStudy
@@ -86,9 +87,10 @@ class Objective:
     goes_on: bool = False
     writer: CheckpointWriter = field(default_factory=CheckpointWriter)
     number: int | None = None
+    pack: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._patches: Patches = open_patches(self.opened.store, self.device)
+        self._patches: Patches = open_patches(self.opened.store, self.device, self.pack)
         dense = self.opened.start.task == "dense" or self.opened.space.base.get("task") == "dense"
         self._masks = open_masks(self.opened.store, self.device) if dense else None
         self._speed: SpeedBook = self.opened.quick_speed_book

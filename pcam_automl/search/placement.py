@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import joblib
 import torch
+from torch import Tensor
 
-from pcam_automl.batches import RESIDENT_SHARE
+from pcam_automl.batches import RESIDENT_SHARE, load_shared
+from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import InputError
 from pcam_automl.training.compute import choose_device
 
 MOST_PER_DEVICE = 8
+CONTEXT_BYTES = 500_000_000
+"""What CUDA itself takes of a device for each process, about."""
 
 
 def worker_devices(
@@ -63,14 +68,26 @@ def n_for_gpu(
 
     Args:
         free_bytes: of the device, before any worker.
-        pack_bytes: of the patches; counted once a worker (each holds its own copy), 0 where they are streamed.
+        pack_bytes: of the patches, which the workers share (:func:`shared_packs`); streamed where they take too much.
         peak_bytes: a training step's.
         step_s: measured seconds of a step.
         double_step_s: the same for twice the batch.
         n_cores: host cores; each worker keeps one busy.
     """
     resident = pack_bytes if pack_bytes <= RESIDENT_SHARE * free_bytes else 0
-    by_memory = int(free_bytes // max(1, resident + peak_bytes))
+    by_memory = int((free_bytes - resident) // max(1, peak_bytes + CONTEXT_BYTES))
     own_s = max(double_step_s - step_s, 1e-9)
     by_time = round(step_s / own_s)
     return max(1, min(by_memory, by_time, n_cores, MOST_PER_DEVICE))
+
+
+def shared_packs(store: PatchStore, devices: Sequence[str]) -> dict[str, Tensor]:
+    """The patches on each GPU that several workers run on, held once; empty where nothing can be shared.
+
+    Args:
+        store: of the patches.
+        devices: one a worker.
+    """
+    several = [device for device, n in Counter(devices).items() if n > 1 and device != "cpu"]
+    packs = {device: load_shared(store, torch.device(device)) for device in several}
+    return {device: pack for device, pack in packs.items() if pack is not None}

@@ -8,14 +8,16 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import optuna
+import torch.multiprocessing  # noqa: F401 - from here on processes are handed tensors without a copy
 from optuna.trial import FrozenTrial
+from torch import Tensor
 
 from pcam_automl import errors
 from pcam_automl.config import storage_url
@@ -71,6 +73,7 @@ def run_workers(
     stop: StopSignal,
     heard: Callable[[Heard], None],
     settle: Callable[[], str] = lambda: "its trial goes on in another one",
+    packs: Mapping[str, Tensor] | None = None,
 ) -> SearchEnd:
     """Run a worker on each of ``devices`` until the study has its trials; a killed one is replaced.
 
@@ -82,12 +85,13 @@ def run_workers(
         stop: of this process.
         heard: called in this process with what the workers say.
         settle: ends the trials of dead workers and says what becomes of them; called as soon as one is dead.
+        packs: by device, the patches that this process holds there for all its workers.
 
     Raises:
         Interrupted: a signal came.
         SearchFailed, InputError: a worker's own fault, once all have ended; or all were killed.
     """
-    crew = _Crew(task, devices, heard, settle)
+    crew = _Crew(task, devices, heard, settle, packs or {})
     try:
         for number in range(len(devices)):
             crew.start(number)
@@ -103,9 +107,14 @@ class _Crew:
     """
 
     def __init__(
-        self, task: WorkerTask, devices: Sequence[str], heard: Callable[[Heard], None], settle: Callable[[], str]
+        self,
+        task: WorkerTask,
+        devices: Sequence[str],
+        heard: Callable[[Heard], None],
+        settle: Callable[[], str],
+        packs: Mapping[str, Tensor],
     ) -> None:
-        self.task, self.devices, self.heard, self.settle = task, devices, heard, settle
+        self.task, self.devices, self.heard, self.settle, self.packs = task, devices, heard, settle, packs
         self.workers: dict[int, BaseProcess] = {}
         self.pipes: dict[Connection, int] = {}
         self.deaths = [0] * len(devices)
@@ -122,7 +131,8 @@ class _Crew:
         limits = self.task.limits
         if limits.timeout_s is not None:  # the search's, not anew with each replacement
             limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - self._began)))
-        words = (replace(self.task, limits=limits), number, self.devices[number], there)
+        device = self.devices[number]
+        words = (replace(self.task, limits=limits), number, device, there, self.packs.get(device))
         worker = self._context.Process(target=_work, args=words, name=f"worker {number}")
         worker.start()
         there.close()  # so that the worker's end is the last one
@@ -208,7 +218,7 @@ def _end(workers: Sequence[BaseProcess]) -> None:
             worker.join()
 
 
-def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
+def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: Tensor | None) -> None:
     """A worker process."""
     speaking = threading.Lock()
 
@@ -225,7 +235,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection) -> None:
                 opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
             objective = Objective(
-                opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal)
+                opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal), pack=pack
             )
 
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:

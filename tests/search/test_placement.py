@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import joblib
 import pytest
 import torch
 
+from pcam_automl.batches import load_shared
+from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import InputError
-from pcam_automl.search.placement import n_for_cpu, n_for_gpu, worker_devices
+from pcam_automl.search import placement
+from pcam_automl.search.placement import n_for_cpu, n_for_gpu, shared_packs, worker_devices
 
 GPU = {
     "free_bytes": 80_000_000_000,
@@ -67,7 +72,24 @@ def test_a_cpu_is_shared_where_one_worker_cannot_use_all_its_cores(monkeypatch: 
 def test_a_gpu_takes_as_many_as_fit_and_find_it_idle() -> None:
     assert n_for_gpu(**GPU) == 4  # 2.5 ms of the 10 are its own
     assert n_for_gpu(**{**GPU, "double_step_s": 0.020}) == 1  # busy all the time
-    assert n_for_gpu(**{**GPU, "free_bytes": 20_000_000_000}) == 2  # 8 GB each
-    assert n_for_gpu(**{**GPU, "free_bytes": 8_000_000_000}) == 4  # the pack is streamed there
+    assert n_for_gpu(**{**GPU, "free_bytes": 14_000_000_000}) == 3  # the pack once, then 2.5 GB each
+    assert n_for_gpu(**{**GPU, "free_bytes": 8_000_000_000}) == 3  # the pack is streamed there
     assert n_for_gpu(**{**GPU, "free_bytes": 1_000_000_000}) == 1
     assert n_for_gpu(**{**GPU, "n_cores": 2}) == 2
+
+
+def test_a_pack_is_shared_on_gpus_with_several_workers_only(monkeypatch: pytest.MonkeyPatch, easy_pack: Path) -> None:
+    loaded = []
+
+    def load(store: PatchStore, device: torch.device) -> torch.Tensor | None:
+        loaded.append(str(device))
+        return None if str(device) == "cuda:2" else torch.zeros(1)
+
+    monkeypatch.setattr(placement, "load_shared", load)
+    devices = ["cuda:0", "cuda:1", "cuda:0", "cuda:2", "cuda:2", "cpu", "cpu"]
+    assert list(shared_packs(open_store(easy_pack), devices)) == ["cuda:0"]
+    assert loaded == ["cuda:0", "cuda:2"]  # the latter streams
+
+
+def test_on_a_cpu_the_mapped_file_is_what_all_share(easy_pack: Path) -> None:
+    assert load_shared(open_store(easy_pack), torch.device("cpu")) is None

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 from warm_processes import warm_context
 
 from pcam_automl.commands.workers import settled_text
-from pcam_automl.errors import Interrupted, SearchFailed, StudyError
+from pcam_automl.errors import DataError, Interrupted, SearchFailed, StudyError
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search import processes
 from pcam_automl.search.create import create_or_open_study
@@ -170,7 +171,7 @@ def test_a_replaced_worker_has_what_is_left_of_the_search_s_time(
     clock = iter((100.0, 100.0, 159.0, 900.0))
     monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     task = WorkerTask(opened.name, opened.url, Asked(), Limits(3, timeout_s=60.0), 1)
-    crew = processes._Crew(task, ["cpu"], lambda event: None, lambda: "")
+    crew = processes._Crew(task, ["cpu"], lambda event: None, lambda: "", {})
     for _ in range(3):
         crew.start(0)
     assert given == [60.0, 1.0, 0.0]
@@ -197,3 +198,24 @@ def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None
 def test_a_workers_own_fault_is_raised_here(opened: OpenStudy) -> None:
     with stop_signal("") as stop, stop.deferred(), pytest.raises(StudyError, match="there is no study 'other'"):
         run_workers(task_of(opened, 5, "other"), ["cpu"], stop=stop, heard=lambda event: None)
+
+
+def test_workers_train_on_the_patches_that_the_first_process_holds(opened: OpenStudy, warm: None) -> None:
+    """On a GPU by CUDA IPC; here the same way through shared memory. All are black, so that no network can tell them apart."""
+    black = torch.zeros(opened.store.patches.shape, dtype=torch.uint8)
+    with stop_signal("") as stop, stop.deferred():
+        end = run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=lambda event: None, packs={"cpu": black})
+    assert end.n_finished == 2
+    values = [value for trial in opened.study.trials for value in trial.intermediate_values.values()]
+    assert values == [0.5] * len(values)
+    assert len(values) >= 2
+
+
+def test_patches_of_another_store_are_refused(opened: OpenStudy, warm: None) -> None:
+    other = torch.zeros((3, 96, 96, 3), dtype=torch.uint8)
+    with (
+        stop_signal("") as stop,
+        stop.deferred(),
+        pytest.raises(DataError, match=r"shared patches \(3, 96, 96, 3\) on cpu"),
+    ):
+        run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=lambda event: None, packs={"cpu": other})
