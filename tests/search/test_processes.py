@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -200,15 +201,25 @@ def test_a_workers_own_fault_is_raised_here(opened: OpenStudy) -> None:
         run_workers(task_of(opened, 5, "other"), ["cpu"], stop=stop, heard=lambda event: None)
 
 
-def test_workers_train_on_the_patches_that_the_first_process_holds(opened: OpenStudy, warm: None) -> None:
-    """On a GPU by CUDA IPC; here the same way through shared memory. All are black, so that no network can tell them apart."""
-    black = torch.zeros(opened.store.patches.shape, dtype=torch.uint8)
-    with stop_signal("") as stop, stop.deferred():
-        end = run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=lambda event: None, packs={"cpu": black})
-    assert end.n_finished == 2
-    values = [value for trial in opened.study.trials for value in trial.intermediate_values.values()]
-    assert values == [0.5] * len(values)
-    assert len(values) >= 2
+def test_workers_train_on_the_patches_that_the_first_process_holds(
+    easy_pack: Path, tmp_path: Path, opened: OpenStudy, warm: None
+) -> None:
+    """On a GPU by CUDA IPC; here the same way through shared memory. What the mapped file gives, the shared patches give."""
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", deterministic=True)
+    held = torch.from_numpy(np.array(opened.store.patches))
+    inverted = 255 - held
+    values = []
+    for number, pack in enumerate((None, held, inverted)):
+        url = f"sqlite:///{tmp_path}/{number}.db"
+        study = create_or_open_study("many", url, asked, say=lambda text: None)
+        with stop_signal("") as stop, stop.deferred():
+            packs = {} if pack is None else {"cpu": pack}
+            run_workers(task_of(study, 1), ["cpu"], stop=stop, heard=lambda event: None, packs=packs)
+        values.append([rung["loss"] for rung in study.study.trials[0].user_attrs["rungs"]])
+    assert values[0] == values[1]
+    assert values[0] != values[2], "other pixels, other losses"
+    assert held.is_shared()
 
 
 def test_patches_of_another_store_are_refused(opened: OpenStudy, warm: None) -> None:
