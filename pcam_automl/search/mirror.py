@@ -195,19 +195,26 @@ class Mirror:
             )
 
 
-def find_mirror(url: str | None, study: str, folder: Path, say: Say) -> Mirror | None:
+def find_mirror(url: str | None, study: str, folder: Path, say: Say, *, quick: bool = False) -> Mirror | None:
     """The study's part of the bucket, if it has one; where it cannot be reached a line says so and all goes on without it."""
     if url is None:
         return None
     try:
-        return open_mirror(url, study, folder, say)
+        return open_mirror(url, study, folder, say, quick=quick)
     except InputError as fault:
         say(f"warning: {fault}; going on without it")
         return None
 
 
-def open_mirror(url: str, study: str, folder: Path, say: Say = lambda text: None) -> Mirror:
+def open_mirror(url: str, study: str, folder: Path, say: Say = lambda text: None, *, quick: bool = False) -> Mirror:
     """The study's part of ``s3://bucket/prefix``, whose bucket must exist.
+
+    Args:
+        url: of the bucket.
+        study: its name.
+        folder: the study's on this machine.
+        say: told of what could not be copied.
+        quick: give up after seconds, for those who answer people meanwhile; a training waits for a minute or two.
 
     Raises:
         InputError: boto3 is not installed, a wrong URL, or a bucket that cannot be reached.
@@ -220,7 +227,9 @@ def open_mirror(url: str, study: str, folder: Path, say: Say = lambda text: None
     except ImportError:
         raise InputError(f"--artifacts {url} needs boto3; run: pip install 'pcam-automl[s3]'") from None
     try:
-        client = boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10))
+        attempts, connect_s = (2, 3) if quick else (8, 10)
+        retries = {"mode": "standard", "max_attempts": attempts}
+        client = boto3.client("s3", config=Config(retries=retries, connect_timeout=connect_s))
         client.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError, ValueError) as fault:
         raise InputError(

@@ -98,7 +98,7 @@ def mirrors_of(storage: BaseStorage, studies: Path, say: Say) -> Callable[[], Se
             if url is None or time.monotonic() - away.get(key, -math.inf) < AWAY_S:
                 continue
             if key not in open_ones:
-                mirror = find_mirror(url, study.study_name, studies / study.study_name, say)
+                mirror = find_mirror(url, study.study_name, studies / study.study_name, say, quick=True)
                 if mirror is None:
                     away[key] = time.monotonic()
                     continue

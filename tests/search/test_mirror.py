@@ -226,9 +226,9 @@ def test_a_bucket_that_was_away_is_asked_again_later(
     mirrors = mirrors_of(here.study._storage, tmp_path, said.append)
     real, asked_times = pictures_module.find_mirror, []
 
-    def away_at_first(*words: Any) -> Any:
+    def away_at_first(*words: Any, quick: bool) -> Any:
         asked_times.append(1)
-        return None if len(asked_times) == 1 else real(*words)
+        return None if len(asked_times) == 1 else real(*words, quick=quick)
 
     monkeypatch.setattr(pictures_module, "find_mirror", away_at_first)
     assert mirrors() == []
