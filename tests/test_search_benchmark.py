@@ -19,7 +19,6 @@ from benchmarks.search.table import (
     accuracy_rows,
     calibration_rows,
     cell_text,
-    decision_rows,
     error_ratio,
     latest,
     sooner_rows,
@@ -117,21 +116,6 @@ def test_calibration_counts_intervals_and_optimism() -> None:
         ["plain Optuna", "1 of 3", "+0.0800 (+0.0800 to +0.0800)", "prints none"],
     ]
     assert calibration_rows({}, cells)[1][0] == ["pcam-automl", "0 of 3", ABSENT, ABSENT]
-
-
-def test_decisions_are_compared_on_the_same_set() -> None:
-    cells = [Cell(system, f"slides:{n}", "none", 3.0, n) for n in range(3) for system in ("ours", "random")]
-    aucs = {"ours": (0.9, 0.8, 0.95), "random": (0.8, 0.9, None)}
-    found = [
-        {**record_of(system, values[n], seed=n, minutes=3.0), "data": f"slides:{n}", "weights": "none"}
-        for system, values in aucs.items()
-        for n in range(3)
-    ]
-    assert decision_rows(latest(found), cells)[1] == [
-        ["pcam-automl", "3 of 3", "0.1000 (0.0500 to 0.2000)", "-", "-"],
-        ["random search, our engine", "2 of 3", "0.1500 (0.1000 to 0.2000)", "1.25", "1 of 2"],
-    ]
-    assert decision_rows({}, cells)[1][1] == ["random search, our engine", "0 of 3", ABSENT, ABSENT, ABSENT]
 
 
 def test_all_tables_print_without_any_result_and_with_some() -> None:

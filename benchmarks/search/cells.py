@@ -19,7 +19,6 @@ OUTSIDE = ("optuna", "fastai", "raytune", "autogluon")
 DECISIONS = ("ours", "random", "tpe-without-rungs", "asha-without-thaw", "average", "cost-aware")
 """One engine, several ways to decide."""
 N_CALIBRATION = 20
-N_DECISION_SETS = 5
 
 Record = dict[str, Any]
 
@@ -84,21 +83,11 @@ def _calibration() -> list[Cell]:
     ]
 
 
-def _decisions_on_slides() -> list[Cell]:
-    """The decisions on sets of the calibration's kind that no calibration uses, on one core each, so that more of them fit."""
-    return [
-        Cell(system, f"slides:{number}", "none", 3.0, number)
-        for number in range(N_CALIBRATION, N_CALIBRATION + N_DECISION_SETS)
-        for system in DECISIONS
-    ]
-
-
 MATRICES: dict[str, list[Cell]] = {
     "minimum": _matrix(("ours", "optuna", "fastai", "raytune"), "colon96", WEIGHTS, (6.0,), SEEDS),
     "accuracy": _matrix(("ours", *OUTSIDE, "random"), "colon96", WEIGHTS, BUDGETS_MIN, SEEDS),
     "domain": _matrix(("ours", "optuna", "fastai", "raytune"), "synthetic:0", ("none",), (6.0,), SEEDS),
     "decisions": _matrix(DECISIONS, "colon96", WEIGHTS, (6.0,), SEEDS),
-    "decisions-on-slides": _decisions_on_slides(),
     "calibration": _calibration(),
 }
 """Name to cells, in the order in which ``next`` takes them."""

@@ -113,30 +113,6 @@ def calibration_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tupl
     return ["system", "runs", "printed - test AUC", "test AUC inside the printed 95 % interval"], rows
 
 
-def decision_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tuple[Row, list[Row]]:
-    """By system, over data sets that differ: its errors, and beside ours on the same set the ratio and how often it is better."""
-    rows = []
-    ours = {cell.data: records[cell] for cell in cells if cell.system == "ours" and cell in records}
-    for system in dict.fromkeys(cell.system for cell in cells):
-        wanted = [cell for cell in cells if cell.system == system]
-        own = {cell.data: records[cell] for cell in wanted if cell in records and records[cell]["status"] == "ok"}
-        errors = [1 - float(record["test_auc"]) for record in own.values()]
-        pairs = [
-            (1 - float(record["test_auc"]), 1 - float(ours[data]["test_auc"]))
-            for data, record in own.items()
-            if data in ours and ours[data]["status"] == "ok"
-        ]
-        middle = f"{statistics.median(errors):.4f} ({min(errors):.4f} to {max(errors):.4f})" if errors else ABSENT
-        beside = ["-", "-"]
-        if system != "ours":
-            ratio = (
-                f"{statistics.median(a / b for a, b in pairs):.2f}" if pairs and all(b for _, b in pairs) else ABSENT
-            )
-            beside = [ratio, f"{sum(a < b for a, b in pairs)} of {len(pairs)}" if pairs else ABSENT]
-        rows.append([SYSTEMS[system].title, f"{len(own)} of {len(wanted)}", middle, *beside])
-    return ["system", "runs", "test error (1 - AUC)", "over ours, same set", "better than ours"], rows
-
-
 def markdown(head: Row, rows: Sequence[Row]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -148,7 +124,6 @@ def tables(records: Sequence[Record], names: Sequence[str] = tuple(MATRICES)) ->
     kept = latest(records)
     build: dict[str, Callable[[Sequence[Cell]], tuple[Row, list[Row]]]] = {
         "calibration": lambda cells: calibration_rows(kept, cells),
-        "decisions-on-slides": lambda cells: decision_rows(kept, cells),
     }
     parts = []
     for name in names:
