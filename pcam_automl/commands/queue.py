@@ -217,13 +217,19 @@ class QueueWatch:
 def run_check(name: str, url: str | None, *, as_json: bool) -> bool:
     """Print whether the study agrees with itself; False if it does not."""
     from pcam_automl.search.soundness import check_study
+    from pcam_automl.search.whose_folder import foreign
 
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with storage_faults(url):
         study, _ = load_study(name, url)
         trials, slots = study.get_trials(deepcopy=False), Slots(engine_of(study), name).all()
-    found = check_study(trials, slots, studies_folder(url) / name / "checkpoints")
+    folder = studies_folder(url) / name
+    if (strange := foreign(study, folder)) is not None:
+        found = check_study(trials, slots, folder / "of another study")
+        found = replace(found, faults=(str(strange), *found.faults))
+    else:
+        found = check_study(trials, slots, folder / "checkpoints")
     if as_json:
         terminal.print_json({"study": name, "sound": not found.faults, **asdict(found)})
         return not found.faults

@@ -25,6 +25,7 @@ from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
+from pcam_automl.search.whose_folder import foreign
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
     from pcam_automl.goals import Goal
@@ -369,7 +370,11 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study, settings = load_study_to_read(name, url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
     summary = summarise(study, settings)
-    ranking = rank_study(study, settings, studies_folder(storage_url(url)) / name)
+    folder = studies_folder(storage_url(url)) / name
+    if (fault := foreign(study, folder)) is not None:
+        terminal.say(f"warning: {fault}; of this study only what its storage holds is shown")
+        folder = folder / "of another study"  # not there
+    ranking = rank_study(study, settings, folder)
     audit = audit_study(study, settings)
     if as_json:
         terminal.print_json({**summary.to_json(), **_judged(ranking, audit)})

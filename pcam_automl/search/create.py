@@ -56,6 +56,7 @@ from pcam_automl.search.study import (
     open_study,
     start_recipe,
 )
+from pcam_automl.search.whose_folder import check_free, give_id
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, absent_ids, check_task, choose_rows, without_excluded
@@ -83,12 +84,14 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     folder = studies_folder(url) / name
+    check_free(folder, url)
     settings, split, domains = _decide(name, url, asked, folder, say, pack_call)
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
+    give_id(study, folder, url)
     Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
     with quiet_experimental():
         study.set_metric_names([settings.goal.metric])

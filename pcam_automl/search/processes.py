@@ -189,6 +189,8 @@ class _Crew:
         code = worker.exitcode or 0
         if code == 0 or number in self.spoken:
             return
+        if not replaced and code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return  # it heard the signal, too, and has put everything in order
         self.deaths[number] += 1
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         text = f"worker {number} ended by {how}; {self.settle()}"

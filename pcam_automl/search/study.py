@@ -27,6 +27,7 @@ from pcam_automl.search.plan import trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.storage_url import safe_url
+from pcam_automl.search.whose_folder import claim
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
 
@@ -171,6 +172,7 @@ def open_study(
     study, settings = load_study(name, url)
     _check_asked(settings, asked, name)
     folder = studies_folder(storage_url(url)) / name
+    claim(study, folder, storage_url(url))
     store = _open_store(settings, asked, folder, say, pack_call)
     if settings.domains_hash is not None:
         kept = kept_domains(store, folder / DOMAINS, seed=settings.seed, expected=settings.domains_hash)
