@@ -211,7 +211,7 @@ def test_workers_train_on_the_patches_that_the_first_process_holds(
     inverted = 255 - held
     values = []
     for number, pack in enumerate((None, held, inverted)):
-        url = f"sqlite:///{tmp_path}/{number}.db"
+        url = f"sqlite:///{tmp_path}/{number}/s.db"
         study = create_or_open_study("many", url, asked, say=lambda text: None)
         with stop_signal("") as stop, stop.deferred():
             packs = {} if pack is None else {"cpu": pack}
