@@ -19,10 +19,10 @@ LIMIT = 1_500
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """Inside, no file grows beyond ``LIMIT``: EFBIG, which is handled as a full disk is."""
+def full_disk(limit: int = LIMIT) -> Iterator[None]:
+    """Inside, no file grows beyond ``limit`` bytes: EFBIG, which is handled as a full disk is."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         yield
     finally:

@@ -4,11 +4,8 @@ that jumps. It ends with one line or goes on, and the study is sound either way.
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import optuna
 import pytest
 import torch
 from easy_set import write_easy_set
+from full_disk import full_disk
 from optuna.trial import TrialState
 
 from pcam_automl.errors import DataError
@@ -61,21 +59,13 @@ def check_sound(opened: OpenStudy, n: int = N) -> None:
     assert n_finished_of(opened.study) == n
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Inside, no file grows beyond ``SPACE_LEFT``: EFBIG, which is handled as a full disk is."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SPACE_LEFT, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_disk_that_fills_ends_the_search_with_a_line_and_it_goes_on_once_there_is_space(asked: Asked) -> None:
     opened = opened_with(asked)
     run_worker(Objective(opened, torch.device("cpu")), Limits(1))
-    with full_disk(), pytest.raises(DataError, match=r"no space left to write .*checkpoints.*free some") as told:
+    with (
+        full_disk(SPACE_LEFT),
+        pytest.raises(DataError, match=r"no space left to write .*checkpoints.*free some") as told,
+    ):
         run_worker(Objective(opened, torch.device("cpu")), Limits(N))
     assert "\n" not in str(told.value)
     assert list(Path("studies").rglob(".*.partial")) == [], "nothing half-written"
