@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 
 from pcam_automl.waiting import choose_waiting
@@ -27,6 +28,8 @@ NEEDS = {"keras-cnn": ("keras", "uv pip install -e '.[benchmark]'")}
 """Module that is no dependency of the package, and how to get it; named benchmarks say so themselves."""
 
 if __name__ == "__main__":
+    # A second start finds compiled modules, unless the environment forbids them: imports then take twice as long.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     choose_waiting()  # as `pcam-automl` does; it helps a DataLoader's workers beside torch's threads as well
     if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
         print(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)

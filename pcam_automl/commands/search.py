@@ -25,6 +25,7 @@ from pcam_automl.search.ranking import Ranking, rank_study
 from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
+from pcam_automl.search.trial_rows import collector_paused
 from pcam_automl.search.whose_folder import foreign
 
 if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
@@ -365,6 +366,7 @@ def command_options(name: str | None, url: str | None) -> str:
     return text + (f" --storage {shlex.quote(safe_url(url))}" if url else "")
 
 
+@collector_paused()
 def run_status(name: str, url: str | None, *, as_json: bool) -> None:
     """Print a study's counts, best trial, importances and seconds."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pcam_automl.errors import StudyError
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.sqlite_place import check_local
-from pcam_automl.search.storage_url import extra_of, normalised_url, safe_url, scrubbed, sqlite_path
+from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, extra_of, normalised_url, safe_url, scrubbed, sqlite_path
 from pcam_automl.search.trial_reader import read_trial, read_trials
 from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, param_row, rows_of, upserts
 
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 BUSY_TIMEOUT_S = 60
 OWNER = "owner"
 """User attribute of a trial: the process that asked for it, see slots.py."""
-CONNECT_TIMEOUT_S = 10
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 

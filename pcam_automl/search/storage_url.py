@@ -20,6 +20,7 @@ _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "mysql": ("mysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
 }
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
+CONNECT_TIMEOUT_S = 10
 _SECRET_KEYS = ("password", "passwd", "pwd", "sslpassword", "passfile", "token")
 
 

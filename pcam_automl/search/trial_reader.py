@@ -7,18 +7,15 @@ a rung: 2.6 ms on SQLite and 5.2 on PostgreSQL for each look, where this takes 1
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import optuna
 import sqlalchemy as sa
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.search.trial_rows import (
     INTERMEDIATE,
-    KNOWN_SCHEMA,
     PARAM,
     SYSTEM_ATTR,
     USER_ATTR,
@@ -26,7 +23,6 @@ from pcam_automl.search.trial_rows import (
     Detail,
     Head,
     assemble,
-    study_to_read,
 )
 
 _FEW = 200
@@ -87,45 +83,6 @@ def read_trials(
     if after > -1 and len(beside) > _FEW:
         found = [trial for trial in found if trial._trial_id > after or trial._trial_id in beside]
     return found
-
-
-def read_study(
-    connection: sa.Connection, name: str, attrs: Collection[str], *, of_complete: Collection[str] | None = None
-) -> optuna.Study | None:
-    """As :func:`~pcam_automl.search.sqlite_reader.read_study`, from a server; None where Optuna has to say what is wrong.
-
-    Args:
-        connection: to the database.
-        name: of the study.
-        attrs: the user attributes of trials that are wanted.
-        of_complete: more of them, of complete trials only; parameters, too, are then read of those only.
-    """
-    if not sa.inspect(connection).has_table("alembic_version"):
-        return None
-    versions = [row[0] for row in connection.execute(sa.text("SELECT version_num FROM alembic_version"))]
-    study, direction, attr = models.StudyModel, models.StudyDirectionModel, models.StudyUserAttributeModel
-    study_id = connection.execute(sa.select(study.study_id).where(study.study_name == name)).scalar_one_or_none()
-    if versions not in [[known] for known in KNOWN_SCHEMA] or study_id is None:
-        return None
-    directions = connection.execute(sa.select(direction.direction).where(direction.study_id == study_id)).all()
-    if len(directions) != 1:
-        return None
-    kept = {
-        key: json.loads(text)
-        for key, text in connection.execute(sa.select(attr.key, attr.value_json).where(attr.study_id == study_id))
-    }
-    wanted = _TRIALS.study_id == study_id
-    heads = _heads(connection, wanted)
-    matching = sa.select(_TRIALS.trial_id).where(wanted)
-    complete = matching.where(_TRIALS.state == TrialState.COMPLETE)
-    params, values, steps, user, _ = _selects(lambda trial_id: trial_id.in_(matching))
-    some = [params, values, steps, user.where(_USER.key.in_(list(attrs)))]
-    if of_complete is not None:
-        some[0] = params.where(_PARAMS.trial_id.in_(complete))
-        some.append(user.where(_USER.key.in_(list(of_complete)), _USER.trial_id.in_(complete)))
-    known = {head[0] for head in heads}
-    details = (detail for detail in _streamed(connection, some) if detail[1] in known)
-    return study_to_read(name, directions[0][0], assemble(heads, details), kept)
 
 
 def _heads(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -17,9 +19,10 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcam_automl.search import trial_reader
+from pcam_automl.search.plain_reader import read_study
 from pcam_automl.search.storage import engine_options, open_storage, rdb_of, report
 from pcam_automl.search.storage_url import normalised_url
-from pcam_automl.search.trial_reader import read_study, read_trial, read_trials
+from pcam_automl.search.trial_reader import read_trial, read_trials
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "z": CategoricalDistribution(["resnet10t", None, 2, 0.5, True]),
@@ -94,26 +97,43 @@ def test_trials_equal_those_of_optunas_reader(
         assert read_trials(connection, study._study_id, after=last) == []
 
 
-def test_a_study_to_be_read_holds_what_is_asked_for(study: optuna.Study, storage: RDBStorage) -> None:
+def test_a_study_to_be_read_holds_what_is_asked_for(study: optuna.Study, url: str) -> None:
     study.set_user_attr("settings", {"seed": 3})
     whole = study.get_trials()
-    with storage.engine.connect() as connection:
-        read = read_study(connection, study.study_name, ("reason",), of_complete=("recipe",))
-        everything = read_study(connection, study.study_name, ("reason", "recipe"))
-        assert read_study(connection, "absent", ()) is None
+    read = read_study(url, study.study_name, ("reason",), of_complete=("recipe",))
+    everything = read_study(url, study.study_name, ("reason", "recipe"))
+    assert read_study(url, "absent", ()) is None
     assert read is not None
     assert everything is not None
     assert (read.study_name, read.direction, read.user_attrs) == (study.study_name, study.direction, study.user_attrs)
     for ours, full, one in zip(read.get_trials(), everything.get_trials(), whole, strict=True):
         complete = one.state == TrialState.COMPLETE
-        assert ours.user_attrs == {
-            key: one.user_attrs[key] for key in (("reason", "recipe") if complete else ("reason",))
-        }
+        keys = ("reason", "recipe") if complete else ("reason",)
+        assert ours.user_attrs == {key: one.user_attrs[key] for key in keys}
         assert ours.params == (one.params if complete else {})
         for found in (ours, full):
             assert (found.number, found.state, found._values) == (one.number, one.state, one._values)
             assert str(sorted(found.intermediate_values.items())) == str(sorted(one.intermediate_values.items()))
-        assert (full.params, full.user_attrs) == (one.params, one.user_attrs)
+        assert (list(full.params.items()), full.user_attrs) == (list(one.params.items()), one.user_attrs)
+
+
+def test_reading_needs_no_sqlalchemy_and_ends_its_connection(study: optuna.Study, url: str) -> None:
+    code = (
+        "import sys; from pcam_automl.search.plain_reader import read_study\n"
+        f"print(len(read_study({url!r}, {study.study_name!r}, ('reason',)).trials))\n"
+        "print([name for name in ('sqlalchemy', 'alembic', 'torch') if name in sys.modules])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split("\n")[:2] == ["5", "[]"]
+    assert "ResourceWarning" not in ran.stderr
+
+
+def test_a_url_for_sqlalchemy_and_a_server_that_refuses_are_left_to_it(study: optuna.Study, url: str) -> None:
+    assert read_study(url, study.study_name, ()) is not None
+    assert read_study(f"{url}?application_name=pcam", study.study_name, ()) is None
+    assert read_study(f"{url}_that_is_not_there", study.study_name, ()) is None
 
 
 def test_several_objectives_come_in_their_order(storage: RDBStorage) -> None:

@@ -1,4 +1,4 @@
-"""A study read from its SQLite file is the study that Optuna's own storage gives."""
+"""A study read from its SQLite file by plain SQL is the study that Optuna's own storage gives."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from optuna.trial import TrialState, create_trial
 from test_reading import SETTINGS
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search.plain_reader import read_study
 from pcam_automl.search.reading import SETTINGS_KEY, load_study, load_study_to_read
-from pcam_automl.search.sqlite_reader import KNOWN_SCHEMA, read_study
 from pcam_automl.search.storage import open_storage
 from pcam_automl.search.storage_url import plain_sqlite_path
 from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, summarise
+from pcam_automl.search.trial_rows import KNOWN_SCHEMA
 
 SPACE: dict[str, optuna.distributions.BaseDistribution] = {
     "backbone": CategoricalDistribution(["resnet10t", None, 2, 0.5, True]),
@@ -93,8 +94,7 @@ def file_of(url: str) -> Path:
 
 def plain(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     """Everything of a trial; NaN as text, since it equals nothing."""
-    found = {name: getattr(trial, name) for name in ("number", "_trial_id", "state", "values", "datetime_start")}
-    found |= {"datetime_complete": trial.datetime_complete, "distributions": trial.distributions}
+    found = {name: getattr(trial, name) for name in ("number", "_trial_id", "state", "values", "distributions")}
     found["params"] = list(trial.params.items())  # in their order
     found["types"] = [type(value) for value in trial.params.values()]
     found["user_attrs"] = {name: value for name, value in trial.user_attrs.items() if name not in NOT_READ}
@@ -104,7 +104,7 @@ def plain(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
 
 def test_trials_equal_those_of_optunas_storage(url: str) -> None:
     whole = optuna.load_study(study_name="pcam", storage=RDBStorage(url)).get_trials()
-    read = read_study(file_of(url), "pcam", (*READ_ATTRS, *READ_OF_COMPLETE))
+    read = read_study(url, "pcam", (*READ_ATTRS, *READ_OF_COMPLETE))
     assert read is not None
     assert [plain(trial) for trial in read.get_trials()] == [plain(trial) for trial in whole]
     assert {trial.state for trial in whole} == set(TrialState)
@@ -114,7 +114,7 @@ def test_trials_equal_those_of_optunas_storage(url: str) -> None:
 
 def test_what_is_asked_of_complete_trials_only_is_not_read_of_others(url: str) -> None:
     whole = optuna.load_study(study_name="pcam", storage=RDBStorage(url)).get_trials()
-    read = read_study(file_of(url), "pcam", ("seconds",), of_complete=("device", "recipe"))
+    read = read_study(url, "pcam", ("seconds",), of_complete=("device", "recipe"))
     assert read is not None
     for ours, one in zip(read.get_trials(), whole, strict=True):
         complete = one.state == TrialState.COMPLETE
@@ -150,7 +150,7 @@ def test_a_study_is_read_while_a_worker_writes(url: str) -> None:
     with sqlite3.connect(file_of(url)) as worker:
         worker.execute("BEGIN IMMEDIATE")
         worker.execute("DELETE FROM trial_params")
-        read = read_study(file_of(url), "pcam", ())
+        read = read_study(url, "pcam", ())
         worker.rollback()
     assert read is not None
     assert read.trials[0].params
@@ -158,24 +158,24 @@ def test_a_study_is_read_while_a_worker_writes(url: str) -> None:
 
 def test_what_the_reader_does_not_know_is_left_to_optuna(url: str, tmp_path: Path) -> None:
     file = file_of(url)
-    assert read_study(file, "pcam", ()) is not None
-    assert read_study(file, "absent", ()) is None
-    assert read_study(tmp_path / "absent.db", "pcam", ()) is None
+    assert read_study(url, "pcam", ()) is not None
+    assert read_study(url, "absent", ()) is None
+    assert read_study(f"sqlite:///{tmp_path}/absent.db", "pcam", ()) is None
     assert not (tmp_path / "absent.db").exists()
     (tmp_path / "text.db").write_text("no database" * 1000)
-    assert read_study(tmp_path / "text.db", "pcam", ()) is None
+    assert read_study(f"sqlite:///{tmp_path}/text.db", "pcam", ()) is None
     optuna.create_study(study_name="two", storage=open_storage(url), directions=["minimize", "maximize"])
-    assert read_study(file, "two", ()) is None
+    assert read_study(url, "two", ()) is None
     with sqlite3.connect(file) as database:
         database.execute("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
-    assert read_study(file, "pcam", ()) is None
+    assert read_study(url, "pcam", ()) is None
     with pytest.raises(StudyError, match="no longer compatible"):
         load_study_to_read("pcam", url, READ_ATTRS)
 
 
 def test_the_installed_optuna_makes_tables_that_the_reader_knows(url: str) -> None:
     head = open_storage(url).get_head_version()
-    assert head in KNOWN_SCHEMA, f"Optuna {optuna.__version__} has new tables ({head}): check sqlite_reader.py"
+    assert head in KNOWN_SCHEMA, f"Optuna {optuna.__version__} has new tables ({head}): check plain_reader.py"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""A study read by plain SQL on its database's driver, without SQLAlchemy. Knows Optuna's tables of one version; writes nothing.
+
+`status` on 1,000 trials spent 2 of its 3.7 s on importing SQLAlchemy and Alembic and 1 s in Optuna's ORM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, plain_sqlite_path
+from pcam_automl.search.trial_rows import (
+    INTERMEDIATE,
+    KNOWN_SCHEMA,
+    PARAM,
+    USER_ATTR,
+    VALUE,
+    Detail,
+    Head,
+    assemble,
+    study_to_read,
+)
+
+_BUSY_TIMEOUT_S = 60
+_AT_ONCE = 5_000
+"""Rows that a driver turns into Python values at a time."""
+_DRIVERS = {
+    "psycopg": ("postgresql", "postgres", "postgresql+psycopg"),
+    "pymysql": ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"),
+}
+"""Python's package for a server to the schemes of its URLs."""
+
+Query = Callable[[str, Sequence[Any]], Iterable[Sequence[Any]]]
+"""Rows of a statement whose parameters are marked by ``?``."""
+
+
+def read_study(
+    url: str, name: str, attrs: Collection[str], *, of_complete: Collection[str] | None = None
+) -> optuna.Study | None:
+    """The study as it stands at one moment, to be read only.
+
+    Args:
+        url: of an SQLite file, PostgreSQL or MySQL.
+        name: of the study.
+        attrs: the user attributes of trials that are wanted; decoding all of them takes longer than all the rest.
+        of_complete: more user attributes, of complete trials only; parameters, too, are then read of those only, which is
+            half of the time and of the memory of a large study.
+
+    Returns:
+        A study whose trials equal those that Optuna's own storage gives, but for what was not asked for, and without
+        system attributes and times.
+        None where SQLAlchemy or Optuna has to say what is wrong, or knows better: a missing or foreign database, one that
+        cannot be reached, tables of another version, no such study, several objectives, options in the URL.
+    """
+    try:
+        with _connected(url) as query:
+            return None if query is None else _study(query, name, attrs, of_complete)
+    except (sqlite3.Error, _DriverError):
+        return None  # said by who opens the storage in Optuna's way, which comes next
+
+
+class _DriverError(Exception):
+    """What a server's driver raised, whichever it is."""
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[Query | None]:
+    """What asks the database, all of it of one moment; None where this URL is SQLAlchemy's to understand."""
+    file = plain_sqlite_path(url)
+    if file is not None:
+        with closing(_open_sqlite(file)) as connection:
+            yield connection.execute
+        return
+    driver = _driver_of(url)
+    if driver is None:
+        yield None
+        return
+    with _driver_faults(driver), closing(_open_server(driver, url)) as server:
+
+        def query(statement: str, values: Sequence[Any]) -> Iterable[Sequence[Any]]:
+            with _driver_faults(driver):
+                cursor = server.cursor()
+                cursor.execute(statement.replace("?", "%s"), values)  # all rows come with it
+            return _rows(cursor)
+
+        yield query
+
+
+def _rows(cursor: Any) -> Iterator[Sequence[Any]]:
+    while rows := cursor.fetchmany(_AT_ONCE):
+        yield from rows
+
+
+@contextmanager
+def _driver_faults(driver: ModuleType) -> Iterator[None]:
+    try:
+        yield
+    except driver.Error as fault:
+        raise _DriverError(str(fault)) from fault
+
+
+def _open_sqlite(file: Path) -> sqlite3.Connection:
+    # Not mode=ro: such a reader leaves -wal and -shm behind.
+    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=_BUSY_TIMEOUT_S)
+    connection.execute("PRAGMA query_only = ON")
+    connection.execute("BEGIN")
+    return connection
+
+
+def _driver_of(url: str) -> ModuleType | None:
+    """Psycopg or PyMySQL, whichever reads the URL; None for one with options, of other drivers, or of none that is installed."""
+    parts = urlsplit(url)
+    name = next((name for name, schemes in _DRIVERS.items() if parts.scheme in schemes), None)
+    if name is None or parts.query or parts.fragment or parts.netloc.count("@") > 1 or not parts.hostname:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def _open_server(driver: Any, url: str) -> Any:
+    """A connection in a transaction that sees one moment."""
+    parts = urlsplit(url)
+    words = {"user": parts.username, "password": parts.password}
+    known: dict[str, Any] = {key: unquote(word) for key, word in words.items() if word is not None}
+    known |= {"host": parts.hostname, "connect_timeout": CONNECT_TIMEOUT_S}
+    if parts.port is not None:
+        known["port"] = parts.port
+    database = unquote(parts.path.removeprefix("/"))
+    if driver.__name__ == "psycopg":
+        server = driver.connect(**known, dbname=database)
+        server.isolation_level, server.read_only = driver.IsolationLevel.REPEATABLE_READ, True
+        return server
+    server = driver.connect(**known, database=database)
+    server.cursor().execute("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
+    return server
+
+
+def _study(query: Query, name: str, attrs: Collection[str], of_complete: Collection[str] | None) -> optuna.Study | None:
+    if [row[0] for row in query("SELECT version_num FROM alembic_version", ())] not in [[one] for one in KNOWN_SCHEMA]:
+        return None
+    ids = list(query("SELECT study_id FROM studies WHERE study_name = ?", (name,)))
+    if not ids:
+        return None
+    ((study_id,),) = ids
+    statement = "SELECT direction FROM study_directions WHERE study_id = ? ORDER BY objective"
+    directions = [row[0] for row in query(statement, (study_id,))]
+    if len(directions) != 1:
+        return None
+    kept = query("SELECT t.key, t.value_json FROM study_user_attributes t WHERE t.study_id = ?", (study_id,))
+    user_attrs = {key: json.loads(text) for key, text in kept}
+    rows = query("SELECT trial_id, number, state FROM trials WHERE study_id = ? ORDER BY number", (study_id,))
+    heads: list[Head] = [(trial_id, number, TrialState[state], None, None) for trial_id, number, state in rows]
+    trials = assemble(heads, _details(query, study_id, attrs, of_complete))
+    return study_to_read(name, StudyDirection[directions[0]], trials, user_attrs)
+
+
+def _details(
+    query: Query, study_id: int, attrs: Collection[str], of_complete: Collection[str] | None
+) -> Iterator[Detail]:
+    """The rows of the study's trials, table by table; parameters in the order in which they were suggested."""
+
+    def select(kind: int, table: str, columns: str, *, only: str = "", values: Collection[str] = ()) -> Iterable[Any]:
+        statement = (
+            f"SELECT {kind}, t.trial_id, {columns} FROM {table} t JOIN trials ON trials.trial_id = t.trial_id "
+            f"WHERE trials.study_id = ? {only}"
+        )
+        return query(statement, (study_id, *values))
+
+    complete = "AND trials.state = 'COMPLETE'"
+    params = "t.param_name, t.param_value, t.distribution_json"
+    yield from select(
+        PARAM, "trial_params", params, only=("" if of_complete is None else complete) + " ORDER BY t.param_id"
+    )
+    yield from select(VALUE, "trial_values", "t.objective, t.value, t.value_type")
+    steps = "t.step, t.intermediate_value, t.intermediate_value_type"
+    yield from select(INTERMEDIATE, "trial_intermediate_values", steps)
+    for wanted, states in ((attrs, ""), (of_complete or (), complete)):
+        if wanted:
+            only = f"{states} AND t.key IN ({', '.join('?' * len(wanted))})"
+            yield from select(USER_ATTR, "trial_user_attributes", "t.key, NULL, t.value_json", only=only, values=wanted)
