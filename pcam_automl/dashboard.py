@@ -6,6 +6,8 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from pcam_automl.errors import InputError
 
@@ -27,17 +29,30 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
         ) from None
 
 
+def check_ports(host: str, port: int, dashboard_port: int) -> None:
+    """The two ports of `serve`; a dashboard's of 0 is none.
+
+    Raises:
+        InputError: one that cannot be bound, or the same one twice.
+    """
+    if dashboard_port == port:
+        raise InputError(f"--port and --dashboard-port are both {port}; give two")
+    check_port(host, port)
+    if dashboard_port:
+        check_port(host, dashboard_port, option="--dashboard-port")
+
+
 def serve_dashboard(
     url: str, *, host: str, port: int, studies: Path, ready: Callable[[], None], say: Callable[[str], None]
 ) -> None:
-    """Serve until interrupted, in a thread: a signal that is raised inside a request is swallowed by the server.
+    """Serve until interrupted.
 
     Args:
         url: the storage's.
         host: address to bind.
         port: in [1, 65535].
         studies: folder of the studies, which holds their artifacts; those of studies with a bucket come from there, too.
-        ready: called once the storage is open, just before serving.
+        ready: called once the address is bound.
         say: told of a bucket that cannot be reached.
     """
     import optuna_dashboard
@@ -48,19 +63,25 @@ def serve_dashboard(
     check_port(host, port)
     storage = open_storage(url, create=False)
     (studies / "artifacts").mkdir(parents=True, exist_ok=True)
-    ready()
     store = Pictures(studies / "artifacts", mirrors_of(storage, studies, say))
-    faults: list[BaseException] = []
-
-    def serve() -> None:
+    pages = optuna_dashboard.wsgi(storage, artifact_store=store)
+    with make_server(host, port, pages, server_class=_Server, handler_class=_Answers) as server:
+        ready()
+        thread = threading.Thread(target=server.serve_forever, name="dashboard", daemon=True)
+        thread.start()
         try:
-            optuna_dashboard.run_server(storage, host=host, port=port, artifact_store=store)
-        except BaseException as fault:  # noqa: BLE001 - raised again below
-            faults.append(fault)
+            while thread.is_alive():
+                thread.join(1.0)
+        finally:
+            server.shutdown()
 
-    server = threading.Thread(target=serve, name="dashboard", daemon=True)
-    server.start()
-    while server.is_alive():
-        server.join(1.0)
-    if faults:
-        raise faults[0]
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a request: a slow page holds up no other, and a signal never falls into one, where it would be swallowed."""
+
+    daemon_threads = True
+
+
+class _Answers(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """A page asks every few seconds: not worth a line each."""

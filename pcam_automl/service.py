@@ -149,6 +149,7 @@ class StudiesCollector:
 
         trials = gauge("trials", "Trials (rows of Optuna) by state.", ("study", "state"))
         wanted = gauge("trials_wanted", "Total of finished trials that was asked for.")
+        errors = gauge("trials_failed_by_error", "Of the failed: ended by an error, not interrupted or lost.")
         finished = gauge("lineages_finished", "Finished trials that count towards the total.")
         best = gauge("best_value", "Value of the best complete trial.", ("study", "objective"))
         speed = gauge("images_per_second", "Training images a second, mean of the last trials.")
@@ -157,6 +158,7 @@ class StudiesCollector:
         for line in lines:
             for state in STATES:
                 trials.add_metric((line.name, state), line.states.get(state, 0))
+            errors.add_metric((line.name,), line.n_errors)
             finished.add_metric((line.name,), line.slots.get("done", 0))
             for metric, value in ((wanted, line.total), (speed, line.images_per_s), (budget, line.budget_s)):
                 if value is not None:
@@ -165,7 +167,7 @@ class StudiesCollector:
                 spent.add_metric((line.name,), line.spent_s)
             if line.best is not None:
                 best.add_metric((line.name, line.objective), line.best)
-        yield from (trials, wanted, finished, best, speed, budget, spent)
+        yield from (trials, errors, wanted, finished, best, speed, budget, spent)
         queue = gauge("queue", "Studies that want workers.", ())
         queue.add_metric((), sum(line.wants_workers for line in lines))
         up = gauge("process_up", "Whether a process of this service runs.", ("process",))

@@ -355,9 +355,38 @@ def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], parts: tuple[str, ...]) -> None:
+    if words[0] in ("finalize", "report") and len(words) > 1:  # whose options are looked at after their storage
+        Path("studies").mkdir()
+        Path("studies/pcam.db").touch()
     result = run(*words)
     fails_with(result, *parts)
     assert "secret" not in result[1] + result[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("search", "--trials", "1", "--study", "a/b"),
+        ("search", "--trials", "1", "--storage", "redis://host/0"),
+        ("submit", "--trials", "1", "--study", "a/b"),
+        ("worker", "--study", "a/b"),
+        ("worker",),
+        ("serve", "--port", "99999"),
+        ("replay", "3"),
+        ("finalize",),
+        ("report",),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_torch_to_be_refused_is_refused_before_its_seconds(words: tuple[str, ...], in_tmp: Path) -> None:
+    code = (
+        "import sys; from pcam_automl.cli import main\n"
+        f"sys.argv = ['pcam-automl', *{words!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "2 False"
+    assert ran.stderr.startswith("error: ")
 
 
 def test_usage_errors_exit_2(run: Any) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +38,61 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def test_a_signal_ends_it_although_its_server_swallows_whatever_a_request_raises(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def ask(port: int, path: str, patience_s: float = 60.0) -> bytes:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=patience_s) as answer:
+                return bytes(answer.read())
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+def test_a_signal_ends_it_in_the_midst_of_a_request(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """wsgiref answers 500 to anything that is raised inside a request, and goes on."""
-    inside, over = threading.Event(), threading.Event()
+    inside, over, port = threading.Event(), threading.Event(), free_port()
 
-    def swallow(*words: Any, **options: Any) -> None:
-        while not over.is_set():
-            try:
-                inside.set()
-                time.sleep(0.01)
-            except BaseException:  # noqa: BLE001 - as wsgiref does
-                pass
+    def pages(storage: Any, artifact_store: Any) -> Callable[..., list[bytes]]:
+        def page(environ: Any, start: Any) -> list[bytes]:
+            inside.set()
+            over.wait(60)
+            start("200 OK", [])
+            return [b"late"]
 
-    monkeypatch.setattr(optuna_dashboard, "run_server", swallow)
-    sender = threading.Thread(target=lambda: inside.wait(60) and os.kill(os.getpid(), signal.SIGTERM))
+        return page
+
+    def ask_and_end() -> None:
+        asking = threading.Thread(target=ask, args=(port, "/"), daemon=True)
+        asking.start()
+        inside.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(optuna_dashboard, "wsgi", pages)
+    sender = threading.Thread(target=ask_and_end)
     sender.start()
     with pytest.raises(Interrupted) as told:
-        run_dashboard(url, host="127.0.0.1", port=free_port())
+        run_dashboard(url, host="127.0.0.1", port=port)
     sender.join()
     over.set()
     assert told.value.exit_code == 143
 
 
-def test_a_fault_of_the_server_is_raised(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*words: Any, **options: Any) -> None:
-        raise OSError("address gone")
+def test_its_pages_come_and_no_line_for_each(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    port, answers = free_port(), []
 
-    monkeypatch.setattr(optuna_dashboard, "run_server", fail)
-    with pytest.raises(OSError, match="address gone"):
-        run_dashboard(url, host="127.0.0.1", port=free_port())
+    def ask_and_end() -> None:
+        answers.extend(ask(port, path) for path in ("/api/studies", "/dashboard/"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    sender = threading.Thread(target=ask_and_end)
+    sender.start()
+    with pytest.raises(Interrupted):
+        run_dashboard(url, host="127.0.0.1", port=port)
+    sender.join()
+    assert json.loads(answers[0])["study_summaries"][0]["study_name"] == "s"
+    assert b"<html" in answers[1]
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert "GET" not in err

@@ -26,13 +26,41 @@ Groups = Annotated[
 Domains = Annotated[
     Path | None, typer.Option("--domains", help="CSV id,domain: the scanner or centre of each patch.", metavar="CSV")
 ]
-StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME")]
+
+
+def checked_name(name: str | None) -> str | None:
+    """Before the seconds of importing torch."""
+    from pcam_automl.config import check_study_name
+
+    if name is not None:
+        check_study_name(name)
+    return name
+
+
+def _checked_storage(url: str | None) -> str | None:
+    from pcam_automl.config import storage_url
+    from pcam_automl.search.storage_url import check_scheme
+
+    check_scheme(storage_url(url))
+    return url
+
+
+def storage_is_there(url: str | None) -> None:
+    """For commands that make no study and take long to import."""
+    from pcam_automl.config import storage_url
+    from pcam_automl.search.storage_url import check_there
+
+    check_there(storage_url(url))
+
+
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME", callback=checked_name)]
 Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
         help="sqlite:///FILE, postgresql://... or mysql://... Else PCAM_AUTOML_STORAGE, else sqlite:///studies/pcam.db.",
         metavar="URL",
+        callback=_checked_storage,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

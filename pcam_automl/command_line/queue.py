@@ -22,6 +22,8 @@ from pcam_automl.command_line.options import (
     WeightsFrom,
     Workers,
     WorkersPerDevice,
+    checked_name,
+    storage_is_there,
 )
 from pcam_automl.command_line.study_options import (
     Artifacts,
@@ -45,6 +47,7 @@ from pcam_automl.command_line.study_options import (
     asked_of,
 )
 from pcam_automl.defaults import MAX_RETRIES
+from pcam_automl.errors import InputError
 
 
 def submit(
@@ -88,7 +91,12 @@ def submit(
 def worker(
     study: Annotated[
         str | None,
-        typer.Option("--study", help="The one to join; without it whatever studies have work left.", metavar="NAME"),
+        typer.Option(
+            "--study",
+            help="The one to join; without it whatever studies have work left.",
+            metavar="NAME",
+            callback=checked_name,
+        ),
     ] = None,
     storage: Storage = None,
     data: Data = None,
@@ -107,6 +115,9 @@ def worker(
     from pcam_automl.config import parse_bytes, parse_duration
 
     timeout_s, quota_bytes = None if timeout is None else parse_duration(timeout), parse_bytes(checkpoint_quota)
+    if study is not None and until_idle:
+        raise InputError("--until-idle is for a worker without --study; one with it ends when its study is complete")
+    storage_is_there(storage)
     from pcam_automl.commands.join import run_worker_command
 
     run_worker_command(
@@ -136,6 +147,9 @@ def serve(
     ] = 8080,
 ) -> None:
     """One long-running command: workers for the queue, the dashboard, /healthz and /metrics, kept alive until Ctrl-C."""
+    from pcam_automl.dashboard import check_ports
+
+    check_ports(host, port, dashboard_port)
     from pcam_automl.commands.serve import run_serve
 
     run_serve(

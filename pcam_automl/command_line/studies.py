@@ -17,6 +17,7 @@ from pcam_automl.command_line.options import (
     StudyName,
     Threshold,
     WithReport,
+    storage_is_there,
 )
 
 
@@ -65,6 +66,7 @@ def replay(
     json: Json = False,
 ) -> None:
     """Train a stored trial again from its database row alone and compare every rung."""
+    storage_is_there(storage)
     from pcam_automl.commands.replay import run_replay
 
     if not run_replay(trial, study, storage, data=data, device=device, as_json=json):
@@ -183,6 +185,7 @@ def finalize(
     json: Json = False,
 ) -> None:
     """Confirm the best trials, retrain the chosen one on all the data but slides kept back, write the checked submission."""
+    storage_is_there(storage)
     from pcam_automl.commands.models import run_finalize
     from pcam_automl.finalizing.result import FinalOptions
 
@@ -227,6 +230,8 @@ def report(
     device: Device = "auto",
 ) -> None:
     """One HTML page of pictures: data, search, network, training, scores, what the network looks at."""
+    if model is None:
+        storage_is_there(storage)
     from pcam_automl.commands.report import run_report
 
     run_report(

@@ -14,7 +14,7 @@ from pcam_automl.commands.queue import run_service_worker
 from pcam_automl.commands.search import GO_ON, Work, command_options, work_on
 from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import storage_url
-from pcam_automl.errors import InputError, StudyError
+from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.reading import CLOCK_KEY, TRIALS_KEY, n_finished_of
 from pcam_automl.search.storage import storage_faults
@@ -36,13 +36,7 @@ def run_worker_command(
     max_retries: int,
     until_idle: bool,
 ) -> None:
-    """Work on the study that is named, or on whatever studies of the storage have work left.
-
-    Raises:
-        InputError: ``--until-idle`` beside ``--study``.
-    """
-    if name is not None and until_idle:
-        raise InputError("--until-idle is for a worker without --study; one with it ends when its study is complete")
+    """Work on the study that is named, or on whatever studies of the storage have work left."""
     devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url)
     asked = Asked(data=data, device=device, n_workers=len(devices))
     work = Work(None, None, timeout_s, quota_bytes, True, max_retries)

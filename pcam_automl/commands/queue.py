@@ -251,7 +251,7 @@ def run_status_all(url: str | None, *, as_json: bool) -> None:
         terminal.print_json([line.to_json() for line in lines])
         return
     if not lines:
-        terminal.result(f"no studies in {safe_url(url)}")
+        terminal.result(f"no studies in {safe_url(url)} yet; `pcam-automl search` or `pcam-automl submit` makes one")
         return
     terminal.table(
         f"studies of {safe_url(url)}, in the order in which they are served",
@@ -270,7 +270,7 @@ def _row(line: StudyLine) -> tuple[str, ...]:
         str(line.priority),
         f"{done}{of}",
         str(line.states.get("running", 0)),
-        str(line.states.get("fail", 0)),
+        str(line.n_errors),
         "-" if line.best is None else f"{line.best:.4f}",
         line.objective,
         budget,

@@ -22,7 +22,7 @@ from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import Audit, audit_study
 from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.ranking import Ranking, rank_study
-from pcam_automl.search.reading import best_of, load_study_to_read, n_finished_in, n_finished_of
+from pcam_automl.search.reading import ERROR, best_of, load_study_to_read, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
 from pcam_automl.search.trial_rows import collector_paused
@@ -297,7 +297,10 @@ def finished_line(trial: FrozenTrial, best: FrozenTrial | None, goal: Goal) -> s
 def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     """One trial in one line."""
     attrs, params = trial.user_attrs, trial.params
-    state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+    reason = str(attrs.get("reason", ""))
+    state = trial.state.name.lower()
+    if trial.state == TrialState.FAIL:  # Optuna's word also for one that goes on in another row
+        state = "failed" if reason.startswith(ERROR) else "stopped"
     score = list(trial.intermediate_values.values())[-1] if trial.intermediate_values else None
     text = f"trial {trial.number:>3} {state:<8} " + (
         f"{goal.short} {score:.4f}" if score is not None else f"{goal.short}   -   "
@@ -307,7 +310,7 @@ def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     if THAWED_FROM in attrs:
         text += f"  after trial {attrs[THAWED_FROM]}"
     if trial.state != TrialState.COMPLETE:
-        text += f"  {attrs.get('reason', '')}"
+        text += f"  {reason}"
     return text
 
 
@@ -396,6 +399,8 @@ def _print_judged(ranking: Ranking, audit: Audit) -> None:
 def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
+    if n_stopped := summary.states.get("fail", 0) - len(summary.errors):
+        terminal.result(f"  {n_stopped} of the failed were interrupted or lost their worker: they go on in other rows")
     for reason in sorted(set(summary.errors)):
         terminal.result(f"  {summary.errors.count(reason)} x {reason}")
     if summary.best is None:

@@ -15,8 +15,7 @@ from pcam_automl import terminal
 from pcam_automl.commands.search import warn_of_open_address
 from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import STORAGE_VARIABLE, storage_url
-from pcam_automl.dashboard import check_port
-from pcam_automl.errors import InputError
+from pcam_automl.dashboard import check_ports
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search.overview import overview
 from pcam_automl.search.storage import engine_of, open_storage, storage_faults
@@ -44,11 +43,7 @@ def run_serve(
     """
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if dashboard_port == port:
-        raise InputError(f"--port and --dashboard-port are both {port}; give two")
-    check_port(host, port)
-    if dashboard_port:
-        check_port(host, dashboard_port, option="--dashboard-port")
+    check_ports(host, port, dashboard_port)
     warn_of_open_address(host, dashboard_port or port)
     devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url)
     with storage_faults(url):

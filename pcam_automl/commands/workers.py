@@ -131,7 +131,7 @@ def run_many(
 def settled_text(found: Settled, limits: Limits) -> str:
     """What becomes of a dead worker's trial, for people."""
     if not found.ended:
-        return "it was in no trial, or another worker has taken that over"
+        return "it had no trial in hand"
     parts = []
     for number in found.ended:
         gone = (

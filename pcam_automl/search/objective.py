@@ -26,7 +26,7 @@ from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
-from pcam_automl.search.reading import FIGURES
+from pcam_automl.search.reading import ERROR, FIGURES
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.storage import report, set_user_attrs, write_now
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
@@ -150,7 +150,7 @@ class Objective:
             raise
         except Exception as fault:
             root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it
-            reason = f"error: {type(root).__name__}: {str(root)[:500]}"
+            reason = f"{ERROR}{type(root).__name__}: {str(root)[:500]}"
             raise
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from pcam_automl.search.budget import union_of_attrs
 from pcam_automl.search.patience import retry_transient
-from pcam_automl.search.reading import CLOCK_KEY, SETTINGS_KEY, TRIALS_KEY
+from pcam_automl.search.reading import CLOCK_KEY, ERROR, SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS
 
 PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY = (
@@ -38,6 +38,7 @@ class StudyLine:
         spent_s: of the budget.
         searched: whether the search's part of the budget is over.
         states: trials (Optuna's rows) by state.
+        n_errors: failed ones that ended by an error; the others were interrupted or lost their worker, and go on in another.
         slots: lineages by state: claimed, done, open.
         best: value of the best complete trial.
         objective: what it is the value of.
@@ -56,6 +57,7 @@ class StudyLine:
     best: float | None
     objective: str
     images_per_s: float | None = None
+    n_errors: int = 0
 
     @property
     def wants_workers(self) -> bool:
@@ -127,7 +129,7 @@ def _read(engine: sa.Engine) -> list[StudyLine]:
                 word = "claimed" if state == "thawing" else state
                 of = slots.setdefault(name, {})
                 of[word] = of.get(word, 0) + n
-        bests, began = _bests(connection), _began(connection)
+        bests, began, errors = _bests(connection), _began(connection), _errors(connection)
         speeds = {number: _speed(connection, number) for number in names}
     found = []
     for number, name in names.items():
@@ -149,6 +151,7 @@ def _read(engine: sa.Engine) -> list[StudyLine]:
                 best=bests.get(number),
                 objective=str(json.loads(known[SETTINGS_KEY]).get("objective", "auc")),
                 images_per_s=speeds.get(number),
+                n_errors=errors.get(number, 0),
             )
         )
     return found
@@ -169,6 +172,18 @@ def _bests(connection: sa.Connection) -> dict[int, float]:
         for number, way, most, least in connection.execute(query)
         if most is not None
     }
+
+
+def _errors(connection: sa.Connection) -> dict[int, int]:
+    """Study id to the number of its trials that failed by an error, where there are any."""
+    trial, attr = models.TrialModel, models.TrialUserAttributeModel
+    query = (
+        sa.select(trial.study_id, sa.func.count())
+        .join(attr, attr.trial_id == trial.trial_id)
+        .where(trial.state == TrialState.FAIL, attr.key == "reason", attr.value_json.like(f'"{ERROR}%'))
+        .group_by(trial.study_id)
+    )
+    return dict(connection.execute(query).tuples().all())
 
 
 def _began(connection: sa.Connection) -> dict[int, float]:

@@ -21,6 +21,8 @@ SETTINGS_KEY = "pcam_automl"
 TRIALS_KEY, CLOCK_KEY = "pcam_automl:trials", "pcam_automl:by_clock"
 """Total of finished trials and budget in seconds that the last `search` or `submit` asked for, None where it named none: what a
 worker that joins works towards."""
+ERROR = "error: "
+"""Beginning of the user attribute ``reason`` of a trial that an error ended."""
 FIGURES = "figures"
 """The user attribute of a trial that holds every objective's value at its last rung: {"auc": 0.98, "log_loss": 0.2}."""
 _WAIT_FOR_CREATOR_S = 60.0
@@ -99,7 +101,7 @@ def errors_of(trials: list[FrozenTrial]) -> list[str]:
     return [
         t.user_attrs["reason"]
         for t in trials
-        if t.state == TrialState.FAIL and str(t.user_attrs.get("reason", "")).startswith("error: ")
+        if t.state == TrialState.FAIL and str(t.user_attrs.get("reason", "")).startswith(ERROR)
     ]
 
 

@@ -23,7 +23,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pcam_automl.errors import StudyError
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.sqlite_place import check_local
-from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, extra_of, normalised_url, safe_url, scrubbed, sqlite_path
+from pcam_automl.search.storage_url import (
+    CONNECT_TIMEOUT_S,
+    check_there,
+    extra_of,
+    normalised_url,
+    safe_url,
+    scrubbed,
+    sqlite_path,
+)
 from pcam_automl.search.trial_reader import read_trial, read_trials
 from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, param_row, rows_of, upserts
 
@@ -76,10 +84,8 @@ def _make_folder(url: str, *, create: bool) -> None:
         raise StudyError(
             f"storage {safe_url(url)} is a folder; name a file in it, e.g. {safe_url(url).rstrip('/')}/pcam.db"
         )
-    if not create and not path.exists():
-        raise StudyError(
-            f"there are no studies in {path}; start one with `pcam-automl search`, or name another --storage"
-        )
+    if not create:
+        check_there(f"sqlite:///{path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:

@@ -53,6 +53,37 @@ def scrubbed(message: object, url: str) -> str:
     return " ".join(text.split())
 
 
+def check_scheme(url: str) -> None:
+    """Whether it begins as a URL of a database does; what comes after is not looked at.
+
+    Raises:
+        StudyError: not a URL, or a scheme that is not a database of ours.
+    """
+    scheme, colon, _ = url.partition("://")
+    if not colon:
+        hint = f"sqlite:///{url}" if url and ":" not in url else "sqlite:///studies/pcam.db"
+        raise StudyError(f"storage must be a database URL, got {safe_url(url)!r} (did you mean {hint!r}?)")
+    scheme = scheme.partition("+")[0]
+    known = ["sqlite", *_SERVERS]
+    if scheme and _ALIASES.get(scheme, scheme) not in known:
+        raise StudyError(
+            f"storage scheme must be one of {', '.join(known)}, got {scheme!r}{did_you_mean(scheme, known)}"
+        )
+
+
+def check_there(url: str) -> None:
+    """For those who make no studies: that a file with some is there. A server is not asked.
+
+    Raises:
+        StudyError: an SQLite file that does not exist.
+    """
+    path = plain_sqlite_path(url)
+    if path is not None and not path.exists():
+        raise StudyError(
+            f"there are no studies in {path}; start one with `pcam-automl search`, or name another --storage"
+        )
+
+
 def normalised_url(url: str) -> str:
     """The URL with an installed driver named: ``postgresql://`` becomes ``postgresql+psycopg://``.
 
@@ -61,9 +92,7 @@ def normalised_url(url: str) -> str:
     """
     import sqlalchemy as sa
 
-    if "://" not in url:
-        hint = f"sqlite:///{url}" if url and ":" not in url else "sqlite:///studies/pcam.db"
-        raise StudyError(f"storage must be a database URL, got {safe_url(url)!r} (did you mean {hint!r}?)")
+    check_scheme(url)
     try:
         parsed = sa.make_url(url)
         if url.partition("?")[0].count("@") > 1:
@@ -77,11 +106,6 @@ def normalised_url(url: str) -> str:
     backend = _ALIASES.get(scheme, scheme)
     if backend == "sqlite":
         return _checked_sqlite(parsed, url)
-    if backend not in _SERVERS:
-        known = ["sqlite", *_SERVERS]
-        raise StudyError(
-            f"storage scheme must be one of {', '.join(known)}, got {scheme!r}{did_you_mean(scheme, known)}"
-        )
     if not parsed.database:
         raise StudyError(f"storage URL {safe_url(url)!r} names no database; add /NAME at its end")
     driver = driver if plus else _installed_driver(backend)

@@ -63,6 +63,12 @@ def test_a_line_counts_what_is_there(storage: optuna.storages.RDBStorage) -> Non
         assert (line.total, line.best, line.objective, line.images_per_s) == (5, 0.9, "auc", 200.0)
         assert line.wants_workers
         assert json.dumps(line.to_json())
+        for reason in ("error: OSError: gone", "interrupted", "worker lost"):
+            trial = study.ask()
+            trial.set_user_attr("reason", reason)
+            study.tell(trial, state=TrialState.FAIL)
+        line = named(overview(engine_of(study)), name)
+        assert (line.states["fail"], line.n_errors) == (3, 1)
         study.set_user_attr(TRIALS_KEY, 3)
         line = named(overview(engine_of(study)), name)
         assert not line.wants_workers, "two are done and one is in work"
