@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,15 @@ def params_of(line: Mapping[str, str], space: SearchSpace) -> dict[str, Any]:
     return found
 
 
-def nearest(table: RungTable, space: SearchSpace, params: Mapping[str, Any]) -> int:
-    """The recipe whose parameters are nearest: each in units of its range (of its logarithm, if so), 1 for another choice."""
+def nearest(table: RungTable, space: SearchSpace, params: Mapping[str, Any], *, without: Collection[int] = ()) -> int:
+    """The recipe whose parameters are nearest: each in units of its range (of its logarithm, if so), 1 for another choice.
+
+    Args:
+        table: R recipes.
+        space: of their parameters.
+        params: those to be near to; a dimension that one side has and the other not counts 1.
+        without: recipes that are not meant, fewer than R.
+    """
     distances = np.zeros(len(table))
     for name, parameter in space.parameters.items():
         own = params.get(name)
@@ -91,22 +98,19 @@ def nearest(table: RungTable, space: SearchSpace, params: Mapping[str, Any]) -> 
             distances += np.array([float(other != own) for other in others])
             continue
         place = _places(parameter.low, parameter.high, parameter.log)
-        distances += np.array(
-            [
-                0.0
-                if other is None and own is None
-                else 1.0
-                if other is None or own is None
-                else (place(other) - place(own)) ** 2
-                for other in others
-            ]
-        )
+        absent = np.array([other is None for other in others])
+        if own is None:
+            distances += ~absent
+            continue
+        apart = (place(np.array([own if other is None else other for other in others], float)) - place(own)) ** 2
+        distances += np.where(absent, 1.0, apart)
+    distances[list(without)] = np.inf
     return int(np.argmin(distances))
 
 
 def _places(low: float, high: float, log: bool) -> Any:
     ends = np.log([low, high]) if log else np.array([low, high])
-    return lambda value: float(((np.log(value) if log else value) - ends[0]) / (ends[1] - ends[0]))
+    return lambda value: ((np.log(value) if log else value) - ends[0]) / (ends[1] - ends[0])
 
 
 def planted(qualities: Sequence[float], steps: Sequence[int], noise: Sequence[float], seed: int) -> RungTable:

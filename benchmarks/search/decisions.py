@@ -1,0 +1,316 @@
+"""Which of the search's decisions earn their place: many short searches on the recorded table, each on the same simulated seconds.
+
+    python -m benchmarks.search.decisions                # rungs.csv; writes results/search_decisions.json
+    python -m benchmarks.search.decisions --seeds 4      # a first look
+
+A cell is (system, budget, seed): one worker searches until the budget's seconds are spent, with the package's own sampler, pruner
+and thaw rule, and hands over the fully trained recipe with the best validation AUC; what counts is its AUC on held-out slides.
+Budgets are in whole trainings: the table's mean seconds of a recipe through all rungs. A proposal stands for the nearest recipe
+of the table that this search has not had, and the sampler is told that recipe's parameters; `random` draws the same way. (A
+recipe that came again and again would tie with itself at every rung, and equals go on.) Everything but the decisions is equal:
+values and seconds are those that were recorded. What a search does before and after (known-good start, probe, confirmation, final training) is not
+in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import Trial, TrialState
+
+from benchmarks.search.rung_table import RungTable, nearest, read_table
+from pcam_automl.errors import InputError
+from pcam_automl.files import write_json
+from pcam_automl.search.cost import SecondsOf
+from pcam_automl.search.lineages import LINEAGE, THAWED_FROM, Lineage, lineages_of
+from pcam_automl.search.promotion import by_promise, paused_of, promotable
+from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.space import SearchSpace, load_space
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+BUDGETS = (5.0, 15.0, 50.0)
+SEEDS = 24
+
+
+@dataclass(frozen=True)
+class System:
+    """A search's decisions.
+
+    Attributes:
+        title: for the table.
+        sampler: who proposes.
+        pruner: who ends a row at a rung.
+        thaws: whether paused lineages go on.
+        cost_aware: whether proposals are judged by improvement per second.
+    """
+
+    title: str
+    sampler: str = "tpe"
+    pruner: str = "asha"
+    thaws: bool = True
+    cost_aware: bool = False
+
+
+SYSTEMS = {
+    "ours": System("TPE, rungs, thaw (default)"),
+    "random": System("random, no rungs", sampler="random", pruner="none", thaws=False),
+    "tpe-without-rungs": System("TPE, no rungs", pruner="none", thaws=False),
+    "asha-without-thaw": System("TPE, rungs, no thaw", thaws=False),
+    "random-with-rungs": System("random, rungs, thaw", sampler="random"),
+    "cost-aware": System("TPE by improvement a second, rungs, thaw", cost_aware=True),
+    "median": System("TPE, median rule", pruner="median", thaws=False),
+    "hyperband": System("TPE, Hyperband", pruner="hyperband", thaws=False),
+    "gp": System("GP, rungs, thaw", sampler="gp"),
+    "tpe-qmc": System("Sobol start, TPE, rungs, thaw", sampler="tpe-qmc"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search handed over.
+
+    Attributes:
+        valid, tested: AUC of the recipe on the validation fold and on held-out slides; None where none was trained fully.
+        n_lineages: recipes that were begun.
+        n_complete: of them trained through all rungs.
+        n_thawed: times that a paused one went on.
+        spent_s: simulated.
+    """
+
+    valid: float | None
+    tested: float | None
+    n_lineages: int
+    n_complete: int
+    n_thawed: int
+    spent_s: float
+
+
+class OneWorker:
+    """A search on the table; its turns are those of ``search/worker.py`` with a budget.
+
+    Args:
+        table: values and seconds.
+        space: of its recipes.
+        system: the decisions.
+        seed: of the sampler.
+        until_s: the budget.
+    """
+
+    def __init__(self, table: RungTable, space: SearchSpace, system: System, seed: int, until_s: float) -> None:
+        self.table, self.space, self.system, self.until_s = table, space, system, until_s
+        seconds_of = seconds_by_network(table) if system.cost_aware else None
+        self.sampler = build_sampler(system.sampler, seed, seconds_of=seconds_of)
+        self.study = optuna.create_study(
+            study_name=f"decisions {seed}",  # Hyperband draws its brackets from the name
+            direction="maximize",
+            sampler=self.sampler,
+            pruner=build_pruner(system.pruner, rungs=table.steps, pauses=system.thaws),
+        )
+        self.whole_s = float(table.seconds.sum(axis=1).mean())
+        self.now, self.n_thawed = 0.0, 0
+        self.begun: set[int] = set()  # recipes
+        self.finished: list[int] = []  # those that were fully trained
+
+    def run(self) -> Outcome:
+        """Until nothing more fits."""
+        while self._turn():
+            pass
+        values, tested = self.table.values[:, -1], self.table.tested[:, -1]
+        best = max(self.finished, key=lambda recipe: float(values[recipe]), default=None)
+        return Outcome(
+            None if best is None else float(values[best]),
+            None if best is None else float(tested[best]),
+            len(self.begun),
+            len(self.finished),
+            self.n_thawed,
+            self.now,
+        )
+
+    def _turn(self) -> bool:
+        steps = self.table.steps
+        rows = self.study.get_trials(deepcopy=False)
+        lineages = lineages_of(row for row in rows if row.state != TrialState.FAIL)
+        fitting = []
+        if self.system.thaws:
+            waiting = paused_of(lineages, steps)
+            fitting = [one for one in waiting if self._fits(one.lineage.attr("recipe"), one.rung + 1)]
+        if promoted := promotable(fitting, lineages, steps):
+            self._go_on(promoted[0].lineage, promoted[0].rung + 1)
+        elif self.now + self.whole_s <= self.until_s and len(self.begun) < len(self.table):
+            self._begin()
+        elif fitting:
+            best = by_promise(fitting)[0]
+            self._go_on(best.lineage, best.rung + 1)
+        else:
+            return False
+        return True
+
+    def _fits(self, recipe: int, rung: int) -> bool:
+        return self.now + float(self.table.seconds[recipe, rung]) <= self.until_s
+
+    def _ask(self, params: Mapping[str, Any]) -> Trial:
+        self.sampler.prescribed = dict(params)
+        self.sampler.budget_left = max(0.0, 1 - self.now / self.until_s)
+        trial = self.study.ask()
+        fields = dict(self.space.base)
+        for parameter in self.space.parameters.values():
+            if parameter.active(fields):
+                fields[parameter.name] = parameter.suggest(trial)
+        return trial
+
+    def _begin(self) -> None:
+        proposal = self._ask({})
+        recipe = nearest(self.table, self.space, proposal.params, without=self.begun)
+        self.study.tell(proposal, state=TrialState.FAIL)  # which nobody learns from
+        trial = self._ask(self.table.params[recipe])
+        number = len(self.begun)
+        self.begun.add(recipe)
+        for name, value in ((LINEAGE, str(number)), ("slot", number), ("recipe", recipe)):
+            trial.set_user_attr(name, value)
+        self._train(trial, recipe, 0)
+
+    def _go_on(self, lineage: Lineage, rung: int) -> None:
+        self.n_thawed += 1
+        trial = self._ask(lineage.last.params)
+        for name, value in {**lineage.last.user_attrs, THAWED_FROM: lineage.last.number}.items():
+            trial.set_user_attr(name, value)
+        for step, value in lineage.values.items():
+            trial.report(value, step)
+        self._train(trial, lineage.attr("recipe"), rung)
+
+    def _train(self, trial: Trial, recipe: int, rung: int) -> None:
+        """From that rung on, until it is done, pruned, has diverged, or the next rung would not end in time."""
+        values, last = self.table.values[recipe], len(self.table.steps) - 1
+        while self._fits(recipe, rung):
+            self.now += float(self.table.seconds[recipe, rung])
+            if np.isnan(values[rung]):
+                break
+            trial.report(float(values[rung]), self.table.steps[rung])
+            if rung == last:
+                self.finished.append(recipe)
+                self.study.tell(trial, float(values[rung]))
+                return
+            if trial.should_prune():
+                break
+            rung += 1
+        if np.isnan(values[rung]):
+            trial.set_user_attr("reason", "diverged")
+        self.study.tell(trial, state=TrialState.PRUNED)
+
+
+def seconds_by_network(table: RungTable) -> SecondsOf:
+    """Mean seconds of a whole training by network and crop, as the plan's speed table knows them before the first trial."""
+    of: dict[tuple[Any, Any], list[float]] = {}
+    for params, seconds in zip(table.params, table.seconds.sum(axis=1), strict=True):
+        of.setdefault((params["backbone"], params["crop_size"]), []).append(float(seconds))
+    mean = {key: statistics.fmean(values) for key, values in of.items()}
+    return lambda params: mean[params["backbone"], params["crop_size"]]
+
+
+def difference(ours: Sequence[float], others: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of ours less mean of the others', and its 95 % interval by bootstrap over the seeds."""
+    rng = np.random.default_rng(seed)
+    a, b = np.asarray(ours), np.asarray(others)
+    drawn = rng.choice(a, (4000, len(a))).mean(axis=1) - rng.choice(b, (4000, len(b))).mean(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(a.mean() - b.mean()), float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """What the interval of ours less the other's says."""
+    return "ours is better" if low > 0 else "the other is better" if high < 0 else "no difference shown"
+
+
+def compare(table: RungTable, space: SearchSpace, names: Sequence[str], n_seeds: int) -> list[dict[str, Any]]:
+    """Every cell."""
+    whole_s = float(table.seconds.sum(axis=1).mean())
+    cells = []
+    for budget in BUDGETS:
+        for name in names:
+            for seed in range(n_seeds):
+                found = OneWorker(table, space, SYSTEMS[name], seed, budget * whole_s).run()
+                cells.append({"system": name, "budget": budget, "seed": seed, **asdict(found)})
+            print(f"  {budget:g} whole trainings, {SYSTEMS[name].title}: done", file=sys.stderr, flush=True)
+    return cells
+
+
+def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each system and budget; a search that handed nothing over counts with an AUC of 0.5."""
+    lines = []
+    for budget in dict.fromkeys(cell["budget"] for cell in cells):
+        of = {name: [c for c in cells if (c["system"], c["budget"]) == (name, budget)] for name in SYSTEMS}
+        tested = {name: [0.5 if c["tested"] is None else c["tested"] for c in own] for name, own in of.items() if own}
+        for name, values in tested.items():
+            gain, low, high = difference(tested["ours"], values)
+            own = of[name]
+            lines.append(
+                {
+                    "budget": budget,
+                    "system": name,
+                    "mean_tested": statistics.fmean(values),
+                    "median_tested": statistics.median(values),
+                    "n_lineages": statistics.median(c["n_lineages"] for c in own),
+                    "n_complete": statistics.median(c["n_complete"] for c in own),
+                    "n_thawed": statistics.median(c["n_thawed"] for c in own),
+                    "ours_better_by": gain,
+                    "interval": [low, high],
+                    "verdict": "" if name == "ours" else verdict(low, high),
+                }
+            )
+    return lines
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """The table."""
+    print(f"{'budget':>6} {'system':<42}{'test AUC':>9}{'begun':>7}{'whole':>7}{'thawed':>7}   ours better by (95 %)")
+    for line in lines:
+        low, high = line["interval"]
+        gain = (
+            ""
+            if line["system"] == "ours"
+            else f"{line['ours_better_by']:+.4f} ({low:+.4f} to {high:+.4f})  {line['verdict']}"
+        )
+        print(
+            f"{line['budget']:>6g} {SYSTEMS[line['system']].title:<42}{line['mean_tested']:>9.4f}{line['n_lineages']:>7.0f}"
+            f"{line['n_complete']:>7.0f}{line['n_thawed']:>7.0f}   {gain}"
+        )
+
+
+def main() -> None:
+    """Search, print, write JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search.decisions", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--table", type=Path, default=HERE / "rungs.csv")
+    parser.add_argument("--space", default=str(HERE / "cheap.yaml"))
+    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "search_decisions.json")
+    asked = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = load_space(asked.space)
+    table = read_table(asked.table, space)
+    names = list(dict.fromkeys(["ours", *asked.systems]))
+    cells = compare(table, space, names, asked.seeds)
+    lines = summarise(cells)
+    show(lines)
+    about = {"n_recipes": len(table), "steps": list(table.steps), "whole_s": float(table.seconds.sum(axis=1).mean())}
+    about |= {"best_valid": table.best, "its_tested": float(table.tested[int(np.nanargmax(table.values[:, -1])), -1])}
+    write_json(asked.out, {"table": about, "seeds": asked.seeds, "summary": lines, "cells": cells})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as fault:
+        sys.exit(str(fault))
