@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 
 from pcam_automl.waiting import choose_waiting
@@ -34,9 +35,12 @@ if __name__ == "__main__":
     if unknown := [name for name in sys.argv[1:] if name not in NAMES]:
         print(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}", file=sys.stderr)
         sys.exit(2)
-    for name in sys.argv[1:] or NAMES:
+    names = sys.argv[1:] or list(NAMES)
+    for name in names:
         module, remedy = NEEDS.get(name, ("torch", ""))
         if not sys.argv[1:] and importlib.util.find_spec(module) is None:
             print(f"{name}: skipped, {module} is not installed: {remedy}")
-            continue
-        importlib.import_module(f"benchmarks.{name.replace('-', '_')}").main()
+        elif len(names) == 1:
+            importlib.import_module(f"benchmarks.{name.replace('-', '_')}").main()
+        elif code := subprocess.run([sys.executable, "-m", "benchmarks", name], check=False).returncode:
+            sys.exit(code)  # a process each: the largest size of a child counts from its parent's

@@ -1,5 +1,5 @@
 """A study of 10,000 trials: seconds and memory of `status`, of `dashboard` until a page can be drawn, and of `search` until
-its next trial trains. Beside them Optuna loading the same study by its own storage.
+its next trial trains. Beside them the same search on a study of one trial, and Optuna loading the large study by its own storage.
 
     python -m benchmarks large-study                                         # SQLite, and PostgreSQL where there is one
     PCAM_BENCH_TRIALS=1000 PCAM_BENCH_ROUNDS=3 python -m benchmarks large-study
@@ -39,7 +39,7 @@ print(len(optuna.load_study(study_name="pcam", storage=sys.argv[1]).get_trials(d
 
 
 def make_study(folder: Path, url: str) -> None:
-    """A study with one real trial and the rest made up, of its own space."""
+    """A study with one real trial and the rest made up, of its own space, and one with a single trial."""
     import optuna
 
     from benchmarks.filled import add_trials, make_trials
@@ -50,28 +50,17 @@ def make_study(folder: Path, url: str) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     write_synthetic(folder / "raw", n_patches=400, n_slides=8, seed=0)
-    first = [
-        "search",
-        "--data",
-        f"{folder}/raw",
-        "--study",
-        "pcam",
-        "--weights",
-        "none",
-        "--trials",
-        "1",
-        "--views",
-        "256",
-    ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pcam_automl", *first, "--storage", url],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-    )
-    if ran.returncode != 0:
-        raise RuntimeError(ran.stderr[-1000:])
+    first = ["--data", f"{folder}/raw", "--weights", "none", "--views", "256", "--trials", "1", "--storage", url]
+    for name in ("pcam", "small"):
+        ran = subprocess.run(
+            [sys.executable, "-m", "pcam_automl", "search", "--study", name, *first],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+        )
+        if ran.returncode != 0:
+            raise RuntimeError(ran.stderr[-1000:])
     study, settings = load_study("pcam", url)
     storage = open_storage(url)
     add_trials(study, storage, make_trials(N_TRIALS, space=parse_space(settings.space, "pcam"))[1:])
@@ -129,11 +118,15 @@ def main() -> None:
             url = url or f"sqlite:///{folder}/pcam.db"
             # A process of its own: a child's largest size counts from its parent's, at the moment of its start.
             subprocess.run([sys.executable, "-m", "benchmarks.large_study", str(folder), url], check=True)
-            search = ["search", "--study", "pcam", "--trials", str(N_TRIALS + 1), "--storage", url]
+            search, small = (
+                ["search", "--study", name, "--trials", str(n + 1), "--storage", url]
+                for name, n in (("pcam", N_TRIALS), ("small", 1))
+            )
             runs = {
                 "status": ["-m", "pcam_automl", "status", "--study", "pcam", "--storage", url],
                 "dashboard": ["-m", "pcam_automl", "dashboard", "--storage", url, "--port"],
                 "search": ["-c", FIRST_STEP, *search],
+                "search of 1 trial": ["-c", FIRST_STEP, *small],
                 "Optuna's load alone": ["-c", OPTUNA, url],
             }
             found: dict[str, list[tuple[float, float]]] = {side: [] for side in runs}
