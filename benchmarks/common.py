@@ -27,7 +27,8 @@ from pcam_automl.data.sources import open_source
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.training.compute import Compute, cpu_name, device_name, use_device
 from pcam_automl.training.engine import Training
 from pcam_automl.training.schedule import Rates

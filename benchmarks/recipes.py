@@ -67,7 +67,7 @@ def views_for(name: str, sets: list[str], data: Path) -> int:
     import torch
 
     from pcam_automl.commands.setup import DataOptions, set_up
-    from pcam_automl.recipe import parse_assignments
+    from pcam_automl.recipe_files import parse_assignments
 
     setup = set_up(name, parse_assignments(sets), DataOptions(data=data), weights=WEIGHTS, device="cpu")
     rate = setup.speed.images_per_s(setup.recipe, torch.device("cpu"))
@@ -137,7 +137,7 @@ def row_of(name: str, cell: dict[str, Any]) -> str:
 def main() -> None:
     """Run or read the cells, print their lines, write the page once all are there."""
     from pcam_automl.configs_folder import find_config, list_configs
-    from pcam_automl.recipe import load_recipe
+    from pcam_automl.recipe_files import load_recipe
 
     data = os.environ.get("PCAM_BENCH_DATA")
     if data is None or not Path(data).exists():

@@ -1,4 +1,4 @@
-"""Recipe: one complete training with nothing left open. Reads YAML; trains nothing and knows no search.
+"""Recipe: one complete training with nothing left open. Reads no file; trains nothing and knows no search.
 
 A trial is a recipe, the winner is a recipe, a model bundle carries its recipe. Fields are flat, so that every one
 of them can be pinned with ``--set field=value`` or varied by a search space.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pcam_automl.configs_folder import shown_name
 from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.files import sha256_of_json
 
@@ -317,99 +315,6 @@ def validation_faults(
     return lines
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """A YAML mapping by the safe loader, a repeated key being a fault; an empty text is an empty mapping.
-
-    Raises:
-        RecipeError: not YAML, a key repeated at any level, or not a mapping.
-    """
-    faults: list[str] = []
-    value = read_yaml(text, where, faults)
-    if faults:
-        raise RecipeError("; ".join(faults))
-    return value
-
-
-def read_yaml(text: str, where: str, faults: list[str]) -> dict[str, Any]:
-    """As :func:`parse_yaml`, but keys given twice are noted in ``faults`` (the last value holds), so that they can be
-    reported with what else is wrong in the file.
-
-    Raises:
-        RecipeError: not YAML (``where``, line and column are named), or not a mapping.
-    """
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            faults.extend(f"{where}: {key} given twice; keep one" for key in _repeated_keys(node))
-        value = None if node is None else loader.construct_document(node)
-    except RecursionError:
-        raise RecipeError(f"{where} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, UnicodeError, ValueError) as fault:
-        raise RecipeError(f"{where} is not valid YAML: {_yaml_fault(fault, text)}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise RecipeError(f"{where} must be a mapping of names to values, got {type(value).__name__}")
-    return value
-
-
-def _repeated_keys(root: yaml.Node) -> list[str]:
-    """Dotted names of the keys given twice in one mapping, at every level."""
-    found: list[str] = []
-    waiting, seen = [("", root)], set()
-    while waiting:
-        path, node = waiting.pop()
-        if id(node) in seen:  # an alias, which may even lead back to where it stands
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            waiting += [(f"{path}{number}.", item) for number, item in enumerate(node.value, start=1)]
-        elif isinstance(node, yaml.MappingNode):
-            names = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            found += [path + name for name in dict.fromkeys(names) if names.count(name) > 1]
-            waiting += [(f"{path}{key.value}.", item) for key, item in node.value]
-    return sorted(found)
-
-
-def _yaml_fault(fault: Exception, text: str) -> str:
-    """``line 3, column 5: expected ',' or ']', but got '<stream end>'``, on one line."""
-    if isinstance(fault, yaml.MarkedYAMLError) and (mark := fault.problem_mark or fault.context_mark) is not None:
-        said = ", ".join(part for part in (fault.context, fault.problem) if part)
-        line, column = mark.line, mark.column
-    elif isinstance(fault, yaml.reader.ReaderError):
-        before = text[: fault.position]
-        said = f"{fault.reason} (character {fault.character:#x})"
-        line, column = before.count("\n"), len(before) - before.rfind("\n") - 1
-    else:  # a value that YAML reads and Python cannot hold, such as the date 2020-13-45
-        return " ".join(str(fault).split())[:300]
-    return f"line {line + 1}, column {column + 1}: {' '.join(said.split())[:300]}"
-
-
-def load_recipe(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe file, apply overrides (those of ``--set``), validate.
-
-    Raises:
-        RecipeError: the file is missing, unreadable or invalid; all its faults together.
-    """
-    where, pins = shown_name(path), overrides or {}
-    faults: list[str] = []
-    fields = read_yaml(read_config_text(path), where, faults)
-    try:
-        recipe = build_recipe(merge_fields(fields, pins), where=where, pinned=pins)
-    except RecipeError as fault:
-        raise RecipeError("; ".join([*faults, str(fault)])) from None
-    fixed = ["lr"] + ["weight_decay"] * all(stage.weight_decay is not None for stage in recipe.stages)
-    idle = [name for name in fixed if name in pins]
-    if recipe.stages and "stages" not in pins and idle:
-        faults.append(
-            f"--set {', '.join(idle)}: the stages of {where} fix their own; set the stages, or --set stages=[] for one training"
-        )
-    if faults:
-        raise RecipeError("; ".join(faults))
-    return recipe
-
-
 def scratch_warning(recipe: Recipe) -> str | None:
     """What to say of a backbone that starts from random weights and is not trained whole; None where all is well."""
     if recipe.pretrained or min(phase.trainable for phase in recipe.phases) == 1.0:
@@ -418,84 +323,3 @@ def scratch_warning(recipe: Recipe) -> str | None:
         "warning: the backbone starts from random weights, and parts of it train never or late; "
         "give --weights, or --set trainable=1 (a recipe with stages: --set stages=[])"
     )
-
-
-def read_config_text(path: Path, limit_bytes: int = 1 << 20) -> str:
-    """A small UTF-8 text file.
-
-    Raises:
-        RecipeError: missing, a folder, larger than ``limit_bytes``, unreadable or not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit_bytes + 1)
-        if len(raw) > limit_bytes:
-            raise RecipeError(f"{path} is larger than {limit_bytes} bytes; that is not a recipe or a search space")
-        return raw.decode("utf-8")
-    except OSError as fault:
-        raise RecipeError(f"{path} cannot be read ({fault.strerror})") from None
-    except UnicodeDecodeError as fault:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {fault.start})") from None
-
-
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["lr=1e-3", "flips=false"]`` to typed values, as YAML would read them; all faults reported together.
-
-    Raises:
-        RecipeError: no ``=`` or nothing after it, an unknown field, the same field twice with two values.
-    """
-    fields: dict[str, Any] = {}
-    faults = []
-    for text in assignments:
-        name, sign, value = text.partition("=")
-        name = name.strip()
-        if not sign:
-            faults.append(f"--set wants field=value, got {text!r}")
-            continue
-        if name not in Recipe.model_fields:
-            faults.append(f"--set {name}: not a field of a recipe{did_you_mean(name, Recipe.model_fields)}")
-            continue
-        if not value.strip():
-            faults.append(f"--set {name}= has no value; write --set {name}=VALUE, or {name}=null for none")
-            continue
-        parsed = parse_scalar(value)
-        if name in fields and fields[name] != parsed:
-            faults.append(f"--set {name} given twice, as {fields[name]!r} and {parsed!r}; keep one")
-        fields[name] = parsed
-    if faults:  # with the values that are wrong, else they would be found only after these are mended
-        raise RecipeError("; ".join([*faults, *_value_faults(fields)]))
-    return fields
-
-
-def _value_faults(fields: Mapping[str, Any]) -> list[str]:
-    """Faults of the values of ``--set``, each judged alone."""
-    try:
-        Recipe.model_validate(dict(fields))
-    except ValidationError as fault:
-        lines = validation_faults(fault, PINS, Recipe.model_fields)
-        return [line for line, error in zip(lines, fault.errors(), strict=True) if error["loc"]]
-    return []
-
-
-def parse_scalar(text: str) -> Any:
-    """One value as YAML reads it, and ``1e-3`` (a string to YAML 1.1) as the float it means."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def merge_fields(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """``overrides`` over ``fields``; naming ``epochs`` drops an inherited ``views`` and the reverse."""
-    merged = dict(fields)
-    for name, rival in (("epochs", "views"), ("views", "epochs")):
-        if overrides.get(name) is not None and rival not in overrides:
-            merged.pop(rival, None)
-    merged.update(overrides)
-    return merged

@@ -14,6 +14,8 @@ LAYERS = (
         *(
             "files",
             "recipe",
+            "recipe_files",
+            "yaml_text",
             "config",
             "goals",
             "metrics",

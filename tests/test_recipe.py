@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pcam_automl.errors import RecipeError
-from pcam_automl.recipe import Recipe, build_recipe, load_recipe, merge_fields, parse_assignments, parse_yaml
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.recipe_files import load_recipe, merge_fields, parse_assignments
+from pcam_automl.yaml_text import parse_yaml
 
 
 def test_all_faults_are_reported_together_with_the_nearest_names() -> None:

@@ -18,7 +18,7 @@ from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.store import open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.lr_find import LrCurve, rate_of_step, valley
-from pcam_automl.recipe import load_recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.speed import SpeedBook
 

@@ -10,7 +10,8 @@ import torch
 from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.models.factory import build_network, check_runs
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.space import load_space
 
 NOTEBOOKS = {

@@ -31,7 +31,7 @@ def _checked_pins(recipe: str, sets: list[str] | None) -> dict[str, Any]:
         RecipeError: no such recipe, or faults in it or in a field.
     """
     from pcam_automl.configs_folder import find_config
-    from pcam_automl.recipe import load_recipe, parse_assignments
+    from pcam_automl.recipe_files import load_recipe, parse_assignments
 
     pins = parse_assignments(sets or [])
     load_recipe(find_config("recipes", recipe), overrides=pins)

@@ -136,7 +136,7 @@ def asked_of(command: str, options: Mapping[str, Any]) -> Asked:
     """
     from pcam_automl.config import parse_duration
     from pcam_automl.errors import InputError
-    from pcam_automl.recipe import parse_assignments
+    from pcam_automl.recipe_files import parse_assignments
 
     def seconds(name: str) -> float | None:
         return None if options[name] is None else parse_duration(options[name])

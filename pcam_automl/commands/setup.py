@@ -17,7 +17,8 @@ from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.models.factory import check_runs
 from pcam_automl.models.weights import Weights, decide_weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.train import training_split
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.speed import SpeedBook

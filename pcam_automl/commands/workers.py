@@ -13,7 +13,8 @@ from pcam_automl.config import find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import DataError
 from pcam_automl.interrupt import StopSignal
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.patience import patient
 from pcam_automl.search.placement import n_for_cpu, n_for_gpu, shared_packs, worker_devices
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers

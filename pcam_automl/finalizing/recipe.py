@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.engine import RungResult
 from pcam_automl.training.fit import best_result

@@ -16,7 +16,8 @@ from pcam_automl.errors import DataError, InputError, RecipeError, first_few
 from pcam_automl.goals import AUC, goal_of
 from pcam_automl.models.factory import network_faults
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.domains import ESTIMATE, split_of
 from pcam_automl.search.mirror import parse_s3

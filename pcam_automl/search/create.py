@@ -21,7 +21,8 @@ from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
 from pcam_automl.models.factory import backbone_fault, check_runs
 from pcam_automl.models.weights import Weights, decide_weights
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields, scratch_warning
+from pcam_automl.recipe import Recipe, build_recipe, scratch_warning
+from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.asking import (
     DEFAULT_RECIPE,
     around_recipe,

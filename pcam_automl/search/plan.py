@@ -13,7 +13,8 @@ import torch
 from pcam_automl.errors import RecipeError
 from pcam_automl.models.cost import training_cost
 from pcam_automl.models.factory import check_runs, smallest_input
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.fit import stable_views

@@ -13,9 +13,10 @@ from pcam_automl.configs_folder import find_config
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
-from pcam_automl.recipe import Recipe, build_recipe, parse_yaml, read_config_text, validation_faults
+from pcam_automl.recipe import Recipe, build_recipe, validation_faults
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.search.warm_start import Source, diverse_best, fits_space
+from pcam_automl.yaml_text import parse_yaml, read_config_text
 
 NONE = "none"
 _OF_THE_STUDY = ("seed", "views", "epochs", "exclude_ids")

@@ -15,7 +15,8 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import RecipeError
 from pcam_automl.models.factory import smallest_input
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe, build_recipe, merge_fields
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.dimension import UPSCALE, Parameter
 from pcam_automl.search.feature_probe import N_SCORE, N_TRAIN, check_probed, probe_result
 from pcam_automl.search.plan import EVAL_SPEEDUP, Plan

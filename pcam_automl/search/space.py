@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import RecipeError, did_you_mean, first_few
 from pcam_automl.files import sha256_of_json
-from pcam_automl.recipe import PINS, Recipe, build_recipe, merge_fields, read_config_text, read_yaml, validation_faults
+from pcam_automl.recipe import PINS, Recipe, build_recipe, validation_faults
+from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.dimension import (
     FIELDS,
     UPSCALE,
@@ -25,6 +26,7 @@ from pcam_automl.search.dimension import (
     is_number,
     read_parameter,
 )
+from pcam_automl.yaml_text import read_config_text, read_yaml
 
 BackboneFault = Callable[[str], str | None]
 """Says what is wrong with a backbone's name, None for a good one."""

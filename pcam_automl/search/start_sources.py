@@ -8,7 +8,8 @@ from pcam_automl.config import Enqueued
 from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.recipe import Recipe, load_recipe
+from pcam_automl.recipe import Recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.priors import NONE, check_prior_holdout, load_prior, prior_entries
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.search.study import Asked, Say, as_searched

@@ -18,7 +18,8 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, RecipeError, StudyError
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
-from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of, load_recipe, merge_fields
+from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of
+from pcam_automl.recipe_files import load_recipe, merge_fields
 from pcam_automl.search.cost import TrialSeconds
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains

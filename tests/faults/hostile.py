@@ -74,7 +74,8 @@ def readers(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     from pcam_automl.data.tables import read_labels, read_names
     from pcam_automl.models.factory import Normalisation, build_network
     from pcam_automl.models.weights import Weights
-    from pcam_automl.recipe import Recipe, load_recipe
+    from pcam_automl.recipe import Recipe
+    from pcam_automl.recipe_files import load_recipe
     from pcam_automl.search.priors import Prior, PriorEntry, parse_prior
     from pcam_automl.search.space import load_space
     from pcam_automl.search.storage import engine_options

@@ -30,7 +30,8 @@ from pcam_automl.errors import (
 from pcam_automl.files import sha256_of_file
 from pcam_automl.finalize import finalize
 from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
-from pcam_automl.recipe import Recipe, build_recipe, load_recipe
+from pcam_automl.recipe import Recipe, build_recipe
+from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search import create as create_module
 from pcam_automl.search import objective as objective_module
 from pcam_automl.search.asking import around_recipe, check_networks, default_space

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.errors import RecipeError
-from pcam_automl.recipe import Recipe, parse_yaml, read_config_text
+from pcam_automl.recipe import Recipe
 from pcam_automl.search.space import SearchSpace, load_space, parse_space
+from pcam_automl.yaml_text import parse_yaml, read_config_text
 
 SMALL = """
 base: {views: 1000, flips: false}
