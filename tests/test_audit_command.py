@@ -20,7 +20,7 @@ from planted_study import (
 )
 
 from pcam_automl.commands.audit import run_audit
-from pcam_automl.commands.search import run_status
+from pcam_automl.commands.status import run_status
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import StudyError
 

@@ -18,7 +18,7 @@ import optuna
 import optuna_dashboard
 import pytest
 
-from pcam_automl.commands.search import run_dashboard
+from pcam_automl.commands.status import run_dashboard
 from pcam_automl.errors import Interrupted
 from pcam_automl.search.storage import engine_of, open_storage
 

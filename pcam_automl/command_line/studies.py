@@ -45,7 +45,7 @@ def status(
 
         run_status_all(storage, as_json=json)
         return
-    from pcam_automl.commands.search import run_status
+    from pcam_automl.commands.status import run_status
 
     run_status(study, storage, as_json=json)
 
@@ -99,7 +99,7 @@ def dashboard(
     host: Annotated[str, typer.Option("--host", help="Address to bind; the dashboard has no login.")] = "127.0.0.1",
 ) -> None:
     """optuna-dashboard over the same storage, on this machine only unless told otherwise."""
-    from pcam_automl.commands.search import run_dashboard
+    from pcam_automl.commands.status import run_dashboard
 
     run_dashboard(storage, host=host, port=port)
 

@@ -1,4 +1,4 @@
-"""`search`, `status` and `dashboard`. What trains is imported in :func:`run_search`, so that the others start at once."""
+"""`search`. What trains is imported in :func:`run_search`: `worker`, `submit` and others take parts of this."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
-from pcam_automl.commands.audit import audit_warning, ranking_lines
-from pcam_automl.config import storage_url, studies_folder
+from pcam_automl.commands.status import finished_line, judged, print_judged
+from pcam_automl.config import storage_url
 from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal, stop_signal
-from pcam_automl.search.audit import Audit, audit_study
-from pcam_automl.search.lineages import THAWED_FROM
-from pcam_automl.search.ranking import Ranking, rank_study
-from pcam_automl.search.reading import ERROR, best_of, load_study_to_read, n_finished_in, n_finished_of
+from pcam_automl.search.audit import audit_study
+from pcam_automl.search.ranking import rank_study
+from pcam_automl.search.reading import best_of, n_finished_in, n_finished_of
 from pcam_automl.search.storage_url import safe_url
-from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
-from pcam_automl.search.trial_rows import collector_paused
-from pcam_automl.search.whose_folder import foreign
+from pcam_automl.search.summary import summarise
 
-if TYPE_CHECKING:  # these import torch and timm, which `status` and `dashboard` do without
-    from pcam_automl.goals import Goal
+if TYPE_CHECKING:  # these import torch and timm, which it can do without until it trains
     from pcam_automl.recipe import Recipe
     from pcam_automl.search.budget import BudgetClock, Ledger
     from pcam_automl.search.objective import Watch
@@ -289,31 +285,6 @@ class _SearchShow:
         terminal.say(finished_line(trial, best, goal))
 
 
-def finished_line(trial: FrozenTrial, best: FrozenTrial | None, goal: Goal) -> str:
-    """A trial that has just ended, and the best one so far."""
-    return trial_line(trial, goal) + (f"  best {best.value:.4f} (trial {best.number})" if best is not None else "")
-
-
-def trial_line(trial: FrozenTrial, goal: Goal) -> str:
-    """One trial in one line."""
-    attrs, params = trial.user_attrs, trial.params
-    reason = str(attrs.get("reason", ""))
-    state = trial.state.name.lower()
-    if trial.state == TrialState.FAIL:  # Optuna's word also for one that goes on in another row
-        state = "failed" if reason.startswith(ERROR) else "stopped"
-    score = list(trial.intermediate_values.values())[-1] if trial.intermediate_values else None
-    text = f"trial {trial.number:>3} {state:<8} " + (
-        f"{goal.short} {score:.4f}" if score is not None else f"{goal.short}   -   "
-    )
-    text += f"  {params.get('backbone', ''):<24}" + (f" crop {params['crop_size']}" if "crop_size" in params else "")
-    text += f"  {terminal.duration(float(attrs.get('seconds', 0.0)))}"
-    if THAWED_FROM in attrs:
-        text += f"  after trial {attrs[THAWED_FROM]}"
-    if trial.state != TrialState.COMPLETE:
-        text += f"  {reason}"
-    return text
-
-
 def _print_end(
     opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int | None, url: str | None, as_json: bool
 ) -> None:
@@ -324,7 +295,7 @@ def _print_end(
     audit = audit_study(opened.study, opened.settings)
     if as_json:
         terminal.print_json(
-            {**summary.to_json(), **_judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
+            {**summary.to_json(), **judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
         )
         return
     done = n_finished_of(opened.study)
@@ -341,7 +312,7 @@ def _print_end(
         terminal.result(
             f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} ({terminal.duration(seconds)})"
         )
-        _print_judged(ranking, audit)
+        print_judged(ranking, audit)
         terminal.say(
             f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission"
         )
@@ -367,89 +338,3 @@ def command_options(name: str | None, url: str | None) -> str:
     """``--study`` and ``--storage`` as a following command needs them; a password is left out of it."""
     text = "" if name in (None, "pcam") else f" --study {shlex.quote(str(name))}"
     return text + (f" --storage {shlex.quote(safe_url(url))}" if url else "")
-
-
-@collector_paused()
-def run_status(name: str, url: str | None, *, as_json: bool) -> None:
-    """Print a study's counts, best trial, importances and seconds."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study, settings = load_study_to_read(name, url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
-    summary = summarise(study, settings)
-    folder = studies_folder(storage_url(url)) / name
-    if (fault := foreign(study, folder)) is not None:
-        terminal.say(f"warning: {fault}; of this study only what its storage holds is shown")
-        folder = folder / "of another study"  # not there
-    ranking = rank_study(study, settings, folder)
-    audit = audit_study(study, settings)
-    if as_json:
-        terminal.print_json({**summary.to_json(), **_judged(ranking, audit)})
-        return
-    _print_summary(summary, ranking, audit)
-
-
-def _judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:
-    return {"ranking": ranking.to_json(), "audit": audit.to_json()}
-
-
-def _print_judged(ranking: Ranking, audit: Audit) -> None:
-    for line in (*ranking_lines(ranking), *audit_warning(audit)):
-        terminal.result(line)
-
-
-def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
-    states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
-    terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
-    if n_stopped := summary.states.get("fail", 0) - len(summary.errors):
-        terminal.result(f"  {n_stopped} of the failed were interrupted or lost their worker: they go on in other rows")
-    for reason in sorted(set(summary.errors)):
-        terminal.result(f"  {summary.errors.count(reason)} x {reason}")
-    if summary.best is None:
-        terminal.result("no complete trial yet")
-    else:
-        best: dict[str, Any] = summary.best
-        terminal.result(
-            f"best: trial {best['number']}, {summary.settings.goal.label} {best['value']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
-        )
-        _print_judged(ranking, audit)
-        recipe = best["recipe"] or {}
-        varied = [name for name in recipe if name in best["params"] or name in ("pretrained", "views", "input_size")]
-        terminal.table(
-            "its recipe (what the search varied)",
-            ("field", "value"),
-            [
-                (name, f"{recipe[name]:.4g}" if isinstance(recipe[name], float) else str(recipe[name]))
-                for name in varied
-            ],
-        )
-    if summary.importances:
-        rows = [(name, f"{share:.1%}", "█" * round(30 * share)) for name, share in summary.importances.items()]
-        terminal.table("what mattered (PED-ANOVA share of the variance)", ("parameter", "share", ""), rows)
-    else:
-        terminal.result(f"parameter importances: {summary.importances_note}")
-
-
-def warn_of_open_address(host: str, port: int) -> None:
-    """A line where others than this machine can reach the dashboard."""
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        terminal.say(
-            f"warning: optuna-dashboard has no login; everyone who reaches {host}:{port} can change and delete studies"
-        )
-
-
-def run_dashboard(url: str | None, *, host: str, port: int) -> None:
-    """Serve optuna-dashboard until Ctrl-C."""
-    from pcam_automl.dashboard import check_port, serve_dashboard
-
-    url = storage_url(url)
-    check_port(host, port)
-    warn_of_open_address(host, port)
-    line = f"dashboard of {safe_url(url)}: http://{host}:{port}/  (Ctrl-C ends it)"
-    with stop_signal("nothing was lost"):
-        serve_dashboard(
-            url,
-            host=host,
-            port=port,
-            studies=studies_folder(url),
-            say=terminal.say,
-            ready=lambda: terminal.result(line),
-        )

@@ -12,7 +12,7 @@ import joblib
 import optuna
 
 from pcam_automl import terminal
-from pcam_automl.commands.search import warn_of_open_address
+from pcam_automl.commands.status import warn_of_open_address
 from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import STORAGE_VARIABLE, storage_url
 from pcam_automl.dashboard import check_ports

@@ -178,7 +178,7 @@ class _WorkersShow:
         self.total = StudyBar(board, limits, n_finished_of(opened.study))
 
     def heard(self, said: Heard) -> None:
-        from pcam_automl.commands.search import finished_line
+        from pcam_automl.commands.status import finished_line
 
         self.total.tick()
         row, values = self.board.rows[said.worker], said.values

@@ -12,7 +12,7 @@ import torch
 from test_search import opened_in, search
 
 from pcam_automl.commands.report import search_options
-from pcam_automl.commands.search import finished_line
+from pcam_automl.commands.status import finished_line
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, InputError, StudyError
 from pcam_automl.finalize import choose_trial

@@ -134,7 +134,7 @@ def test_the_summary_is_that_of_optunas_storage_to_the_letter(url: str) -> None:
 
 def test_status_needs_no_sqlalchemy_and_leaves_the_folder_as_it_was(url: str) -> None:
     code = (
-        "import sys; from pcam_automl.commands.search import run_status\n"
+        "import sys; from pcam_automl.commands.status import run_status\n"
         f"run_status('pcam', {url!r}, as_json=True)\n"
         "print([name for name in ('sqlalchemy', 'alembic', 'torch') if name in sys.modules], file=sys.stderr)"
     )

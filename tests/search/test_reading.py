@@ -49,7 +49,7 @@ def run_python(code: str) -> str:
 def test_status_imports_nothing_that_trains(url: str) -> None:
     heavy = ("torch", "timm", "pandas", "sklearn", "scipy", "pcam_automl.search.study")
     out = run_python(
-        "import sys; from pcam_automl.commands.search import run_status\n"
+        "import sys; from pcam_automl.commands.status import run_status\n"
         f"run_status('pcam', {url!r}, as_json=False)\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
