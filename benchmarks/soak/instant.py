@@ -21,8 +21,9 @@ from optuna.trial import Trial, TrialState
 from benchmarks.settings import write_result
 from benchmarks.soak.common import OUT, PRELOADED, arguments, tiny_study
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.retrying_storage import report, set_user_attrs
 from pcam_automl.search.slots import Slots
-from pcam_automl.search.storage import engine_of, report, set_user_attrs
+from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import open_study
 
 

@@ -27,8 +27,8 @@ from pcam_automl.search.lineages import THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
+from pcam_automl.search.retrying_storage import report, set_user_attrs, write_now
 from pcam_automl.search.slots import Slot
-from pcam_automl.search.storage import report, set_user_attrs, write_now
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter

@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.mirror import Mirror, forget
+from pcam_automl.search.retrying_storage import OWNER
 from pcam_automl.search.silence import Silent
 from pcam_automl.search.slots import Slot, Slots, owner_alive
-from pcam_automl.search.storage import OWNER, engine_of, open_storage
+from pcam_automl.search.storage import engine_of, open_storage
 
 LOST = "worker lost"
 

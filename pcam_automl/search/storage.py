@@ -1,27 +1,21 @@
-"""The study database: connection, faults in one line, retries. Knows no slots; URLs are read elsewhere."""
+"""The study database: connections, and faults in one line. Knows no slots; URLs are read elsewhere."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
 import sqlite3
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._rdb import models
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
+from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import (
     CONNECT_TIMEOUT_S,
@@ -32,15 +26,8 @@ from pcam_automl.search.storage_url import (
     scrubbed,
     sqlite_path,
 )
-from pcam_automl.search.trial_reader import read_trial, read_trials
-from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, param_row, rows_of, upserts
-
-T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 60
-OWNER = "owner"
-"""User attribute of a trial: the process that asked for it, see slots.py."""
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
@@ -195,229 +182,3 @@ def storage_faults(url: str) -> Iterator[None]:
         yield
     except (StorageInternalError, sa.exc.SQLAlchemyError) as fault:
         raise storage_fault(url, fault) from fault
-
-
-# --- the storage -----------------------------------------------------------------------------------------------------
-
-
-class RetryingStorage(RDBStorage):
-    """Optuna's RDB storage that outlives a server's restart. Optuna itself retries the creation of trials only.
-
-    A trial's parameters, and what TPE says of them to others, are written together with whatever of the trial is written or
-    read next: 13 transactions of one row each were a fifth of a trial's cost on PostgreSQL. A process that is killed between
-    loses a trial without a result.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._unwritten: dict[int, Rows] = {}  # by trial
-        self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
-
-    def _set_trial_param(
-        self,
-        trial_id: int,
-        param_name: str,
-        param_value_internal: float,
-        distribution: BaseDistribution,
-        previous_distribution: BaseDistribution | None,
-    ) -> None:
-        """What Optuna's cache calls; a name that this process has not met is compared with the study's at once."""
-        if previous_distribution is None:
-            self._write_held(trial_id)
-            known = super()._set_trial_param
-            retry_transient(lambda: known(trial_id, param_name, param_value_internal, distribution, None))
-            return
-        check_distribution_compatibility(previous_distribution, distribution)
-        row = param_row(trial_id, param_name, param_value_internal, distribution)
-        self._unwritten.setdefault(trial_id, {}).setdefault("params", []).append(row)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if key.startswith(TPE_SHARED):  # at the first parameter; the others follow at once
-            row = attr_row(trial_id, key, value)
-            self._unwritten.setdefault(trial_id, {}).setdefault("system_attrs", []).append(row)
-            return
-        self._write_held(trial_id)
-        write = super().set_trial_system_attr
-        retry_transient(lambda: write(trial_id, key, value))
-
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        """With the owner in the same transaction: a row whose worker is killed before it notes its slot is known as lost."""
-        if template_trial is None and self.owner is not None:
-            template_trial = FrozenTrial(
-                number=-1,
-                trial_id=-1,
-                state=TrialState.RUNNING,
-                value=None,
-                datetime_start=datetime.now(),
-                datetime_complete=None,
-                params={},
-                distributions={},
-                user_attrs={OWNER: self.owner},
-                system_attrs={},
-                intermediate_values={},
-            )
-        create = super()._create_new_trial  # a row that was made twice has no claim, and is ended as lost
-        return retry_transient(lambda: create(study_id, template_trial))
-
-    def _write_held(self, trial_id: int) -> None:
-        if trial_id in self._unwritten:
-            self.write(trial_id)
-
-    def _write_all_held(self) -> None:
-        for trial_id in list(self._unwritten):
-            self._write_held(trial_id)
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        self._write_held(trial_id)
-        write = super().set_trial_intermediate_value
-        retry_transient(lambda: write(trial_id, step, intermediate_value))
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self._write_held(trial_id)
-        write = super().set_trial_user_attr
-        retry_transient(lambda: write(trial_id, key, value))
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        self._write_held(trial_id)
-
-        def read() -> FrozenTrial:
-            with self.engine.connect() as connection:
-                return read_trial(connection, trial_id)
-
-        return retry_transient(read)
-
-    def _get_trials(
-        self,
-        study_id: int,
-        states: Container[TrialState] | None,
-        included_trial_ids: set[int],
-        trial_id_greater_than: int,
-    ) -> list[FrozenTrial]:
-        self._write_all_held()
-        wanted = None if states is None else [state for state in TrialState if state in states]
-
-        def read() -> list[FrozenTrial]:
-            with self.engine.connect() as connection:
-                return read_trials(
-                    connection, study_id, after=trial_id_greater_than, beside=included_trial_ids, states=wanted
-                )
-
-        return retry_transient(read)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self._write_held(trial_id)
-        tries = 0
-
-        def call() -> bool:
-            nonlocal tries
-            tries += 1
-            try:
-                return super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
-            except UpdateFinishedTrialError:
-                # An earlier try was committed although its answer was lost.
-                if tries > 1 and self.get_trial(trial_id).state == state:
-                    return True
-                raise
-
-        return retry_transient(call)
-
-    def write(
-        self, trial_id: int, *, user_attrs: Mapping[str, Any] | None = None, values: Mapping[int, float] | None = None
-    ) -> None:
-        """In one transaction, with what of the trial is not written yet; what is there under the same keys is replaced.
-
-        Args:
-            trial_id: of a running trial.
-            user_attrs: its user attributes, JSON values by key.
-            values: its intermediate values by step.
-
-        Raises:
-            UpdateFinishedTrialError: the trial has ended.
-        """
-        new = rows_of(trial_id, user_attrs or {}, values or {})
-        held = self._unwritten.pop(trial_id, {})  # first: the check below reads the trial, which writes what is left
-        statements = upserts({**held, **new}, self.engine.dialect.name)
-        state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
-
-        def call() -> None:
-            with self.engine.begin() as connection:
-                self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
-                for statement, rows in statements:
-                    connection.execute(statement, rows)
-
-        try:
-            retry_transient(call)
-        except (sa.exc.SQLAlchemyError, StorageInternalError):
-            if held:
-                self._unwritten[trial_id] = held  # the database may be back at the next write
-            raise  # a trial that another worker ended is refused once, and the study stays readable
-
-    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-        """None: lost workers' trials are ended by silence.py and settling.py, which know slots, lineages and checkpoints and
-        go by no clock of the database's.
-        """
-        return []
-
-    def record_heartbeat(self, trial_id: int) -> None:
-        """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
-        try:
-            every_s = float(self.heartbeat_interval or math.inf)  # others judge by it once the database is back
-            retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id), longest_s=every_s)
-        except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
-            logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
-
-
-def set_user_attrs(trial: Trial, **attrs: Any) -> None:
-    """Several user attributes of a running trial at once: 21 a trial, one by one, took 25 ms on SQLite.
-
-    Raises:
-        UpdateFinishedTrialError: the trial has ended.
-    """
-    storage = getattr(trial.storage, "_backend", trial.storage)
-    if not isinstance(storage, RetryingStorage):
-        for key, value in attrs.items():
-            trial.set_user_attr(key, value)
-        return
-    storage.write(trial._trial_id, user_attrs=attrs)
-    trial._cached_frozen_trial.user_attrs.update(attrs)  # as Trial.set_user_attr does; the pruner reads it there
-
-
-def write_now(trial: Trial) -> None:
-    """Put the trial's parameters into the database without waiting for its next write, for others to see."""
-    set_user_attrs(trial)
-
-
-def report(trial: Trial, value: float, *, step: int, **attrs: Any) -> None:
-    """``trial.report`` and user attributes in one transaction: no rung is reported without what is known of it.
-
-    Raises:
-        UpdateFinishedTrialError: the trial has ended.
-    """
-    storage = getattr(trial.storage, "_backend", trial.storage)
-    if not isinstance(storage, RetryingStorage):
-        trial.report(value, step=step)
-        set_user_attrs(trial, **attrs)
-        return
-    storage.write(trial._trial_id, user_attrs=attrs, values={step: value})
-    trial._cached_frozen_trial.intermediate_values[step] = value  # as Trial.report does
-    trial._cached_frozen_trial.user_attrs.update(attrs)
-
-
-def _retried(method: Callable[..., T]) -> Callable[..., T]:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> T:
-        return retry_transient(lambda: method(*args, **kwargs))
-
-    return call
-
-
-# Writes that set a value and reads may be repeated. Those that Optuna's cache calls under other names are above.
-_RETRIED = """
-set_trial_param
-set_study_user_attr set_study_system_attr get_study_id_from_name get_study_name_from_id get_study_directions
-get_study_user_attrs get_study_system_attrs get_all_studies get_all_trials
-_get_best_trial_id get_trial_id_from_study_id_trial_number
-"""
-for _name in _RETRIED.split():
-    if hasattr(RDBStorage, _name):
-        setattr(RetryingStorage, _name, _retried(getattr(RDBStorage, _name)))

@@ -28,12 +28,13 @@ from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held, keep
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
 from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.reading import best_of, errors_of, n_finished_in
+from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.settling import end_silent, settle_lost
 from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
 from pcam_automl.search.start import enqueued_for
-from pcam_automl.search.storage import RetryingStorage, engine_of, rdb_of
+from pcam_automl.search.storage import engine_of, rdb_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 

@@ -77,7 +77,8 @@ def study_writer(database: Path, _: object) -> Callable[[], object]:
     """A trial with a long attribute, in a database that there is already."""
     import optuna
 
-    from pcam_automl.search.storage import engine_of, open_storage, set_user_attrs, storage_faults
+    from pcam_automl.search.retrying_storage import set_user_attrs
+    from pcam_automl.search.storage import engine_of, open_storage, storage_faults
 
     url = f"sqlite:///{database}"
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -12,8 +12,9 @@ from optuna.samplers import TPESampler
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 
 from pcam_automl.search.quick_tpe import QuickTPE, Remembered
+from pcam_automl.search.retrying_storage import write_now
 from pcam_automl.search.sampler import build_sampler
-from pcam_automl.search.storage import open_storage, quiet_experimental, rdb_of, write_now
+from pcam_automl.search.storage import open_storage, quiet_experimental, rdb_of
 from pcam_automl.search.trial_reader import read_trial
 from pcam_automl.search.trial_writes import TPE_SHARED
 

@@ -16,10 +16,11 @@ from pcam_automl.search import silence as silence_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import n_finished_of
+from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.settling import LOST, Settled, end_silent, settle_lost
 from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, running_rows
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
-from pcam_automl.search.storage import RetryingStorage, engine_of, open_storage, rdb_of
+from pcam_automl.search.storage import engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.worker import Limits, prescribed, run_worker
 

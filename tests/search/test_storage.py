@@ -17,13 +17,8 @@ from optuna.trial import TrialState
 from pcam_automl.errors import StudyError
 from pcam_automl.search import patience as module
 from pcam_automl.search.patience import is_transient, retry_transient
-from pcam_automl.search.storage import (
-    engine_of,
-    open_storage,
-    quiet_experimental,
-    set_user_attrs,
-    storage_fault,
-)
+from pcam_automl.search.retrying_storage import set_user_attrs
+from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental, storage_fault
 from pcam_automl.search.storage_url import normalised_url, safe_url
 
 SECRET = "s3cr:t/p@ss w%rd"

@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcam_automl.search import trial_reader
 from pcam_automl.search.plain_reader import read_study
-from pcam_automl.search.storage import engine_options, open_storage, rdb_of, report
+from pcam_automl.search.retrying_storage import report
+from pcam_automl.search.storage import engine_options, open_storage, rdb_of
 from pcam_automl.search.storage_url import normalised_url
 from pcam_automl.search.trial_reader import read_trial, read_trials
 
