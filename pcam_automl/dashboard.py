@@ -67,13 +67,23 @@ def serve_dashboard(
     pages = optuna_dashboard.wsgi(storage, artifact_store=store)
     with make_server(host, port, pages, server_class=_Server, handler_class=_Answers) as server:
         ready()
-        thread = threading.Thread(target=server.serve_forever, name="dashboard", daemon=True)
+        faults: list[Exception] = []
+
+        def serve() -> None:
+            try:
+                server.serve_forever()
+            except Exception as fault:  # noqa: BLE001 - raised again below
+                faults.append(fault)
+
+        thread = threading.Thread(target=serve, name="dashboard", daemon=True)
         thread.start()
         try:
             while thread.is_alive():
                 thread.join(1.0)
         finally:
             server.shutdown()
+        if faults:
+            raise faults[0]
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -1,7 +1,7 @@
 """Whole-file writes, checksums and locks. Knows nothing of patches, models or studies.
 
 Everything the package writes goes through :func:`written_whole` or :func:`folder_written_whole`:
-fill a neighbour named ``.<name>.<pid>.partial``, fsync it, rename it over the target. A folder being filled holds a
+fill a neighbour named ``.<name>.<pid>-<thread>.partial``, fsync it, rename it over the target. A folder being filled holds a
 locked file ``.writing``: what a killed process left is known by its free lock and removed by the next writer beside it.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from pcam_automl.errors import DataError, WriteError
 
 _CHUNK_BYTES = 1 << 20
 _WRITING = ".writing"
-_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>partial|old)", re.DOTALL)
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?:-\d+)?\.(?P<kind>partial|old)", re.DOTALL)
 
 
 def _partial(target: Path) -> Path:
@@ -66,7 +67,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         DataError: the disk is full or the folder is read-only.
     """
     target = Path(target)
-    partial = _partial(target)
+    # A thread's own: two that answer requests may fetch the same file.
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_native_id()}.partial")
     with write_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from easy_set import easy_patches, write_easy_set, write_table
 from PIL import Image
+from planted_study import study_with
 
 TINY_SPACE = """\
 base: {batch_size: 16, crop_size: 32, augment: 0.2}
@@ -355,9 +356,8 @@ def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], parts: tuple[str, ...]) -> None:
-    if words[0] in ("finalize", "report") and len(words) > 1:  # whose options are looked at after their storage
-        Path("studies").mkdir()
-        Path("studies/pcam.db").touch()
+    if words[0] in ("finalize", "report") and len(words) > 1:  # whose options are looked at after their study
+        study_with([], "sqlite:///studies/pcam.db")
     result = run(*words)
     fails_with(result, *parts)
     assert "secret" not in result[1] + result[2]

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from wsgiref.simple_server import WSGIServer
 
 import optuna
 import optuna_dashboard
@@ -53,6 +54,7 @@ def ask(port: int, path: str, patience_s: float = 60.0) -> bytes:
 def test_a_signal_ends_it_in_the_midst_of_a_request(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """wsgiref answers 500 to anything that is raised inside a request, and goes on."""
     inside, over, port = threading.Event(), threading.Event(), free_port()
+    arrived: list[bool] = []
 
     def pages(storage: Any, artifact_store: Any) -> Callable[..., list[bytes]]:
         def page(environ: Any, start: Any) -> list[bytes]:
@@ -66,7 +68,7 @@ def test_a_signal_ends_it_in_the_midst_of_a_request(url: str, monkeypatch: pytes
     def ask_and_end() -> None:
         asking = threading.Thread(target=ask, args=(port, "/"), daemon=True)
         asking.start()
-        inside.wait(60)
+        arrived.append(inside.wait(60))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(optuna_dashboard, "wsgi", pages)
@@ -76,7 +78,17 @@ def test_a_signal_ends_it_in_the_midst_of_a_request(url: str, monkeypatch: pytes
         run_dashboard(url, host="127.0.0.1", port=port)
     sender.join()
     over.set()
+    assert arrived == [True]
     assert told.value.exit_code == 143
+
+
+def test_a_fault_of_the_server_is_raised(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise OSError("address gone")
+
+    monkeypatch.setattr(WSGIServer, "service_actions", fail)
+    with pytest.raises(OSError, match="address gone"):
+        run_dashboard(url, host="127.0.0.1", port=free_port())
 
 
 def test_its_pages_come_and_no_line_for_each(url: str, capfd: pytest.CaptureFixture[str]) -> None:

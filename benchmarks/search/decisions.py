@@ -5,16 +5,18 @@
 
 A cell is (system, budget, seed): one worker searches until the budget's seconds are spent, with the package's own sampler, pruner
 and thaw rule, and hands over the fully trained recipe with the best validation AUC; what counts is its AUC on held-out slides.
-Budgets are in whole trainings: the table's mean seconds of a recipe through all rungs. A proposal stands for the nearest recipe
+A line is marked where searches began more than half of the table's recipes: there they choose from what is left. Budgets are in whole trainings: the table's mean seconds of a recipe through all rungs. A proposal stands for the nearest recipe
 of the table that this search has not had, and the sampler is told that recipe's parameters; `random` draws the same way. (A
 recipe that came again and again would tie with itself at every rung, and equals go on.) Everything but the decisions is equal:
-values and seconds are those that were recorded. What a search does before and after (known-good start, probe, confirmation, final training) is not
-in it.
+values and seconds are those that were recorded. Whether a rung still fits is
+judged by its recorded seconds, where a search estimates them. What a search does before and after (known-good start, probe, audit of
+the rungs, confirmation, final training) is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.storages import InMemoryStorage
 from optuna.trial import Trial, TrialState
 
 from benchmarks.search.rung_table import RungTable, nearest, read_table
 from pcam_automl.errors import InputError
 from pcam_automl.files import write_json
 from pcam_automl.search.cost import SecondsOf
-from pcam_automl.search.lineages import LINEAGE, THAWED_FROM, Lineage, lineages_of
+from pcam_automl.search.lineages import DIVERGED, LINEAGE, THAWED_FROM, Lineage, lineages_of
 from pcam_automl.search.promotion import by_promise, paused_of, promotable
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.sampler import build_sampler
@@ -38,7 +41,7 @@ from pcam_automl.search.space import SearchSpace, load_space
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-BUDGETS = (5.0, 15.0, 50.0)
+BUDGETS = (5.0, 15.0, 40.0)
 SEEDS = 24
 
 
@@ -116,6 +119,10 @@ class OneWorker:
             sampler=self.sampler,
             pruner=build_pruner(system.pruner, rungs=table.steps, pauses=system.thaws),
         )
+        any_trial = optuna.create_study().ask()
+        for parameter in space.parameters.values():
+            parameter.suggest(any_trial)
+        self.distributions = any_trial.distributions
         self.whole_s = float(table.seconds.sum(axis=1).mean())
         self.now, self.n_thawed = 0.0, 0
         self.begun: set[int] = set()  # recipes
@@ -138,8 +145,7 @@ class OneWorker:
 
     def _turn(self) -> bool:
         steps = self.table.steps
-        rows = self.study.get_trials(deepcopy=False)
-        lineages = lineages_of(row for row in rows if row.state != TrialState.FAIL)
+        lineages = lineages_of(self.study.get_trials(deepcopy=False))
         fitting = []
         if self.system.thaws:
             waiting = paused_of(lineages, steps)
@@ -169,15 +175,21 @@ class OneWorker:
         return trial
 
     def _begin(self) -> None:
-        proposal = self._ask({})
-        recipe = nearest(self.table, self.space, proposal.params, without=self.begun)
-        self.study.tell(proposal, state=TrialState.FAIL)  # which nobody learns from
-        trial = self._ask(self.table.params[recipe])
+        trial = self._ask({})
+        recipe = nearest(self.table, self.space, trial.params, without=self.begun)
+        self._stands_for(trial, self.table.params[recipe])
         number = len(self.begun)
         self.begun.add(recipe)
         for name, value in ((LINEAGE, str(number)), ("slot", number), ("recipe", recipe)):
             trial.set_user_attr(name, value)
         self._train(trial, recipe, 0)
+
+    def _stands_for(self, trial: Trial, params: Mapping[str, Any]) -> None:
+        """Make the row one of these parameters: what a sampler learns from is what was trained."""
+        assert isinstance(self.study._storage, InMemoryStorage)
+        row = self.study._storage._get_trial(trial._trial_id)
+        row.params = dict(params)
+        row.distributions = {name: self.distributions[name] for name in params}
 
     def _go_on(self, lineage: Lineage, rung: int) -> None:
         self.n_thawed += 1
@@ -194,6 +206,7 @@ class OneWorker:
         while self._fits(recipe, rung):
             self.now += float(self.table.seconds[recipe, rung])
             if np.isnan(values[rung]):
+                trial.set_user_attr("reason", DIVERGED)
                 break
             trial.report(float(values[rung]), self.table.steps[rung])
             if rung == last:
@@ -203,18 +216,25 @@ class OneWorker:
             if trial.should_prune():
                 break
             rung += 1
-        if np.isnan(values[rung]):
-            trial.set_user_attr("reason", "diverged")
         self.study.tell(trial, state=TrialState.PRUNED)
 
 
 def seconds_by_network(table: RungTable) -> SecondsOf:
-    """Mean seconds of a whole training by network and crop, as the plan's speed table knows them before the first trial."""
-    of: dict[tuple[Any, Any], list[float]] = {}
-    for params, seconds in zip(table.params, table.seconds.sum(axis=1), strict=True):
-        of.setdefault((params["backbone"], params["crop_size"]), []).append(float(seconds))
-    mean = {key: statistics.fmean(values) for key, values in of.items()}
-    return lambda params: mean[params["backbone"], params["crop_size"]]
+    """Mean seconds of a whole training by network and crop, as the plan's speed table knows them before the first trial.
+
+    Where the sampler names neither (it asks for a group of parameters that are searched together), the mean over all.
+    """
+
+    @functools.cache
+    def mean(backbone: Any, crop_size: Any) -> float:
+        alike = [
+            seconds
+            for params, seconds in zip(table.params, table.seconds.sum(axis=1), strict=True)
+            if backbone in (None, params["backbone"]) and crop_size in (None, params["crop_size"])
+        ]
+        return statistics.fmean(alike)
+
+    return lambda params: mean(params.get("backbone"), params.get("crop_size"))
 
 
 def difference(ours: Sequence[float], others: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
@@ -244,7 +264,7 @@ def compare(table: RungTable, space: SearchSpace, names: Sequence[str], n_seeds:
     return cells
 
 
-def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(cells: Sequence[dict[str, Any]], n_recipes: int) -> list[dict[str, Any]]:
     """A line for each system and budget; a search that handed nothing over counts with an AUC of 0.5."""
     lines = []
     for budget in dict.fromkeys(cell["budget"] for cell in cells):
@@ -262,6 +282,7 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "n_lineages": statistics.median(c["n_lineages"] for c in own),
                     "n_complete": statistics.median(c["n_complete"] for c in own),
                     "n_thawed": statistics.median(c["n_thawed"] for c in own),
+                    "share_of_table": statistics.median(c["n_lineages"] for c in own) / n_recipes,
                     "ours_better_by": gain,
                     "interval": [low, high],
                     "verdict": "" if name == "ours" else verdict(low, high),
@@ -282,7 +303,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
         )
         print(
             f"{line['budget']:>6g} {SYSTEMS[line['system']].title:<42}{line['mean_tested']:>9.4f}{line['n_lineages']:>7.0f}"
-            f"{line['n_complete']:>7.0f}{line['n_thawed']:>7.0f}   {gain}"
+            f"{line['n_complete']:>7.0f}{line['n_thawed']:>7.0f}   {gain}{' (half of the table begun)' * (line['share_of_table'] > 0.5)}"
         )
 
 
@@ -302,7 +323,7 @@ def main() -> None:
     table = read_table(asked.table, space)
     names = list(dict.fromkeys(["ours", *asked.systems]))
     cells = compare(table, space, names, asked.seeds)
-    lines = summarise(cells)
+    lines = summarise(cells, len(table))
     show(lines)
     about = {"n_recipes": len(table), "steps": list(table.steps), "whole_s": float(table.seconds.sum(axis=1).mean())}
     about |= {"best_valid": table.best, "its_tested": float(table.tested[int(np.nanargmax(table.values[:, -1])), -1])}

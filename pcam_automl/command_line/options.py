@@ -38,19 +38,36 @@ def checked_name(name: str | None) -> str | None:
 
 
 def _checked_storage(url: str | None) -> str | None:
-    from pcam_automl.config import storage_url
-    from pcam_automl.search.storage_url import check_scheme
+    if url is not None:
+        from pcam_automl.search.storage_url import check_scheme
 
-    check_scheme(storage_url(url))
+        check_scheme(url)
     return url
 
 
 def storage_is_there(url: str | None) -> None:
     """For commands that make no study and take long to import."""
     from pcam_automl.config import storage_url
-    from pcam_automl.search.storage_url import check_there
+    from pcam_automl.search.storage_url import check_scheme, check_there
 
+    check_scheme(storage_url(url))
     check_there(storage_url(url))
+
+
+def study_is_there(name: str, url: str | None) -> None:
+    """For commands on a study that take long to import."""
+    from pcam_automl.search.reading import load_study_to_read
+
+    storage_is_there(url)
+    load_study_to_read(name, url, (), of_complete=())
+
+
+def storage_can_be(url: str | None) -> None:
+    """For commands that make one where there is none, and take long to import: whether it, or PCAM_AUTOML_STORAGE, is a URL."""
+    from pcam_automl.config import storage_url
+    from pcam_automl.search.storage_url import check_scheme
+
+    check_scheme(storage_url(url))
 
 
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME", callback=checked_name)]

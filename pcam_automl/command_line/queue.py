@@ -23,7 +23,9 @@ from pcam_automl.command_line.options import (
     Workers,
     WorkersPerDevice,
     checked_name,
+    storage_can_be,
     storage_is_there,
+    study_is_there,
 )
 from pcam_automl.command_line.study_options import (
     Artifacts,
@@ -83,6 +85,7 @@ def submit(
 ) -> None:
     """Put a study into the queue of a storage and return; `worker` processes anywhere run its trials."""
     asked = asked_of("submit", dict(locals()))
+    storage_can_be(storage)
     from pcam_automl.commands.queue import run_submit
 
     run_submit(study, storage, asked, n_trials=trials, priority=priority)
@@ -117,7 +120,10 @@ def worker(
     timeout_s, quota_bytes = None if timeout is None else parse_duration(timeout), parse_bytes(checkpoint_quota)
     if study is not None and until_idle:
         raise InputError("--until-idle is for a worker without --study; one with it ends when its study is complete")
-    storage_is_there(storage)
+    if study is None:
+        storage_is_there(storage)
+    else:
+        study_is_there(study, storage)
     from pcam_automl.commands.join import run_worker_command
 
     run_worker_command(
@@ -150,6 +156,7 @@ def serve(
     from pcam_automl.dashboard import check_ports
 
     check_ports(host, port, dashboard_port)
+    storage_can_be(storage)
     from pcam_automl.commands.serve import run_serve
 
     run_serve(

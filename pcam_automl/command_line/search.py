@@ -19,6 +19,7 @@ from pcam_automl.command_line.options import (
     WeightsFrom,
     Workers,
     WorkersPerDevice,
+    storage_can_be,
 )
 from pcam_automl.command_line.studies import finalize
 from pcam_automl.command_line.study_options import (
@@ -96,6 +97,7 @@ def search(
     timeout_s = None if timeout is None else parse_duration(timeout)
     quota_bytes = parse_bytes(checkpoint_quota)
     asked = asked_of("search", options)
+    storage_can_be(storage)
     from pcam_automl.commands.search import run_search
 
     run_search(

@@ -17,7 +17,7 @@ from pcam_automl.command_line.options import (
     StudyName,
     Threshold,
     WithReport,
-    storage_is_there,
+    study_is_there,
 )
 
 
@@ -66,7 +66,7 @@ def replay(
     json: Json = False,
 ) -> None:
     """Train a stored trial again from its database row alone and compare every rung."""
-    storage_is_there(storage)
+    study_is_there(study, storage)
     from pcam_automl.commands.replay import run_replay
 
     if not run_replay(trial, study, storage, data=data, device=device, as_json=json):
@@ -185,7 +185,7 @@ def finalize(
     json: Json = False,
 ) -> None:
     """Confirm the best trials, retrain the chosen one on all the data but slides kept back, write the checked submission."""
-    storage_is_there(storage)
+    study_is_there(study, storage)
     from pcam_automl.commands.models import run_finalize
     from pcam_automl.finalizing.result import FinalOptions
 
@@ -223,7 +223,9 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of report.html; studies/<study>, or the bundle's own, by default.", metavar="DIR"
+            "--out",
+            help="Folder of report.html; the study's own beside its database file, or the bundle's, by default.",
+            metavar="DIR",
         ),
     ] = None,
     threshold: Annotated[float, typer.Option("--threshold", help="Called tumour at this probability.")] = 0.5,
@@ -231,7 +233,7 @@ def report(
 ) -> None:
     """One HTML page of pictures: data, search, network, training, scores, what the network looks at."""
     if model is None:
-        storage_is_there(storage)
+        study_is_there(study, storage)
     from pcam_automl.commands.report import run_report
 
     run_report(

@@ -40,7 +40,8 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
     terminal.table("does the order at a rung hold at the next?", header, rows)
     for line in audit_notes(audit):
         terminal.result(line)
-    terminal.result(advice(advised, settings.rungs))
+    if any(rung.n_pairs for rung in audit.rungs):
+        terminal.result(advice(advised, settings.rungs))
     if probe is not None:
         terminal.result(str(probe))
 

@@ -20,7 +20,7 @@ from pcam_automl.search.reading import load_study
 from pcam_automl.search.silence import LOOKS_A_GRACE, Patrol, Silent, Watchman
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage, storage_faults
-from pcam_automl.search.storage_url import safe_url
+from pcam_automl.search.storage_url import check_there, safe_url
 
 if TYPE_CHECKING:  # torch and timm, which `status --all` does without
     from pcam_automl.commands.search import Work
@@ -58,7 +58,8 @@ def run_service_worker(url: str | None, asked: Asked, devices: Sequence[str], wo
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with stop_signal("its trial goes on in another worker") as stop, storage_faults(url):
-        engine = engine_of(open_storage(url, create=False))
+        check_there(url)
+        engine = engine_of(open_storage(url))  # on a new server it waits for the first study
         server = Server(url, engine, asked, devices, work, stop)
         watch = QueueWatch(url, engine, work.max_retries)
         with patient(), Patrol(watch, watch.end):

@@ -55,7 +55,9 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
     if n_stopped := summary.states.get("fail", 0) - len(summary.errors):
-        terminal.result(f"  {n_stopped} of the failed were interrupted or lost their worker: they go on in other rows")
+        terminal.result(
+            f"  {n_stopped} of the failed were interrupted or lost their worker: they go on in other rows unless given up"
+        )
     for reason in sorted(set(summary.errors)):
         terminal.result(f"  {summary.errors.count(reason)} x {reason}")
     if summary.best is None:

@@ -132,7 +132,7 @@ def run_many(
 def settled_text(found: Settled, limits: Limits) -> str:
     """What becomes of a dead worker's trial, for people."""
     if not found.ended:
-        return "it had no trial in hand"
+        return "it had no trial in hand, or another worker has seen to it"
     parts = []
     for number in found.ended:
         gone = (

@@ -38,7 +38,8 @@ class StudyLine:
         spent_s: of the budget.
         searched: whether the search's part of the budget is over.
         states: trials (Optuna's rows) by state.
-        n_errors: failed ones that ended by an error; the others were interrupted or lost their worker, and go on in another.
+        n_errors: failed ones that ended by an error; the others were interrupted or lost their worker, and go on in another
+            unless they are given up.
         slots: lineages by state: claimed, done, open.
         best: value of the best complete trial.
         objective: what it is the value of.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 import optuna
 from optuna.study import StudyDirection
@@ -34,12 +35,25 @@ from pcam_automl.search.trial_rows import (
 
 _BUSY_TIMEOUT_S = 60
 _AT_ONCE = 5_000
-"""Rows that a driver turns into Python values at a time."""
+"""Rows that psycopg turns into Python values at a time."""
 _DRIVERS = {
     "psycopg": ("postgresql", "postgres", "postgresql+psycopg"),
     "pymysql": ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"),
 }
 """Python's package for a server to the schemes of its URLs."""
+_PLAIN_URL = re.compile(
+    r"(?P<scheme>[a-z]+(\+[a-z0-9]+)?)://((?P<user>[^\s:/?#@\[\]]+)(:(?P<password>[^\s:/?#@\[\]]*))?@)?"
+    r"(?P<host>[A-Za-z0-9._-]+)(:(?P<port>\d{1,5}))?/(?P<database>[A-Za-z0-9._-]+)"
+)
+"""A URL that every reader understands alike: no options, no address in brackets, nothing that ought to be percent-encoded."""
+_ONE_MOMENT = {
+    "psycopg": ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",),
+    "pymysql": (
+        "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+        "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
+    ),
+}
+"""What makes all statements of a connection see the same moment, whatever the server's default."""
 
 Query = Callable[[str, Sequence[Any]], Iterable[Sequence[Any]]]
 """Rows of a statement whose parameters are marked by ``?``."""
@@ -60,8 +74,11 @@ def read_study(
     Returns:
         A study whose trials equal those that Optuna's own storage gives, but for what was not asked for, and without
         system attributes and times.
-        None where SQLAlchemy or Optuna has to say what is wrong, or knows better: a missing or foreign database, one that
-        cannot be reached, tables of another version, no such study, several objectives, options in the URL.
+        None where SQLAlchemy or Optuna has to say what is wrong, or knows better: a missing or foreign database, tables of
+        another version, no such study, several objectives, a URL that is not plain.
+
+    Raises:
+        StudyError: a server that is not there or refuses.
     """
     try:
         with _connected(url) as query:
@@ -71,7 +88,7 @@ def read_study(
 
 
 class _DriverError(Exception):
-    """What a server's driver raised, whichever it is."""
+    """What a server's driver raised of a statement, whichever driver it is."""
 
 
 @contextmanager
@@ -82,11 +99,11 @@ def _connected(url: str) -> Iterator[Query | None]:
         with closing(_open_sqlite(file)) as connection:
             yield connection.execute
         return
-    driver = _driver_of(url)
-    if driver is None:
+    driver, parts = _driver_of(url)
+    if driver is None or parts is None:
         yield None
         return
-    with _driver_faults(driver), closing(_open_server(driver, url)) as server:
+    with closing(_open_server(driver, parts, url)) as server:
 
         def query(statement: str, values: Sequence[Any]) -> Iterable[Sequence[Any]]:
             with _driver_faults(driver):
@@ -94,6 +111,8 @@ def _connected(url: str) -> Iterator[Query | None]:
                 cursor.execute(statement.replace("?", "%s"), values)  # all rows come with it
             return _rows(cursor)
 
+        for statement in _ONE_MOMENT[driver.__name__]:
+            query(statement, ())
         yield query
 
 
@@ -113,39 +132,46 @@ def _driver_faults(driver: ModuleType) -> Iterator[None]:
 def _open_sqlite(file: Path) -> sqlite3.Connection:
     # Not mode=ro: such a reader leaves -wal and -shm behind.
     connection = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=_BUSY_TIMEOUT_S)
-    connection.execute("PRAGMA query_only = ON")
-    connection.execute("BEGIN")
+    try:
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("BEGIN")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
-def _driver_of(url: str) -> ModuleType | None:
-    """Psycopg or PyMySQL, whichever reads the URL; None for one with options, of other drivers, or of none that is installed."""
-    parts = urlsplit(url)
-    name = next((name for name, schemes in _DRIVERS.items() if parts.scheme in schemes), None)
-    if name is None or parts.query or parts.fragment or parts.netloc.count("@") > 1 or not parts.hostname:
-        return None
+def _driver_of(url: str) -> tuple[ModuleType | None, re.Match[str] | None]:
+    """Psycopg or PyMySQL, whichever reads the URL, and the URL's parts; None for one that is not plain, of other drivers, or of
+    none that is installed.
+    """
+    parts = _PLAIN_URL.fullmatch(url)
+    name = None if parts is None else next((name for name, own in _DRIVERS.items() if parts["scheme"] in own), None)
+    if name is None:
+        return None, None
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name), parts
     except ImportError:
-        return None
+        return None, None
 
 
-def _open_server(driver: Any, url: str) -> Any:
-    """A connection in a transaction that sees one moment."""
-    parts = urlsplit(url)
-    words = {"user": parts.username, "password": parts.password}
-    known: dict[str, Any] = {key: unquote(word) for key, word in words.items() if word is not None}
-    known |= {"host": parts.hostname, "connect_timeout": CONNECT_TIMEOUT_S}
-    if parts.port is not None:
-        known["port"] = parts.port
-    database = unquote(parts.path.removeprefix("/"))
-    if driver.__name__ == "psycopg":
-        server = driver.connect(**known, dbname=database)
-        server.isolation_level, server.read_only = driver.IsolationLevel.REPEATABLE_READ, True
-        return server
-    server = driver.connect(**known, database=database)
-    server.cursor().execute("START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
-    return server
+def _open_server(driver: Any, parts: re.Match[str], url: str) -> Any:
+    """A connection.
+
+    Raises:
+        StudyError: the server is not there or refuses; asking it again in another way would take as long again.
+    """
+    known: dict[str, Any] = {key: unquote(parts[key]) for key in ("user", "password") if parts[key] is not None}
+    known |= {"host": parts["host"], "connect_timeout": CONNECT_TIMEOUT_S}
+    if parts["port"] is not None:
+        known["port"] = int(parts["port"])
+    known["dbname" if driver.__name__ == "psycopg" else "database"] = parts["database"]
+    try:
+        return driver.connect(**known)
+    except (driver.Error, RuntimeError) as fault:  # PyMySQL's word where a package for its encryption is missing
+        from pcam_automl.search.storage import storage_fault
+
+        raise storage_fault(url, fault) from None
 
 
 def _study(query: Query, name: str, attrs: Collection[str], of_complete: Collection[str] | None) -> optuna.Study | None:

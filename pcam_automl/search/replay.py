@@ -149,7 +149,8 @@ def _checked_row(study_trials: Sequence[FrozenTrial], number: int, split_hash: s
     """The row, if it can be replayed; see :func:`read_trial`."""
     row = next((trial for trial in study_trials if trial.number == number), None)
     if row is None:
-        raise StudyError(f"there is no trial {number}; the study's are 0 to {len(study_trials) - 1}")
+        has = f"the study's are 0 to {len(study_trials) - 1}" if study_trials else "the study has none yet"
+        raise StudyError(f"there is no trial {number}; {has}")
     attrs = row.user_attrs
     if "recipe" not in attrs or "compute" not in attrs or not (attrs.get("rungs") or has_diverged(row)):
         why = attrs.get("reason", row.state.name.lower())

@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
 from optuna.study import Study
 
 from pcam_automl.errors import StudyError
@@ -19,8 +20,9 @@ from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import (
     CONNECT_TIMEOUT_S,
-    check_there,
+    check_file,
     extra_of,
+    no_studies,
     normalised_url,
     safe_url,
     scrubbed,
@@ -72,7 +74,7 @@ def _make_folder(url: str, *, create: bool) -> None:
             f"storage {safe_url(url)} is a folder; name a file in it, e.g. {safe_url(url).rstrip('/')}/pcam.db"
         )
     if not create:
-        check_there(f"sqlite:///{path}")
+        check_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -80,9 +82,15 @@ def _make_folder(url: str, *, create: bool) -> None:
 
 
 def _probe(url: str, *, write: bool) -> None:
-    """Connect once and, for SQLite, switch the file to write-ahead logging (which stays) and see if it takes writes."""
+    """Connect once and, for SQLite, switch the file to write-ahead logging (which stays) and see if it takes writes.
+
+    Raises:
+        StudyError: nothing is to be written, and there are no tables of Optuna's.
+    """
     engine = sa.create_engine(url, **engine_options(url), poolclass=sa.NullPool)
     with engine.connect() as connection:
+        if not write and not sa.inspect(connection).has_table(models.StudyModel.__tablename__):
+            raise no_studies(safe_url(url))
         if engine.dialect.name != "sqlite":
             connection.execute(sa.text("SELECT 1"))
             return
@@ -100,7 +108,7 @@ def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> Ret
     Args:
         url: SQLAlchemy URL; SQLite files get their folder, write-ahead logging and a 60 s busy timeout.
         heartbeat_s: seconds between the signs of life of a running trial, positive; a worker sets its study's.
-        create: False refuses an SQLite file that does not exist instead of making it.
+        create: False refuses an SQLite file that does not exist, and a database without Optuna's tables, instead of making them.
 
     Raises:
         StudyError: wrong or unreachable URL, missing driver, no rights, a foreign file, a schema of another Optuna.
@@ -172,7 +180,12 @@ def storage_fault(url: str, fault: Exception) -> StudyError:
             f"storage {shown} was away for more than {WORKERS_PATIENCE_S / 60:.0f} minutes ({text}); "
             "scored rungs are kept as checkpoints, the same command goes on once it is back"
         )
-    return StudyError(f"storage {shown} cannot be used: {text}; check host, port, user, password and database name")
+    advice = (
+        "ask for the rights"
+        if "denied for" in text and "table" in text
+        else "check host, port, user, password and database name"
+    )
+    return StudyError(f"storage {shown} cannot be used: {text}; {advice}")
 
 
 @contextmanager

@@ -59,16 +59,24 @@ def check_scheme(url: str) -> None:
     Raises:
         StudyError: not a URL, or a scheme that is not a database of ours.
     """
-    scheme, colon, _ = url.partition("://")
-    if not colon:
+    if "://" not in url:
         hint = f"sqlite:///{url}" if url and ":" not in url else "sqlite:///studies/pcam.db"
         raise StudyError(f"storage must be a database URL, got {safe_url(url)!r} (did you mean {hint!r}?)")
-    scheme = scheme.partition("+")[0]
-    known = ["sqlite", *_SERVERS]
-    if scheme and _ALIASES.get(scheme, scheme) not in known:
+    begin = re.match(r"([A-Za-z]\w*)(\+\w+)?://", url)
+    if begin is None:
+        raise _not_valid(url)
+    scheme, known = begin[1], ["sqlite", *_SERVERS]
+    if _ALIASES.get(scheme, scheme) not in known:
         raise StudyError(
             f"storage scheme must be one of {', '.join(known)}, got {scheme!r}{did_you_mean(scheme, known)}"
         )
+
+
+def _not_valid(url: str) -> StudyError:
+    return StudyError(
+        f"storage URL {safe_url(url)!r} is not valid; write scheme://user:password@host:port/database, "
+        "with special characters of the password percent-encoded"
+    )
 
 
 def check_there(url: str) -> None:
@@ -78,10 +86,21 @@ def check_there(url: str) -> None:
         StudyError: an SQLite file that does not exist.
     """
     path = plain_sqlite_path(url)
-    if path is not None and not path.exists():
-        raise StudyError(
-            f"there are no studies in {path}; start one with `pcam-automl search`, or name another --storage"
-        )
+    if path is not None:
+        check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """As :func:`check_there`, of a file."""
+    if not path.exists():
+        raise no_studies(path)
+
+
+def no_studies(where: object) -> StudyError:
+    """What is said where none could be."""
+    return StudyError(
+        f"there are no studies in {where}; start one with `pcam-automl search`, or name another --storage"
+    )
 
 
 def normalised_url(url: str) -> str:
@@ -98,10 +117,7 @@ def normalised_url(url: str) -> str:
         if url.partition("?")[0].count("@") > 1:
             raise ValueError
     except (sa.exc.ArgumentError, ValueError):
-        raise StudyError(
-            f"storage URL {safe_url(url)!r} is not valid; write scheme://user:password@host:port/database, "
-            "with special characters of the password percent-encoded"
-        ) from None
+        raise _not_valid(url) from None
     scheme, plus, driver = parsed.drivername.partition("+")
     backend = _ALIASES.get(scheme, scheme)
     if backend == "sqlite":
@@ -142,9 +158,9 @@ def sqlite_path(url: str) -> Path | None:
 
 
 def plain_sqlite_path(url: str) -> Path | None:
-    """The file of ``sqlite:///FILE`` without options; None for every other URL, for SQLAlchemy to read."""
+    """The file of ``sqlite:///FILE`` without options and escapes; None for every other URL, for SQLAlchemy to read."""
     file = url.removeprefix("sqlite:///")
-    odd = file == url or not file or "?" in file or file.startswith((":memory:", "file:"))
+    odd = file == url or not file or "?" in file or "%" in file or file.startswith((":memory:", "file:"))
     return None if odd else Path(file)
 
 

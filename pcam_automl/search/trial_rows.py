@@ -37,13 +37,16 @@ _NOT_FINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf, "NAN": math.nan}
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Python's search for cycles waits: among a large study's dictionaries it is a quarter of the time, and finds nothing."""
-    on = gc.isenabled()
+    if (
+        not gc.isenabled()
+    ):  # whoever turned it off turns it on again: another thread's pause must not outlive this one's
+        yield
+        return
     gc.disable()
     try:
         yield
     finally:
-        if on:
-            gc.enable()
+        gc.enable()
 
 
 @collector_paused()
@@ -106,7 +109,12 @@ def study_to_read(
     name: str, direction: StudyDirection, trials: list[FrozenTrial], user_attrs: Mapping[str, Any]
 ) -> optuna.Study:
     """A study in memory around trials that were read, which nobody writes to."""
-    study = optuna.create_study(study_name=name, direction=direction, storage=_ReadTrials(trials))
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(level, optuna.logging.WARNING))  # it would say that a study was created
+    try:
+        study = optuna.create_study(study_name=name, direction=direction, storage=_ReadTrials(trials))
+    finally:
+        optuna.logging.set_verbosity(level)
     for key, value in user_attrs.items():
         study.set_user_attr(key, value)
     return study

@@ -61,7 +61,7 @@ def add(study: optuna.Study, number: int, state: TrialState, **rest: Any) -> Non
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Complete, pruned, failed, running and waiting trials, values and reports that are not finite; a second study."""
-    file = tmp_path_factory.mktemp("made") / "pcam 100%.db"
+    file = tmp_path_factory.mktemp("made") / "pcam #1 µ.db"
     storage = open_storage(f"sqlite:///{file}")
     study = optuna.create_study(study_name="pcam", storage=storage, direction="maximize")
     study.set_user_attr(SETTINGS_KEY, SETTINGS.model_dump_json())
@@ -184,6 +184,7 @@ def test_the_installed_optuna_makes_tables_that_the_reader_knows(url: str) -> No
         ("sqlite:///studies/pcam.db", Path("studies/pcam.db")),
         ("sqlite:////tmp/a b.db", Path("/tmp/a b.db")),
         ("sqlite:///s.db?timeout=3", None),
+        ("sqlite:///a%20b.db", None),
         ("sqlite:///:memory:", None),
         ("sqlite:///file:s.db?uri=true", None),
         ("sqlite:///", None),
@@ -193,3 +194,24 @@ def test_the_installed_optuna_makes_tables_that_the_reader_knows(url: str) -> No
 )
 def test_only_a_plain_file_is_read_directly(url: str, want: Path | None) -> None:
     assert plain_sqlite_path(url) == want
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:Sec/ret@127.0.0.1:1/test",
+        "mysql://u:Sec/ret@127.0.0.1:1/test",
+        "postgresql://u:Secret\u2100@127.0.0.1:1/test",
+        "postgresql://u:S[ecret@127.0.0.1:1/test",
+        "postgresql://u:Secret@127.0.0.1:abc/test",
+        "postgresql://u:Secret@127.0.0.1:99999/test",
+        "postgresql://u:1234/x@127.0.0.1:1/test",
+        "postgresql://u:Secret@127.0.0.1:1",
+        "postgresql://u:Se%40cret@127.0.0.1:1/test",
+        "mysql://u:Se%40cret@127.0.0.1:1/test",
+    ],
+)
+def test_no_url_is_unexpected_and_no_password_is_said(url: str) -> None:
+    with pytest.raises(StudyError) as told:
+        load_study_to_read("pcam", url, READ_ATTRS)
+    assert not any(part in str(told.value) for part in ("Sec", "S[ecret", "cret@", "1234"))

@@ -129,6 +129,8 @@ def test_storage_that_is_no_database_has_no_engine() -> None:
         ("redis://localhost/0", "one of sqlite, postgresql, mysql, got 'redis'"),
         ("postgresql://u@h:port/db", "is not valid; write scheme://user:password@host:port/database"),
         ("://", "is not valid"),
+        ("+psycopg://h/db", "is not valid"),
+        ("postgresql:user:secret@host/db?proxy=http://x", "is not valid"),
         ("postgresql://u@h", "names no database"),
         ("postgresql+nodriver://u@h/db", r"run: pip install 'pcam-automl\[postgres\]'"),
         ("mysql+mysqlconnector://u@h/db", r"run: pip install 'pcam-automl\[mysql\]'"),
