@@ -369,6 +369,7 @@ def test_bad_input_is_one_line_and_exit_2(run: Any, words: tuple[object, ...], p
         ("search", "--trials", "1", "--study", "a/b"),
         ("search", "--trials", "1", "--storage", "redis://host/0"),
         ("submit", "--trials", "1", "--study", "a/b"),
+        ("search", "--trials", "1", "--data", "nowhere"),
         ("worker", "--study", "a/b"),
         ("worker",),
         ("serve", "--port", "99999"),
@@ -387,6 +388,28 @@ def test_what_needs_no_torch_to_be_refused_is_refused_before_its_seconds(words: 
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "2 False"
     assert ran.stderr.startswith("error: ")
+
+
+def test_the_process_ends_as_python_would_end_it_but_for_the_search_for_cycles(in_tmp: Path) -> None:
+    code = (
+        "import atexit, sys, threading, time; from pcam_automl import cli\n"
+        "class Slow:\n    def __del__(self): print('collected')\n"
+        "slow = Slow(); slow.own = slow\n"
+        "atexit.register(print, 'registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\n"
+        "sys.argv = ['pcam-automl', 'status', '--storage', 'nonsense']\n"
+        "cli.run()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout.split()) == (2, ["thread", "registered"])
+    assert ran.stderr.startswith("error: storage must be a database URL")
+
+
+def test_a_reader_that_goes_away_is_no_fault(in_tmp: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pcam_automl --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert ran.stdout.split()[-1] in ("0", "1")  # click's word for it
+    assert ran.stderr == ""
 
 
 def test_usage_errors_exit_2(run: Any) -> None:

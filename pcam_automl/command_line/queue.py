@@ -84,8 +84,9 @@ def submit(
     artifacts: Artifacts = None,
 ) -> None:
     """Put a study into the queue of a storage and return; `worker` processes anywhere run its trials."""
-    asked = asked_of("submit", dict(locals()))
+    options = dict(locals())
     storage_can_be(storage)
+    asked = asked_of("submit", options)
     from pcam_automl.commands.queue import run_submit
 
     run_submit(study, storage, asked, n_trials=trials, priority=priority)

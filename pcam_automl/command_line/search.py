@@ -96,8 +96,8 @@ def search(
 
     timeout_s = None if timeout is None else parse_duration(timeout)
     quota_bytes = parse_bytes(checkpoint_quota)
-    asked = asked_of("search", options)
     storage_can_be(storage)
+    asked = asked_of("search", options)
     from pcam_automl.commands.search import run_search
 
     run_search(
