@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,21 @@ def test_storage_that_is_no_database_has_no_engine() -> None:
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE mine (a INTEGER)"])
+def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, statement: str) -> None:
+    file = tmp_path / "mine.db"
+    with closing(sqlite3.connect(file)) as database:
+        database.execute(statement)
+    file.touch()
+    held = file.read_bytes()
+    with pytest.raises(StudyError, match="there are no studies in sqlite:///.*mine.db; start one with"):
+        open_storage(f"sqlite:///{file}", create=False)
+    assert file.read_bytes() == held
+    assert [other.name for other in tmp_path.iterdir()] == ["mine.db"]
+    engine_of(open_storage(f"sqlite:///{file}")).dispose()
+    engine_of(open_storage(f"sqlite:///{file}", create=False)).dispose()
 
 
 @pytest.mark.parametrize(
