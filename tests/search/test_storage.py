@@ -125,7 +125,7 @@ def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, 
         database.execute(statement)
     file.touch()
     held = file.read_bytes()
-    with pytest.raises(StudyError, match="there are no studies in sqlite:///.*mine.db; start one with"):
+    with pytest.raises(StudyError, match=r"there are no studies in sqlite:///.*mine\.db; start one with"):
         open_storage(f"sqlite:///{file}", create=False)
     assert file.read_bytes() == held
     assert [other.name for other in tmp_path.iterdir()] == ["mine.db"]
