@@ -21,10 +21,10 @@ SPACE = parse_space(
     " optimizer: {choice: [adamw, sgd]}, beta1: {float: [0.8, 0.98], when: {optimizer: [sgd]}}}",
     "test",
 )
-STEPS = (100, 300, 900)
+STEPS = (100, 300, 900, 2700)
 
 
-def table_of(n: int = 60, noise: tuple[float, float, float] = (0.03, 0.01, 0.003)) -> RungTable:
+def table_of(n: int = 60, noise: tuple[float, ...] = (0.06, 0.03, 0.01, 0.003)) -> RungTable:
     """Rates near 1e-3 are good, and network b better than a."""
     rng = np.random.default_rng(2)
     rates, networks = 10 ** rng.uniform(-4, -2, n), rng.choice(["a", "b"], n)
@@ -47,7 +47,7 @@ class Noted(OneWorker):
         before = self.now
         super()._train(trial, recipe, rung)
         done = 0.0
-        while rung < len(STEPS) and done < self.now - before - 1e-9:
+        while rung < len(self.table.steps) and done < self.now - before - 1e-9:
             done += float(self.table.seconds[recipe, rung])
             self.trained = [*getattr(self, "trained", []), (recipe, rung)]
             rung += 1
@@ -65,7 +65,7 @@ def test_the_budget_holds_and_no_rung_is_trained_twice(name: str) -> None:
     search = Noted(table, SPACE, SYSTEMS[name], 3, 6 * whole_s)
     found = search.run()
     assert found.spent_s <= 6 * whole_s
-    assert found.spent_s == pytest.approx(sum(table.seconds[recipe, rung] for recipe, rung in search.trained))
+    assert found.spent_s == pytest.approx(sum(search.table.seconds[recipe, rung] for recipe, rung in search.trained))
     assert len(search.trained) == len(set(search.trained))
     rows = search.study.trials
     assert len(lineages_of(rows)) == found.n_lineages == len(search.begun)
@@ -87,7 +87,7 @@ def test_rungs_begin_more_recipes_and_a_sampler_that_learns_draws_better_ones() 
         for name in ("ours", "random")
     }
     found = {name: [search.run() for search in searches] for name, searches in ran.items()}
-    assert min(one.n_lineages for one in found["ours"]) > 2 * max(one.n_lineages for one in found["random"])
+    assert min(one.n_lineages for one in found["ours"]) > 1.5 * max(one.n_lineages for one in found["random"])
     late = {
         name: np.mean(
             [

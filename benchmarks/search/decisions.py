@@ -4,14 +4,15 @@
     python -m benchmarks.search.decisions --seeds 4      # a first look
     python -m benchmarks.search.decisions --systems gp   # the default beside it; left out above, it takes as long as all others
 
-A cell is (system, budget, seed): one worker searches until the budget's seconds are spent, with the package's own sampler, pruner
-and thaw rule, and hands over the fully trained recipe with the best validation AUC; what counts is its AUC on held-out slides.
-A line is marked where searches began more than half of the table's recipes: there they choose from what is left. Budgets are in whole trainings: the table's mean seconds of a recipe through all rungs. A proposal stands for the nearest recipe
-of the table that this search has not had, and the sampler is told that recipe's parameters; `random` draws the same way. (A
-recipe that came again and again would tie with itself at every rung, and equals go on.) Everything but the decisions is equal:
-values and seconds are those that were recorded. Whether a rung still fits is
-judged by its recorded seconds, where a search estimates them. What a search does before and after (known-good start, probe, audit of
-the rungs, confirmation, final training) is not in it.
+A cell is (system, budget, seed): one worker searches until the budget's seconds are spent, with the package's own sampler, pruner,
+audit and thaw rule, and hands over the fully trained recipe with the best validation AUC; what counts is its AUC on held-out
+slides. Budgets are in whole trainings: the table's mean seconds of a recipe through all rungs. Rungs are those of a search, 1/9,
+1/3 and all of the views, where a system does not say another first one. A proposal stands for the nearest recipe of the table
+that this search has not had, and the sampler is told that recipe's parameters; `random` draws the same way. (A recipe that came
+again and again would tie with itself at every rung, and equals go on.) A line is marked where searches began more than half of
+the recipes: there they choose from what is left. Everything but the decisions is equal: values and seconds are those that were
+recorded. Whether a rung still fits is judged by its recorded seconds, where a search estimates them. What a search does before
+and after (known-good start, probe, confirmation, final training) is not in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ import joblib
 import numpy as np
 import optuna
 from optuna.storages import InMemoryStorage
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from benchmarks.search.rung_table import RungTable, nearest, read_table
 from pcam_automl.errors import InputError
 from pcam_automl.files import write_json
+from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge
 from pcam_automl.search.cost import SecondsOf
 from pcam_automl.search.lineages import DIVERGED, LINEAGE, THAWED_FROM, Lineage, lineages_of
 from pcam_automl.search.promotion import by_promise, paused_of, promotable
-from pcam_automl.search.pruner import build_pruner
+from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.terminal import Bars
@@ -59,6 +61,8 @@ class System:
         pruner: who ends a row at a rung.
         thaws: whether paused lineages go on.
         cost_aware: whether proposals are judged by improvement per second.
+        first_rung: of the table's rungs the first that is scored; the views before it are trained all the same.
+        heeds_audit: whether nothing ends at rungs whose order misleads, looked at every ten rows.
     """
 
     title: str
@@ -66,6 +70,8 @@ class System:
     pruner: str = "asha"
     thaws: bool = True
     cost_aware: bool = False
+    first_rung: int = 1
+    heeds_audit: bool = True
 
 
 SYSTEMS = {
@@ -78,6 +84,9 @@ SYSTEMS = {
     "median": System("TPE, median rule", pruner="median", thaws=False),
     "hyperband": System("TPE, Hyperband", pruner="hyperband", thaws=False),
     "gp": System("GP, rungs, thaw", sampler="gp"),
+    "without-audit": System("TPE, rungs, thaw, audit not heeded", heeds_audit=False),
+    "four-rungs": System("TPE, rungs from 1/27, thaw", first_rung=0),
+    "two-rungs": System("TPE, rungs from 1/3, thaw", first_rung=2),
     "tpe-qmc": System("Sobol start, TPE, rungs, thaw", sampler="tpe-qmc"),
 }
 
@@ -114,7 +123,8 @@ class OneWorker:
     """
 
     def __init__(self, table: RungTable, space: SearchSpace, system: System, seed: int, until_s: float) -> None:
-        self.table, self.space, self.system, self.until_s = table, space, system, until_s
+        self.table, self.space, self.system, self.until_s = from_rung(table, system.first_rung), space, system, until_s
+        table = self.table
         seconds_of = seconds_by_network(table) if system.cost_aware else None
         self.sampler = build_sampler(system.sampler, seed, seconds_of=seconds_of)
         self.study = optuna.create_study(
@@ -147,9 +157,16 @@ class OneWorker:
             self.now,
         )
 
+    def _heed_audit(self, rows: list[FrozenTrial]) -> None:
+        pruner = self.study.pruner
+        if self.system.heeds_audit and isinstance(pruner, SuccessiveHalving) and rows and len(rows) % AUDIT_EVERY == 0:
+            pruner.first_judged = first_to_judge(audit_trials(rows, pruner.rungs))
+
     def _turn(self) -> bool:
         steps = self.table.steps
-        lineages = lineages_of(self.study.get_trials(deepcopy=False))
+        rows = self.study.get_trials(deepcopy=False)
+        self._heed_audit(rows)
+        lineages = lineages_of(rows)
         fitting = []
         if self.system.thaws:
             waiting = paused_of(lineages, steps)
@@ -221,6 +238,18 @@ class OneWorker:
                 break
             rung += 1
         self.study.tell(trial, state=TrialState.PRUNED)
+
+
+def from_rung(table: RungTable, first: int) -> RungTable:
+    """The table without its first rungs' scores; their seconds, scoring included, are of the first one that is left."""
+    seconds = np.column_stack([table.seconds[:, : first + 1].sum(axis=1), table.seconds[:, first + 1 :]])
+    return replace(
+        table,
+        steps=table.steps[first:],
+        values=table.values[:, first:],
+        tested=table.tested[:, first:],
+        seconds=seconds,
+    )
 
 
 def seconds_by_network(table: RungTable) -> SecondsOf:

@@ -28,6 +28,8 @@ DOUBTFUL = 0.5
 MOST_PAIRED = 500
 """Of more lineages at both rungs a fixed draw is compared: every pair of them takes part in every draw of the bootstrap."""
 AUDIT_ONE_IN, AUDIT_MOST = 12, 3
+AUDIT_EVERY = 10
+"""Rows between two looks of a search at its own audit."""
 READ_ATTRS = ("lineage",)
 """The trials' user attributes that an audit is made of."""
 
@@ -294,6 +296,11 @@ def first_rung_advice(audit: Audit, rungs: Sequence[tuple[int, int]]) -> tuple[t
     if len(kept) == 1 and 3 * 2 * views <= 2 * kept[0][0]:
         return ((2 * views, min(2 * subset, kept[0][1])), *kept)
     return kept
+
+
+def first_to_judge(audit: Audit) -> int:
+    """Index of the first rung at which trials may end: all before it mislead. The last one, where nothing ends, if all do."""
+    return next((place for place, rung in enumerate(audit.rungs) if rung.verdict != "misleads"), len(audit.rungs))
 
 
 def runs_through(lineage: str, earlier: Iterable[str] = (), *, seed: int = 0) -> bool:

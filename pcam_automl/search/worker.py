@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.errors import SearchFailed
-from pcam_automl.search.audit import audit_trials, runs_through
+from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge, runs_through
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
 from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
 from pcam_automl.search.mirror import forget
@@ -39,7 +39,6 @@ from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 
 LEAST_FAILURES_ALLOWED = 10
-AUDIT_EVERY = 10
 """Rows between two looks at whether small rungs mislead."""
 AUDITED_FROM = 100
 """Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
@@ -215,8 +214,7 @@ def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTr
         return
     settings = objective.opened.settings
     audit = audit_trials(trials, pruner.rungs, maximise=settings.goal.maximize, seed=settings.seed)
-    misled = [rung.verdict == "misleads" for rung in audit.rungs]
-    first = min(next((n for n, bad in enumerate(misled) if not bad), len(misled)), len(pruner.rungs) - 1)
+    first = first_to_judge(audit)
     if first != pruner.first_judged:
         pruner.first_judged = first
         why = audit.rungs[first - 1].why if first else "the first rung's order holds after all"
