@@ -39,7 +39,6 @@ from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.fit import branch_share
 
 LEAST_FAILURES_ALLOWED = 10
-"""Rows between two looks at whether small rungs mislead."""
 AUDITED_FROM = 100
 """Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
 WAIT_S = 0.5
