@@ -97,14 +97,16 @@ def main() -> None:
 def run() -> None:
     """As :func:`main`, and the process is over with it.
 
-    Python's own end looks for cycles among all that was ever imported: with torch and timm that takes a third of the seconds
+    Python's own end looks for cycles among all that was ever imported: with torch and timm that takes (by hand) a third of the seconds
     that importing them took. Everything else of it is done here: threads are waited for, what was registered is called.
     """
     code = 0
     try:
         main()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            raise  # a text, which Python prints
+        code = end.code or 0
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):  # the reader of a pipe is gone, or the stream was closed

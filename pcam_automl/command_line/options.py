@@ -59,7 +59,7 @@ def study_is_there(name: str, url: str | None) -> None:
     from pcam_automl.search.reading import load_study_to_read
 
     storage_is_there(url)
-    load_study_to_read(name, url, (), of_complete=())
+    load_study_to_read(name, url, None)
 
 
 def storage_can_be(url: str | None) -> None:

@@ -15,7 +15,6 @@ from pcam_automl import terminal
 from pcam_automl.commands.status import warn_of_open_address
 from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import STORAGE_VARIABLE, storage_url
-from pcam_automl.dashboard import check_ports
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search.overview import overview
 from pcam_automl.search.storage import engine_of, open_storage, storage_faults
@@ -38,12 +37,10 @@ def run_serve(
     """Until a signal: keep the workers and the dashboard alive, answer /healthz and /metrics.
 
     Raises:
-        InputError: a port that cannot be bound, or the same one twice.
         StudyError: the storage cannot be used.
     """
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    check_ports(host, port, dashboard_port)
     warn_of_open_address(host, dashboard_port or port)
     devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url)
     with storage_faults(url):

@@ -20,7 +20,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, plain_sqlite_path
+from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, driver_module, plain_sqlite_path
 from pcam_automl.search.trial_rows import (
     INTERMEDIATE,
     KNOWN_SCHEMA,
@@ -36,11 +36,6 @@ from pcam_automl.search.trial_rows import (
 _BUSY_TIMEOUT_S = 60
 _AT_ONCE = 5_000
 """Rows that psycopg turns into Python values at a time."""
-_DRIVERS = {
-    "psycopg": ("postgresql", "postgres", "postgresql+psycopg"),
-    "pymysql": ("mysql", "mariadb", "mysql+pymysql", "mariadb+pymysql"),
-}
-"""Python's package for a server to the schemes of its URLs."""
 _PLAIN_URL = re.compile(
     r"(?P<scheme>[a-z]+(\+[a-z0-9]+)?)://((?P<user>[^\s:/?#@\[\]]+)(:(?P<password>[^\s:/?#@\[\]]*))?@)?"
     r"(?P<host>[A-Za-z0-9._-]+)(:(?P<port>\d{1,5}))?/(?P<database>[A-Za-z0-9._-]+)"
@@ -53,21 +48,22 @@ _ONE_MOMENT = {
         "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
     ),
 }
-"""What makes all statements of a connection see the same moment, whatever the server's default."""
+"""By driver, what makes all statements of a connection see the same moment, whatever the server's default."""
 
 Query = Callable[[str, Sequence[Any]], Iterable[Sequence[Any]]]
 """Rows of a statement whose parameters are marked by ``?``."""
 
 
 def read_study(
-    url: str, name: str, attrs: Collection[str], *, of_complete: Collection[str] | None = None
+    url: str, name: str, attrs: Collection[str] | None, *, of_complete: Collection[str] | None = None
 ) -> optuna.Study | None:
     """The study as it stands at one moment, to be read only.
 
     Args:
         url: of an SQLite file, PostgreSQL or MySQL.
         name: of the study.
-        attrs: the user attributes of trials that are wanted; decoding all of them takes longer than all the rest.
+        attrs: the user attributes of trials that are wanted; decoding all of them takes longer than all the rest. None reads
+            no trials.
         of_complete: more user attributes, of complete trials only; parameters, too, are then read of those only, which is
             half of the time and of the memory of a large study.
 
@@ -146,13 +142,8 @@ def _driver_of(url: str) -> tuple[ModuleType | None, re.Match[str] | None]:
     none that is installed.
     """
     parts = _PLAIN_URL.fullmatch(url)
-    name = None if parts is None else next((name for name, own in _DRIVERS.items() if parts["scheme"] in own), None)
-    if name is None:
-        return None, None
-    try:
-        return importlib.import_module(name), parts
-    except ImportError:
-        return None, None
+    module = None if parts is None else driver_module(parts["scheme"])
+    return (importlib.import_module(module), parts) if module in _ONE_MOMENT else (None, None)
 
 
 def _open_server(driver: Any, parts: re.Match[str], url: str) -> Any:
@@ -174,7 +165,9 @@ def _open_server(driver: Any, parts: re.Match[str], url: str) -> Any:
         raise storage_fault(url, fault) from None
 
 
-def _study(query: Query, name: str, attrs: Collection[str], of_complete: Collection[str] | None) -> optuna.Study | None:
+def _study(
+    query: Query, name: str, attrs: Collection[str] | None, of_complete: Collection[str] | None
+) -> optuna.Study | None:
     if [row[0] for row in query("SELECT version_num FROM alembic_version", ())] not in [[one] for one in KNOWN_SCHEMA]:
         return None
     ids = list(query("SELECT study_id FROM studies WHERE study_name = ?", (name,)))
@@ -187,9 +180,11 @@ def _study(query: Query, name: str, attrs: Collection[str], of_complete: Collect
         return None
     kept = query("SELECT t.key, t.value_json FROM study_user_attributes t WHERE t.study_id = ?", (study_id,))
     user_attrs = {key: json.loads(text) for key, text in kept}
-    rows = query("SELECT trial_id, number, state FROM trials WHERE study_id = ? ORDER BY number", (study_id,))
-    heads: list[Head] = [(trial_id, number, TrialState[state], None, None) for trial_id, number, state in rows]
-    trials = assemble(heads, _details(query, study_id, attrs, of_complete))
+    trials = []
+    if attrs is not None:
+        rows = query("SELECT trial_id, number, state FROM trials WHERE study_id = ? ORDER BY number", (study_id,))
+        heads: list[Head] = [(trial_id, number, TrialState[state], None, None) for trial_id, number, state in rows]
+        trials = assemble(heads, _details(query, study_id, attrs, of_complete))
     return study_to_read(name, StudyDirection[directions[0]], trials, user_attrs)
 
 

@@ -147,6 +147,17 @@ def _installed_driver(backend: str) -> str:
     raise StudyError(f"storage {backend} needs the package {drivers[0][1]}; run: pip install 'pcam-automl[{extra}]'")
 
 
+def driver_module(scheme: str) -> str | None:
+    """The Python package that reads a server's URLs of this scheme: the one that it names, else the first that is installed.
+
+    None for SQLite, for what is no database of ours, and where none is installed.
+    """
+    name, plus, driver = scheme.partition("+")
+    _, drivers = _SERVERS.get(_ALIASES.get(name, name), ("", ()))
+    wanted = [module for own, module in drivers if not plus or own == driver]
+    return next((module for module in wanted if importlib.util.find_spec(module) is not None), None)
+
+
 def sqlite_path(url: str) -> Path | None:
     """The file of an SQLite URL, None for a server or for SQLite's own ``file:`` addresses."""
     import sqlalchemy as sa

@@ -124,6 +124,12 @@ def test_what_is_asked_of_complete_trials_only_is_not_read_of_others(url: str) -
         assert str(ours.intermediate_values) == str(dict(sorted(one.intermediate_values.items())))
 
 
+def test_whether_a_study_is_there_is_known_without_its_trials(url: str) -> None:
+    read = read_study(url, "pcam", None)
+    assert read is not None
+    assert (read.trials, set(read.user_attrs)) == ([], {SETTINGS_KEY})
+
+
 def test_the_summary_is_that_of_optunas_storage_to_the_letter(url: str) -> None:
     read = load_study_to_read("pcam", url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
     ours, whole = summarise(*read), summarise(*load_study("pcam", url))
