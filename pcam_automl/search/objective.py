@@ -23,7 +23,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.budget import BudgetClock
-from pcam_automl.search.lineages import THAWED_FROM
+from pcam_automl.search.lineages import LINEAGE, THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
@@ -112,21 +112,14 @@ class Objective:
         """
         assert self.slot is not None
         self.interrupted, self.goes_on, self.number = None, False, trial.number
-        lineage = self.slot.lineage or f"{trial.number}"
+        notes = self.first_notes(trial.number)
+        lineage = str(notes[LINEAGE])
         if not self.begun(self.slot, trial.number, lineage):
             set_user_attrs(trial, reason=SLOT_LOST)
             raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
         began, self._network = time.perf_counter(), {}
-        set_user_attrs(
-            trial,
-            slot=self.slot.number,
-            lineage=lineage,
-            split_hash=self.opened.split.hash,
-            device=device_name(self.device),
-            versions=versions(),
-            **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
-            **({} if self.origin is None else {"origin": self.origin}),
-        )
+        if not notes.items() <= trial.user_attrs.items():  # a row that somebody has enqueued, or of another storage
+            set_user_attrs(trial, **notes)
         reason = "complete"
         try:
             return self._train(trial, lineage)
@@ -156,6 +149,19 @@ class Objective:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             self._release()
             set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
+
+    def first_notes(self, number: int) -> dict[str, Any]:
+        """User attributes of the row of that number which begins in the claimed slot."""
+        assert self.slot is not None
+        return {
+            "slot": self.slot.number,
+            LINEAGE: self.slot.lineage or f"{number}",
+            "split_hash": self.opened.split.hash,
+            "device": device_name(self.device),
+            "versions": versions(),
+            **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
+            **({} if self.origin is None else {"origin": self.origin}),
+        }
 
     def _train(self, trial: Trial, lineage: str) -> float:
         mirror = self.opened.mirror

@@ -5,20 +5,25 @@ From the same trials and seed it proposes what Optuna's does, but for the order 
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
+from optuna.samplers._tpe.sampler import default_gamma
 from optuna.search_space.group_decomposed import _SearchSpaceGroup
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-from pcam_automl.search.lineages import FINISHED
+from pcam_automl.search.lineages import FINISHED, sign_of
 
 Row = tuple[float, ...] | None
 """A trial's parameters as numbers; None of one that has not all of them."""
+
+
+Rank = tuple[float, float]
 
 
 class Remembered:
@@ -29,6 +34,8 @@ class Remembered:
         self._distinct: dict[tuple[str, ...], dict[str, BaseDistribution]] = {}
         self._groups = _SearchSpaceGroup()
         self._rows: dict[tuple[str, ...], dict[int, Row]] = {}
+        self.ranks: dict[int, Rank] = {}
+        """By trial id; smaller is better."""
 
     def calculate(self, study: Study, use_cache: bool = False) -> _SearchSpaceGroup:
         """The groups of parameters that were suggested together, in place of Optuna's own object for that.
@@ -53,6 +60,19 @@ class Remembered:
         return self._rows.setdefault(names, {})
 
 
+Split = tuple[list[FrozenTrial], list[FrozenTrial]]
+
+
+def _rank(trial: FrozenTrial, sign: float) -> Rank:
+    """Where Optuna's TPE puts a finished trial of a study whose larger (``sign`` 1) or smaller (-1) values are better."""
+    if trial.state == TrialState.COMPLETE:
+        return -math.inf, -sign * cast(float, trial.value)
+    if not trial.intermediate_values:
+        return 1.0, 0.0
+    step, value = max(trial.intermediate_values.items())
+    return -step, math.inf if math.isnan(value) else -sign * value
+
+
 class QuickTPE(TPESampler):
     """TPE over a study that grows.
 
@@ -65,6 +85,36 @@ class QuickTPE(TPESampler):
         super().__init__(**options)
         self._remembered = Remembered() if remembered is None else remembered
         self._group_decomposed_search_space = cast(Any, self._remembered)
+        self._split: tuple[list[FrozenTrial], Split] | None = None
+
+    def _sample(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """As Optuna's for one objective without constraints; the trials are divided once for all groups of parameters."""
+        states = (*FINISHED, TrialState.RUNNING) if self._constant_liar else FINISHED
+        trials = study._get_trials(deepcopy=False, states=states, use_cache=not self._constant_liar)
+        trials = [one for one in trials if one.number != trial.number]
+        if self._split is None or self._split[0] != trials:
+            self._split = trials, self._divided(trials, study)
+        below, above = self._split[1]
+        good = self._build_parzen_estimator(study, search_space, below, handle_below=True)
+        other = self._build_parzen_estimator(study, search_space, above, handle_below=False)
+        samples = good.sample(self._rng.rng, self._n_ei_candidates)
+        chosen = self._compare(samples, self._compute_acquisition_func(samples, good, other))
+        return {name: dist.to_external_repr(chosen[name]) for name, dist in search_space.items()}
+
+    def _divided(self, trials: list[FrozenTrial], study: Study) -> Split:
+        """The good ones and the others, each by number: complete ones by value, then pruned ones by how far they came."""
+        finished = [trial for trial in trials if trial.state in FINISHED]
+        gamma = default_gamma if self._gamma is None else self._gamma
+        ranks, sign = self._remembered.ranks, sign_of(study)
+        for trial in finished:
+            if trial._trial_id not in ranks:
+                ranks[trial._trial_id] = _rank(trial, sign)
+        best = sorted(finished, key=lambda one: ranks[one._trial_id])[: gamma(len(finished))]
+        good = {trial._trial_id for trial in best}
+        return (
+            [trial for trial in trials if trial._trial_id in good],
+            [trial for trial in trials if trial._trial_id not in good],
+        )
 
     def _get_internal_repr(
         self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], study: Study

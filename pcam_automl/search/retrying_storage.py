@@ -16,9 +16,10 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from pcam_automl.search.connections import reading
 from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.trial_reader import read_trial, read_trials
-from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, param_row, rows_of, upserts
+from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, new_trial, param_row, rows_of, upserts
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class RetryingStorage(RDBStorage):
         super().__init__(*args, **kwargs)
         self._unwritten: dict[int, Rows] = {}  # by trial
         self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
+        self.begins_with: Callable[[int], Mapping[str, Any]] | None = None
+        """User attributes of a row that the worker asks for, by the row's number; written with it."""
 
     def _set_trial_param(
         self,
@@ -68,23 +71,33 @@ class RetryingStorage(RDBStorage):
         retry_transient(lambda: write(trial_id, key, value))
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        """With the owner in the same transaction: a row whose worker is killed before it notes its slot is known as lost."""
-        if template_trial is None and self.owner is not None:
-            template_trial = FrozenTrial(
-                number=-1,
-                trial_id=-1,
+        """A worker's with its owner and its first notes in the same transaction: whenever it is killed, the row is known as lost."""
+        if template_trial is not None or self.owner is None:
+            create = super()._create_new_trial
+            return retry_transient(lambda: create(study_id, template_trial))
+        begins = datetime.now()
+
+        def call() -> FrozenTrial:
+            with self.engine.begin() as connection:
+                trial_id, number = new_trial(connection, study_id, begins)
+                attrs = {OWNER: self.owner, **(self.begins_with(number) if self.begins_with else {})}
+                for statement, rows in upserts(rows_of(trial_id, attrs, {}), self.engine.dialect.name):
+                    connection.execute(statement, rows)
+            return FrozenTrial(
+                number=number,
+                trial_id=trial_id,
                 state=TrialState.RUNNING,
                 value=None,
-                datetime_start=datetime.now(),
+                datetime_start=begins,
                 datetime_complete=None,
                 params={},
                 distributions={},
-                user_attrs={OWNER: self.owner},
+                user_attrs=attrs,
                 system_attrs={},
                 intermediate_values={},
             )
-        create = super()._create_new_trial  # a row that was made twice has no claim, and is ended as lost
-        return retry_transient(lambda: create(study_id, template_trial))
+
+        return retry_transient(call)  # a row that was made twice has no claim, and is ended as lost
 
     def _write_held(self, trial_id: int) -> None:
         if trial_id in self._unwritten:
@@ -108,7 +121,7 @@ class RetryingStorage(RDBStorage):
         self._write_held(trial_id)
 
         def read() -> FrozenTrial:
-            with self.engine.connect() as connection:
+            with reading(self.engine) as connection:
                 return read_trial(connection, trial_id)
 
         return retry_transient(read)
@@ -124,7 +137,8 @@ class RetryingStorage(RDBStorage):
         wanted = None if states is None else [state for state in TrialState if state in states]
 
         def read() -> list[FrozenTrial]:
-            with self.engine.connect() as connection:
+            # A whole study is streamed, which takes a transaction.
+            with self.engine.connect() if trial_id_greater_than < 0 else reading(self.engine) as connection:
                 return read_trials(
                     connection, study_id, after=trial_id_greater_than, beside=included_trial_ids, states=wanted
                 )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search.connections import reading
 from pcam_automl.search.patience import retry_transient
 
 State = Literal["claimed", "done", "open", "thawing"]
@@ -265,7 +266,7 @@ class Slots:
         query = sa.select(*columns).where(_C.study_name == self.study_name, *conditions).order_by(_C.slot)
 
         def rows() -> list[Slot]:
-            with self.engine.connect() as connection:
+            with reading(self.engine) as connection:
                 return [Slot(*row) for row in connection.execute(query)]
 
         return retry_transient(rows)

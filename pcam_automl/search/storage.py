@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import sqlalchemy as sa
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -15,11 +13,11 @@ from optuna.storages._rdb import models
 from optuna.study import Study
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search.connections import engine_options
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import (
-    CONNECT_TIMEOUT_S,
     check_file,
     extra_of,
     no_studies,
@@ -28,10 +26,6 @@ from pcam_automl.search.storage_url import (
     scrubbed,
     sqlite_path,
 )
-
-BUSY_TIMEOUT_S = 60
-
-_TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
 
 @contextmanager
@@ -43,25 +37,6 @@ def quiet_experimental() -> Iterator[None]:
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
-
-
-class WalConnection(sqlite3.Connection):
-    """An SQLite connection that syncs at checkpoints only, which write-ahead logging makes safe against crashes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA synchronous=NORMAL")
-
-
-def engine_options(url: str) -> dict[str, Any]:
-    """Options of ``create_engine``; picklable, so that a storage that travels to another process keeps them."""
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        return {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": WalConnection}}
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if parsed.get_driver_name() in _TAKES_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
-        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
-    return options
 
 
 def _make_folder(url: str, *, create: bool) -> None:

@@ -37,6 +37,18 @@ _STEPS = models.TrialIntermediateValueModel.__table__.c
 _USER = models.TrialUserAttributeModel.__table__.c
 _SYSTEM = models.TrialSystemAttributeModel.__table__.c
 
+# Statements and conditions that are built once, which takes as long as to execute them; what they leave open comes with each call.
+_ID: sa.BindParameter[int] = sa.bindparam("id", type_=sa.Integer)
+_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True, type_=sa.Integer)
+_AFTER: sa.BindParameter[int] = sa.bindparam("after", type_=sa.Integer)
+_HEADS = sa.select(
+    _TRIALS.trial_id, _TRIALS.number, _TRIALS.state, _TRIALS.datetime_start, _TRIALS.datetime_complete
+).order_by(_TRIALS.trial_id)
+_ONE = _HEADS.where(_TRIALS.trial_id == _ID)
+_ALL = _TRIALS.study_id == sa.bindparam("study", type_=sa.Integer)
+_ALL_FROM = sa.and_(_ALL, _TRIALS.trial_id > _AFTER)
+_NEWER = sa.and_(_ALL, sa.or_(_TRIALS.trial_id > _AFTER, _TRIALS.trial_id.in_(_IDS)))
+
 
 def read_trial(connection: sa.Connection, trial_id: int) -> FrozenTrial:
     """One trial.
@@ -44,10 +56,10 @@ def read_trial(connection: sa.Connection, trial_id: int) -> FrozenTrial:
     Raises:
         KeyError: there is none of that id.
     """
-    found = _read(connection, _TRIALS.trial_id == trial_id)
-    if not found:
+    heads = _heads(connection, _ONE, {"id": trial_id})
+    if not heads:
         raise KeyError(f"there is no trial with id {trial_id}")
-    return found[0]
+    return assemble(heads, _details_of(connection, [trial_id]))[0]
 
 
 def read_trials(
@@ -61,44 +73,45 @@ def read_trials(
     """Trials of a study, by id. What a finished one holds no longer changes; of a running one it may be of two moments.
 
     Args:
-        connection: to the database.
+        connection: to the database; in a transaction where ``after`` is -1, since many rows are streamed.
         study_id: of the study.
         after: only trials of larger ids,
         beside: and these.
         states: only trials in these states; None for all.
 
     Raises:
-        KeyError: there is no such study.
+        KeyError: all trials are asked for, and there is no such study.
     """
-    wanted = [_TRIALS.study_id == study_id]
-    if after > -1:
-        by_name = len(beside) <= _FEW
-        some = _TRIALS.trial_id.in_(sorted(beside)) if by_name else _TRIALS.trial_id >= min(beside)
-        wanted.append(sa.or_(_TRIALS.trial_id > after, some) if beside else _TRIALS.trial_id > after)
-    found = _read(connection, sa.and_(*wanted), states)
-    if not found:
-        study = sa.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id)
-        if connection.execute(study).first() is None:
-            raise KeyError(f"there is no study with id {study_id}")
-    if after > -1 and len(beside) > _FEW:
-        found = [trial for trial in found if trial._trial_id > after or trial._trial_id in beside]
-    return found
+    if after < 0:
+        found = _read(connection, _ALL, {"study": study_id}, states, stream=True)
+        if not found:
+            study = sa.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id)
+            if connection.execute(study).first() is None:
+                raise KeyError(f"there is no study with id {study_id}")
+        return found
+    if len(beside) <= _FEW:
+        return _read(connection, _NEWER, {"study": study_id, "after": after, "ids": sorted(beside)}, states)
+    found = _read(connection, _ALL_FROM, {"study": study_id, "after": min(beside) - 1}, states)
+    return [trial for trial in found if trial._trial_id > after or trial._trial_id in beside]
 
 
-def _heads(
-    connection: sa.Connection, wanted: sa.ColumnElement[bool], states: Collection[TrialState] | None = None
-) -> list[Head]:
-    columns = (_TRIALS.trial_id, _TRIALS.number, _TRIALS.state, _TRIALS.datetime_start, _TRIALS.datetime_complete)
-    query = sa.select(*columns).where(wanted).order_by(_TRIALS.trial_id)
-    if states is not None:  # of this moment only: what such a trial holds is read although it has gone on meanwhile
-        query = query.where(_TRIALS.state.in_(list(states)))
-    return [tuple(row) for row in connection.execute(query)]
+def _heads(connection: sa.Connection, query: sa.Select[Any], values: dict[str, Any]) -> list[Head]:
+    return [tuple(row) for row in connection.execute(query, values)]
 
 
 def _read(
-    connection: sa.Connection, wanted: sa.ColumnElement[bool], states: Collection[TrialState] | None = None
+    connection: sa.Connection,
+    wanted: sa.ColumnElement[bool],
+    values: dict[str, Any],
+    states: Collection[TrialState] | None,
+    *,
+    stream: bool = False,
 ) -> list[FrozenTrial]:
-    heads = _heads(connection, wanted, states)  # first: who is finished here is whole below
+    """The trials that ``wanted`` is true of, with ``values`` for what it leaves open."""
+    query = _HEADS.where(wanted)
+    if states is not None:  # of this moment only: what such a trial holds is read although it has gone on meanwhile
+        query = query.where(_TRIALS.state.in_(list(states)))
+    heads = _heads(connection, query, values)  # first: who is finished here is whole below
     if not heads:
         return []
     if len(heads) <= _FEW:
@@ -106,7 +119,8 @@ def _read(
     matching = sa.select(_TRIALS.trial_id).where(wanted)
     known = {head[0] for head in heads}  # a trial that was made meanwhile is of the next look
     selects = _selects(lambda trial_id: trial_id.in_(matching))
-    return assemble(heads, (detail for detail in _streamed(connection, selects) if detail[1] in known))
+    details = _in_parts(connection, selects, values, stream=stream)
+    return assemble(heads, (detail for detail in details if detail[1] in known))
 
 
 def _details_of(connection: sa.Connection, ids: list[int]) -> Iterator[Detail]:
@@ -129,11 +143,15 @@ def _of_few(dialect: str) -> list[sa.Executable]:
     return [*selects] if dialect == "mysql" else [sa.union_all(*selects)]
 
 
-def _streamed(connection: sa.Connection, selects: list[sa.Select[Any]]) -> Iterator[Detail]:
+def _in_parts(
+    connection: sa.Connection, selects: list[sa.Select[Any]], values: dict[str, Any], *, stream: bool
+) -> Iterator[Detail]:
     """In the order of each table's rows where that matters: attributes are long, and have none."""
+    if stream:
+        connection = connection.execution_options(yield_per=_AT_ONCE)
     for place, select in enumerate(selects):
         ordered = select if place >= USER_ATTR else select.order_by("place")
-        for rows in connection.execution_options(yield_per=_AT_ONCE).execute(ordered).partitions():
+        for rows in connection.execute(ordered, values).partitions(_AT_ONCE):
             for row in rows:
                 yield tuple(row)[:-1]
 

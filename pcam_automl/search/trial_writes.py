@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY as TPE_SHARED
 from optuna.storages._rdb import models
+from optuna.trial import TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-__all__ = ["TPE_SHARED", "Rows", "attr_row", "param_row", "rows_of", "upserts"]
+__all__ = ["TPE_SHARED", "Rows", "attr_row", "new_trial", "param_row", "rows_of", "upserts"]
 
 Rows = dict[str, list[dict[str, Any]]]
 """Rows to be written, by the keys of ``_TABLES``."""
@@ -38,6 +40,30 @@ def _upsert(kind: str, dialect: str) -> sa.Insert:
     return insert.on_conflict_do_update(
         index_elements=[table.c.trial_id, table.c[key]], set_={name: insert.excluded[name] for name in values}
     )
+
+
+def new_trial(connection: sa.Connection, study_id: int, begins: datetime) -> tuple[int, int]:
+    """Add a running trial inside the connection's transaction; its id, and its number: how many of the study are before it.
+
+    As Optuna does it, in three statements instead of six.
+
+    Raises:
+        KeyError: there is no such study.
+    """
+    lock = sa.select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id).with_for_update()
+    if connection.execute(lock).first() is None:  # locked: no two of a study are added, and counted, at once
+        raise KeyError(f"there is no study with id {study_id}")
+    trials = models.TrialModel.__table__
+    row = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": begins}
+    made = connection.execute(sa.insert(trials).values(**row)).inserted_primary_key
+    assert made is not None  # each of these databases tells the key it gave
+    trial_id = int(made[0])
+    before = sa.select(sa.func.count(trials.c.trial_id)).where(
+        trials.c.study_id == study_id, trials.c.trial_id < trial_id
+    )
+    number = int(connection.execute(before).scalar_one())
+    connection.execute(sa.update(trials).where(trials.c.trial_id == trial_id).values(number=number))
+    return trial_id, number
 
 
 def _step_row(trial_id: int, step: int, value: float) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     storage = rdb_of(study)
     storage.heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
     if isinstance(storage, RetryingStorage):
-        storage.owner = owner_of_this_process()
+        storage.owner, storage.begins_with = owner_of_this_process(), objective.first_notes
     try:
         with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
             return _run_trials(objective, study, slots, sampler, limits, finished)

@@ -76,9 +76,9 @@ def readers(folder: Path) -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     from pcam_automl.models.weights import Weights
     from pcam_automl.recipe import Recipe
     from pcam_automl.recipe_files import load_recipe
+    from pcam_automl.search.connections import engine_options
     from pcam_automl.search.priors import Prior, PriorEntry, parse_prior
     from pcam_automl.search.space import load_space
-    from pcam_automl.search.storage import engine_options
     from pcam_automl.search.storage_url import normalised_url, safe_url, scrubbed, sqlite_path
     from pcam_automl.submission import check_submission
     from pcam_automl.training.checkpoint import read_checkpoint, write_checkpoint

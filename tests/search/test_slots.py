@@ -16,9 +16,10 @@ import pytest
 import sqlalchemy as sa
 from warm_processes import warm_context
 
+from pcam_automl.search.connections import engine_options
 from pcam_automl.search.retrying_storage import set_user_attrs
 from pcam_automl.search.slots import Slot, Slots, owner_alive, owner_of_this_process
-from pcam_automl.search.storage import engine_of, engine_options, open_storage
+from pcam_automl.search.storage import engine_of, open_storage
 from pcam_automl.search.storage_url import normalised_url
 
 N_WORKERS, N_SLOTS = 6, 20

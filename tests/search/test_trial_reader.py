@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search import plain_reader, trial_reader
+from pcam_automl.search.connections import engine_options
 from pcam_automl.search.plain_reader import read_study
 from pcam_automl.search.retrying_storage import report
-from pcam_automl.search.storage import engine_of, engine_options, open_storage, rdb_of
+from pcam_automl.search.storage import engine_of, open_storage, rdb_of
 from pcam_automl.search.storage_url import normalised_url
 from pcam_automl.search.trial_reader import read_trial, read_trials
 

@@ -1,0 +1,69 @@
+"""How the databases of the studies are connected to, and kept quick to use. Opens none; knows no trials and no slots."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from typing import Any
+
+import sqlalchemy as sa
+
+from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S
+
+BUSY_TIMEOUT_S = 60
+RESTED_S = 1.0
+"""A pooled connection that has rested so long is asked whether it lives before it is used: a server may have restarted."""
+
+_TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+_RESTS_SINCE = "pcam_automl_rests_since"
+
+
+class WalConnection(sqlite3.Connection):
+    """An SQLite connection that syncs at checkpoints only, which write-ahead logging makes safe against crashes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
+def engine_options(url: str) -> dict[str, Any]:
+    """Options of ``create_engine``; picklable, so that a storage that travels to another process keeps them.
+
+    ``pool_pre_ping`` would ask the server before each of a trial's twenty looks and writes, a fifth of what it says to it.
+    """
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": WalConnection}}
+    options: dict[str, Any] = {"pool_events": [(_checked_out, "checkout"), (_checked_in, "checkin")]}
+    if parsed.get_driver_name() in _TAKES_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
+        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    return options
+
+
+def reading(engine: sa.Engine) -> sa.Connection:
+    """A connection for a few short statements that only read, each at its own moment; a context manager.
+
+    On PostgreSQL without a transaction around them: its begin and its end are two of four messages.
+    """
+    connection = engine.connect()
+    if engine.dialect.name == "postgresql":
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    return connection
+
+
+def _checked_in(connection: Any, record: Any) -> None:
+    record.info[_RESTS_SINCE] = time.monotonic()
+
+
+def _checked_out(connection: Any, record: Any, proxy: Any) -> None:
+    """A listener of the pool's, which opens anew what this refuses, and all that was opened before it."""
+    rests_since = record.info.get(_RESTS_SINCE)  # None of one that has just been opened
+    if rests_since is None or time.monotonic() - rests_since < RESTED_S:
+        return
+    try:
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        cursor.close()
+        connection.rollback()
+    except Exception as fault:  # each driver has its own; whatever it is, this connection answers no more
+        raise sa.exc.InvalidatePoolError(f"a connection has ended while it rested ({type(fault).__name__})") from fault
