@@ -27,7 +27,7 @@ from pcam_automl.search.lineages import LINEAGE, THAWED_FROM
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
-from pcam_automl.search.retrying_storage import report, set_user_attrs, write_now
+from pcam_automl.search.retrying_storage import end_with, report, set_user_attrs, write_now
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
@@ -115,7 +115,7 @@ class Objective:
         notes = self.first_notes(trial.number)
         lineage = str(notes[LINEAGE])
         if not self.begun(self.slot, trial.number, lineage):
-            set_user_attrs(trial, reason=SLOT_LOST)
+            end_with(trial, reason=SLOT_LOST)
             raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
         began, self._network = time.perf_counter(), {}
         if not notes.items() <= trial.user_attrs.items():  # a row that somebody has enqueued, or of another storage
@@ -148,7 +148,7 @@ class Objective:
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             self._release()
-            set_user_attrs(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
+            end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
 
     def first_notes(self, number: int) -> dict[str, Any]:
         """User attributes of the row of that number which begins in the claimed slot."""

@@ -11,15 +11,25 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pcam_automl.search.connections import reading
 from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.trial_reader import read_trial, read_trials
-from pcam_automl.search.trial_writes import TPE_SHARED, Rows, attr_row, new_trial, param_row, rows_of, upserts
+from pcam_automl.search.trial_writes import (
+    TPE_SHARED,
+    Rows,
+    attr_row,
+    end_trial,
+    heartbeat_of,
+    new_trial,
+    param_row,
+    rows_of,
+    state_of_trial,
+    upserts,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -39,6 +49,7 @@ class RetryingStorage(RDBStorage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unwritten: dict[int, Rows] = {}  # by trial
+        self._last_notes: dict[int, dict[str, Any]] = {}  # user attributes by trial, written when it ends
         self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
         self.begins_with: Callable[[int], Mapping[str, Any]] | None = None
         """User attributes of a row that the worker asks for, by the row's number; written with it."""
@@ -81,7 +92,7 @@ class RetryingStorage(RDBStorage):
             with self.engine.begin() as connection:
                 trial_id, number = new_trial(connection, study_id, begins)
                 attrs = {OWNER: self.owner, **(self.begins_with(number) if self.begins_with else {})}
-                for statement, rows in upserts(rows_of(trial_id, attrs, {}), self.engine.dialect.name):
+                for statement, rows in upserts(rows_of(trial_id, attrs), self.engine.dialect.name):
                     connection.execute(statement, rows)
             return FrozenTrial(
                 number=number,
@@ -146,21 +157,29 @@ class RetryingStorage(RDBStorage):
         return retry_transient(read)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        self._write_held(trial_id)
+        """An ending in one transaction with what is not written yet and with the trial's last notes."""
+        if not state.is_finished():
+            self._write_held(trial_id)
+            begin = super().set_trial_state_values
+            return retry_transient(lambda: begin(trial_id, state, values))
+        held, notes, ends = self._unwritten.pop(trial_id, {}), self._last_notes.pop(trial_id, {}), datetime.now()
+        new = {kind: rows for kind, rows in rows_of(trial_id, notes, objectives=values or ()).items() if rows}
+        statements = upserts(held, self.engine.dialect.name) + upserts(new, self.engine.dialect.name)
         tries = 0
 
-        def call() -> bool:
+        def call() -> None:
             nonlocal tries
             tries += 1
-            try:
-                return super(RetryingStorage, self).set_trial_state_values(trial_id, state, values)
-            except UpdateFinishedTrialError:
-                # An earlier try was committed although its answer was lost.
-                if tries > 1 and self.get_trial(trial_id).state == state:
-                    return True
-                raise
+            with self.engine.begin() as connection:
+                if end_trial(connection, trial_id, state, ends):
+                    for statement, rows in statements:
+                        connection.execute(statement, rows)
+                elif tries == 1 or state_of_trial(connection, trial_id) != state:
+                    self.check_trial_is_updatable(trial_id, state_of_trial(connection, trial_id))
+                # else: an earlier try was committed although its answer was lost
 
-        return retry_transient(call)
+        retry_transient(call)
+        return True
 
     def write(
         self, trial_id: int, *, user_attrs: Mapping[str, Any] | None = None, values: Mapping[int, float] | None = None
@@ -175,14 +194,13 @@ class RetryingStorage(RDBStorage):
         Raises:
             UpdateFinishedTrialError: the trial has ended.
         """
-        new = rows_of(trial_id, user_attrs or {}, values or {})
+        new = rows_of(trial_id, user_attrs or {}, values)
         held = self._unwritten.pop(trial_id, {})  # first: the check below reads the trial, which writes what is left
         statements = upserts({**held, **new}, self.engine.dialect.name)
-        state = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == trial_id)
 
         def call() -> None:
             with self.engine.begin() as connection:
-                self.check_trial_is_updatable(trial_id, connection.execute(state).scalar_one())
+                self.check_trial_is_updatable(trial_id, state_of_trial(connection, trial_id))
                 for statement, rows in statements:
                     connection.execute(statement, rows)
 
@@ -203,9 +221,17 @@ class RetryingStorage(RDBStorage):
         """A lost heartbeat is not worth a trial: Optuna's thread has no handler and would end silently."""
         try:
             every_s = float(self.heartbeat_interval or math.inf)  # others judge by it once the database is back
-            retry_transient(lambda: super(RetryingStorage, self).record_heartbeat(trial_id), longest_s=every_s)
+            retry_transient(lambda: self._beat(trial_id), longest_s=every_s)
         except (sa.exc.SQLAlchemyError, StorageInternalError) as fault:
             logger.warning("heartbeat of a trial not recorded (%s); trying again at the next", type(fault).__name__)
+
+    def _beat(self, trial_id: int) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(heartbeat_of(self.engine.dialect.name), {"trial_id": trial_id})
+
+    def end_with(self, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
+        """User attributes that a trial gets when it ends, in the same transaction; of one that ends elsewhere they are dropped."""
+        self._last_notes.setdefault(trial_id, {}).update(user_attrs)
 
 
 def set_user_attrs(trial: Trial, **attrs: Any) -> None:
@@ -221,6 +247,15 @@ def set_user_attrs(trial: Trial, **attrs: Any) -> None:
         return
     storage.write(trial._trial_id, user_attrs=attrs)
     trial._cached_frozen_trial.user_attrs.update(attrs)  # as Trial.set_user_attr does; the pruner reads it there
+
+
+def end_with(trial: Trial, **attrs: Any) -> None:
+    """User attributes of a running trial whose objective is about to return, to be written with its end."""
+    storage = getattr(trial.storage, "_backend", trial.storage)
+    if isinstance(storage, RetryingStorage):
+        storage.end_with(trial._trial_id, attrs)
+    else:
+        set_user_attrs(trial, **attrs)
 
 
 def write_now(trial: Trial) -> None:

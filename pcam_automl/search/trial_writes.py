@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,20 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
-__all__ = ["TPE_SHARED", "Rows", "attr_row", "new_trial", "param_row", "rows_of", "upserts"]
+__all__ = [
+    "TPE_SHARED",
+    "Rows",
+    "attr_row",
+    "end_trial",
+    "heartbeat_of",
+    "new_trial",
+    "param_row",
+    "rows_of",
+    "state_of_trial",
+    "upserts",
+]
+
+_STATE = sa.select(models.TrialModel.state).where(models.TrialModel.trial_id == sa.bindparam("id", type_=sa.Integer))
 
 Rows = dict[str, list[dict[str, Any]]]
 """Rows to be written, by the keys of ``_TABLES``."""
@@ -25,6 +38,7 @@ _TABLES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "system_attrs": (models.TrialSystemAttributeModel, "key", ("value_json",)),
     "user_attrs": (models.TrialUserAttributeModel, "key", ("value_json",)),
     "values": (models.TrialIntermediateValueModel, "step", ("intermediate_value", "intermediate_value_type")),
+    "objectives": (models.TrialValueModel, "objective", ("value", "value_type")),
 }
 
 
@@ -42,10 +56,49 @@ def _upsert(kind: str, dialect: str) -> sa.Insert:
     )
 
 
+@functools.cache
+def heartbeat_of(dialect: str) -> sa.Insert:
+    """Notes the database's own time as the last sign of life of the trial in the parameter ``trial_id``."""
+    table = models.TrialHeartbeatModel.__table__
+    row = {"trial_id": sa.bindparam("trial_id"), "heartbeat": sa.func.current_timestamp()}
+    now = {"heartbeat": sa.func.current_timestamp()}
+    if dialect == "mysql":
+        return mysql.insert(table).values(row).on_duplicate_key_update(now)
+    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    return insert.values(row).on_conflict_do_update(index_elements=[table.c.trial_id], set_=now)
+
+
+def end_trial(connection: sa.Connection, trial_id: int, state: TrialState, ends: datetime) -> bool:
+    """End a trial inside the connection's transaction; False, and nothing is done, if it has ended before.
+
+    Raises:
+        KeyError: there is no such trial.
+    """
+    trials = models.TrialModel.__table__
+    open_states = trials.c.state.in_([other for other in TrialState if not other.is_finished()])
+    end = sa.update(trials).where(trials.c.trial_id == trial_id, open_states)
+    if connection.execute(end.values(state=state, datetime_complete=ends)).rowcount:
+        return True
+    state_of_trial(connection, trial_id)
+    return False
+
+
+def state_of_trial(connection: sa.Connection, trial_id: int) -> TrialState:
+    """A trial's state.
+
+    Raises:
+        KeyError: there is no such trial.
+    """
+    found = connection.execute(_STATE, {"id": trial_id}).first()
+    if found is None:
+        raise KeyError(f"there is no trial with id {trial_id}")
+    return TrialState(found[0])
+
+
 def new_trial(connection: sa.Connection, study_id: int, begins: datetime) -> tuple[int, int]:
     """Add a running trial inside the connection's transaction; its id, and its number: how many of the study are before it.
 
-    As Optuna does it, in three statements instead of six.
+    As Optuna does it, in two statements instead of six; in four on MySQL, where an insert may not count its own table.
 
     Raises:
         KeyError: there is no such study.
@@ -54,7 +107,13 @@ def new_trial(connection: sa.Connection, study_id: int, begins: datetime) -> tup
     if connection.execute(lock).first() is None:  # locked: no two of a study are added, and counted, at once
         raise KeyError(f"there is no study with id {study_id}")
     trials = models.TrialModel.__table__
-    row = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": begins}
+    row: dict[str, Any] = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": begins}
+    if connection.dialect.name != "mysql":
+        others = trials.alias()
+        n_before = sa.select(sa.func.count(others.c.trial_id)).where(others.c.study_id == study_id).scalar_subquery()
+        insert = sa.insert(trials).values(**row, number=n_before).returning(trials.c.trial_id, trials.c.number)
+        both = connection.execute(insert).one()
+        return int(both[0]), int(both[1])
     made = connection.execute(sa.insert(trials).values(**row)).inserted_primary_key
     assert made is not None  # each of these databases tells the key it gave
     trial_id = int(made[0])
@@ -71,6 +130,11 @@ def _step_row(trial_id: int, step: int, value: float) -> dict[str, Any]:
     return {"trial_id": trial_id, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
 
 
+def _objective_row(trial_id: int, place: int, value: float) -> dict[str, Any]:
+    stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+    return {"trial_id": trial_id, "objective": place, "value": stored, "value_type": kind}
+
+
 def param_row(trial_id: int, name: str, value: float, distribution: BaseDistribution) -> dict[str, Any]:
     """A parameter by its internal value."""
     text = distribution_to_json(distribution)
@@ -82,11 +146,17 @@ def attr_row(trial_id: int, key: str, value: Any) -> dict[str, Any]:
     return {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
 
 
-def rows_of(trial_id: int, user_attrs: Mapping[str, Any], values: Mapping[int, float]) -> Rows:
-    """User attributes by key, and intermediate values by step."""
+def rows_of(
+    trial_id: int,
+    user_attrs: Mapping[str, Any],
+    values: Mapping[int, float] | None = None,
+    objectives: Sequence[float] = (),
+) -> Rows:
+    """User attributes by key, intermediate values by step, and the values of the study's objectives."""
     return {
         "user_attrs": [attr_row(trial_id, key, value) for key, value in user_attrs.items()],
-        "values": [_step_row(trial_id, step, float(value)) for step, value in values.items()],
+        "values": [_step_row(trial_id, step, float(value)) for step, value in (values or {}).items()],
+        "objectives": [_objective_row(trial_id, place, float(value)) for place, value in enumerate(objectives)],
     }
 
 

@@ -17,8 +17,9 @@ from optuna.trial import TrialState
 
 from pcam_automl.errors import StudyError
 from pcam_automl.search import patience as module
+from pcam_automl.search import retrying_storage
 from pcam_automl.search.patience import is_transient, retry_transient
-from pcam_automl.search.retrying_storage import set_user_attrs
+from pcam_automl.search.retrying_storage import end_with, set_user_attrs
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental, storage_fault
 from pcam_automl.search.storage_url import normalised_url, safe_url
 
@@ -291,9 +292,11 @@ def test_deadlocks_and_lost_servers_are_transient() -> None:
     assert not is_transient(fault(sqlite3.OperationalError("no such table: x")))
 
 
-def failing_once(monkeypatch: pytest.MonkeyPatch, name: str, *, after: bool = False) -> list[int]:
-    """Make one call of Optuna's method fail as a locked database does, before or after its work."""
-    real, calls = getattr(RDBStorage, name), []
+def failing_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, *, on: object = RDBStorage, after: bool = False
+) -> list[int]:
+    """Make one call of a method or function fail as a locked database does, before or after its work."""
+    real, calls = getattr(on, name), []
 
     def flaky(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -303,22 +306,48 @@ def failing_once(monkeypatch: pytest.MonkeyPatch, name: str, *, after: bool = Fa
             raise locked()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(RDBStorage, name, flaky)
+    monkeypatch.setattr(on, name, flaky)
     return calls
 
 
+def losing_an_answer(monkeypatch: pytest.MonkeyPatch, engine: sa.Engine) -> list[int]:
+    """Make the next commit happen and seem to fail."""
+    return failing_once(monkeypatch, "do_commit", on=engine.dialect, after=True)
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
 def test_finished_state_whose_answer_was_lost_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
-    calls = failing_once(monkeypatch, "set_trial_state_values", after=True)
-    study.optimize(lambda _: 1.0, n_trials=1)
-    assert len(calls) == 2
-    assert study.trials[0].state == TrialState.COMPLETE
+    trial = study.ask()
+    end_with(trial, reason="complete")
+    commits = losing_an_answer(monkeypatch, engine_of(study))
+    study.tell(trial, 1.0)
+    assert len(commits) >= 2
+    (told,) = study.trials
+    assert (told.state, told.value, told.user_attrs["reason"]) == (TrialState.COMPLETE, 1.0, "complete")
     engine_of(study).dispose()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
+def test_an_ending_that_another_worker_came_before_changes_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = optuna.create_study(study_name="s", storage=open_storage(url))
+    trial = study.ask()
+    end_with(trial, reason="complete")
+    other = optuna.load_study(study_name="s", storage=open_storage(url))
+    other._storage.set_trial_user_attr(trial._trial_id, "reason", "worker lost")
+    other.tell(trial.number, state=TrialState.FAIL)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0])
+    (row,) = study.get_trials(deepcopy=False)
+    assert (row.state, row.value, row.user_attrs["reason"]) == (TrialState.FAIL, None, "worker lost")
+    for storage in (study, other):
+        engine_of(storage).dispose()
 
 
 def test_session_level_fault_is_outlived_by_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path}/s.db"))
-    calls = failing_once(monkeypatch, "_set_trial_value_without_commit")
+    calls = failing_once(monkeypatch, "end_trial", on=retrying_storage)
     calls_param = failing_once(monkeypatch, "_set_trial_param_without_commit")
     calls_attr = failing_once(monkeypatch, "_set_trial_attr_without_commit")
 
@@ -434,7 +463,7 @@ def test_lost_heartbeat_does_not_end_the_thread(
     def gone(*_: object) -> None:
         raise locked()
 
-    monkeypatch.setattr(RDBStorage, "record_heartbeat", gone)
+    monkeypatch.setattr(storage, "_beat", gone)
     with caplog.at_level(logging.WARNING):
         storage.record_heartbeat(1)
     assert "heartbeat of a trial not recorded" in caplog.text
