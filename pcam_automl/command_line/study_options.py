@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pcam_automl.command_line.options import data_can_be_found
+
 if TYPE_CHECKING:
     from pcam_automl.search.study import Asked
 
@@ -135,7 +137,7 @@ def asked_of(command: str, options: Mapping[str, Any]) -> Asked:
         InputError: neither trials nor a budget, or a value that cannot be read.
         DataError: the data that are named do not exist.
     """
-    from pcam_automl.config import find_data, parse_duration
+    from pcam_automl.config import parse_duration
     from pcam_automl.errors import InputError
     from pcam_automl.recipe_files import parse_assignments
 
@@ -145,8 +147,7 @@ def asked_of(command: str, options: Mapping[str, Any]) -> Asked:
     pins, budget_s, grace_s = parse_assignments(options["set_"] or []), seconds("budget"), seconds("grace")
     if options["trials"] is None and budget_s is None:
         raise InputError(f"{command} needs --trials N or --budget TIME, e.g. --trials 50 or --budget 30m")
-    if options["data"] is not None:  # before the seconds of importing torch
-        find_data(options["data"])
+    data_can_be_found(options["data"], options["study"], options["storage"])
     from pcam_automl.search.study import Asked
 
     domains = options["domains"]

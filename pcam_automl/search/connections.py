@@ -40,6 +40,17 @@ def engine_options(url: str) -> dict[str, Any]:
     return options
 
 
+def probe_options(url: str) -> dict[str, Any]:
+    """Options for one short look without a pool: a server of another kind behind the port, which would wait a minute for what
+    PyMySQL does not say, is noticed after ten seconds.
+    """
+    options = engine_options(url)
+    options.pop("pool_events", None)
+    if sa.make_url(url).get_driver_name() == "pymysql":
+        options["connect_args"] = {**options.get("connect_args", {}), "read_timeout": CONNECT_TIMEOUT_S}
+    return options
+
+
 def reading(engine: sa.Engine) -> sa.Connection:
     """A connection for a few short statements that only read, each at its own moment; a context manager.
 

@@ -13,7 +13,7 @@ from optuna.storages._rdb import models
 from optuna.study import Study
 
 from pcam_automl.errors import StudyError
-from pcam_automl.search.connections import engine_options
+from pcam_automl.search.connections import engine_options, probe_options
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sqlite_place import check_local
@@ -62,7 +62,7 @@ def _probe(url: str, *, write: bool) -> None:
     Raises:
         StudyError: nothing is to be written, and there are no tables of Optuna's.
     """
-    engine = sa.create_engine(url, **engine_options(url), poolclass=sa.NullPool)
+    engine = sa.create_engine(url, **probe_options(url), poolclass=sa.NullPool)
     with engine.connect() as connection:
         if not write and not sa.inspect(connection).has_table(models.StudyModel.__tablename__):
             raise no_studies(safe_url(url))

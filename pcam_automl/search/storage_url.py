@@ -21,11 +21,15 @@ _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 }
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
 CONNECT_TIMEOUT_S = 10
+_USUAL_DRIVER = re.compile(r"^(postgresql(?=\+psycopg:)|mysql(?=\+pymysql:))\+[a-z]+")
 _SECRET_KEYS = ("password", "passwd", "pwd", "sslpassword", "passfile", "token")
 
 
 def safe_url(url: str) -> str:
-    """``url`` with its password (also one among the query's options) as ``***``; any text is accepted."""
+    """``url`` with its password (also one among the query's options) as ``***`` and without a driver that goes without saying; any
+    text is accepted.
+    """
+    url = _USUAL_DRIVER.sub(r"\1", url)
     start = r"//[^:/?#]*:" if "://" in url else r"^[^:/]*:"
     shown = re.sub(rf"({start}).*(@)", r"\1***\2", url, flags=re.DOTALL)
     shown = re.sub(r":(?!\*\*\*@)[^@/]+@", ":***@", shown)  # wherever else one may stand in what is hardly a URL

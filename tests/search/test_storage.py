@@ -3,7 +3,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from pcam_automl.errors import StudyError
+from pcam_automl.search import connections, retrying_storage
 from pcam_automl.search import patience as module
-from pcam_automl.search import retrying_storage
 from pcam_automl.search.patience import is_transient, retry_transient
 from pcam_automl.search.retrying_storage import end_with, set_user_attrs
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental, storage_fault
@@ -172,6 +174,31 @@ def test_wrong_url_is_refused_in_one_line(url: str, message: str) -> None:
 def test_driver_is_the_installed_one(url: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in ("psycopg", "pymysql") else None)
     assert normalised_url(url) == want
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://u:secret@h:5432/db", "postgresql://u:***@h:5432/db"),
+        ("mysql+pymysql://u@h/db", "mysql://u@h/db"),
+        ("postgresql+psycopg2://u@h/db", "postgresql+psycopg2://u@h/db"),
+        ("sqlite:///a+b.db", "sqlite:///a+b.db"),
+    ],
+)
+def test_a_driver_that_nobody_named_is_not_shown(url: str, shown: str) -> None:
+    assert safe_url(url) == shown
+
+
+@pytest.mark.postgres
+def test_a_server_of_another_kind_behind_the_port_is_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL says nothing to a client of MySQL and waits for it for a minute."""
+    monkeypatch.setattr(connections, "CONNECT_TIMEOUT_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"mysql://root@127.0.0.1:{silent.getsockname()[1]}/test"
+        began = time.monotonic()
+        with pytest.raises(StudyError, match="cannot be used"):
+            open_storage(url)
+        assert time.monotonic() - began < 20
 
 
 def test_missing_driver_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
