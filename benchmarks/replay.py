@@ -22,7 +22,8 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.replay import BAND, StoredTrial, read_trial, replay
 from pcam_automl.search.study import Asked
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training.compute import use_device
 
 

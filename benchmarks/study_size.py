@@ -95,7 +95,8 @@ def ours(url: str, name: str) -> None:
     from pcam_automl.search.reading import load_study, n_finished_of
     from pcam_automl.search.space import parse_space
     from pcam_automl.search.study import OpenStudy
-    from pcam_automl.search.worker import Limits, run_worker
+    from pcam_automl.search.turns import Limits
+    from pcam_automl.search.worker import run_worker
     from pcam_automl.training.compute import Compute
     from pcam_automl.training.engine import RungResult, Training
 

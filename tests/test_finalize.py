@@ -34,7 +34,8 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
 from pcam_automl.training.schedule import rates_at
 

@@ -32,7 +32,8 @@ def work(url: str, name: str, total: int, sleep_s: float, start: Any, out: Any) 
     import torch
 
     from pcam_automl.search.objective import Objective
-    from pcam_automl.search.worker import Limits, run_worker
+    from pcam_automl.search.turns import Limits
+    from pcam_automl.search.worker import run_worker
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -26,7 +26,7 @@ from pcam_automl.search.slots import Slots
 from pcam_automl.search.soundness import check_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked
-from pcam_automl.search.worker import Limits
+from pcam_automl.search.turns import Limits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "faults"))
 from own_postgres import find_bindir, own_postgres

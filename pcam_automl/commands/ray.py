@@ -15,7 +15,8 @@ from pcam_automl.search.ray_launcher import RayTask, run_on_ray
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.storage_url import sqlite_path
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import NEVER_ENDS, Limits, SearchEnd
+from pcam_automl.search.turns import NEVER_ENDS, Limits
+from pcam_automl.search.worker import SearchEnd
 
 
 def work_on_ray(

@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # these import torch and timm, which it can do without until 
     from pcam_automl.search.budget import BudgetClock, Ledger
     from pcam_automl.search.objective import Watch
     from pcam_automl.search.study import Asked, OpenStudy
-    from pcam_automl.search.worker import Limits, SearchEnd, Waits
+    from pcam_automl.search.turns import Limits, Waits
+    from pcam_automl.search.worker import SearchEnd
     from pcam_automl.training.engine import RungResult
 
 
@@ -81,7 +82,7 @@ GO_ON = "every finished trial is stored; the same command goes on"
 
 @dataclass(frozen=True)
 class Work:
-    """What a command does on a study: see :class:`~pcam_automl.search.worker.Limits`.
+    """What a command does on a study: see :class:`~pcam_automl.search.turns.Limits`.
 
     Attributes:
         n_trials: the study's total; None where its budget alone ends it.
@@ -114,7 +115,8 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     from pcam_automl.search.objective import Objective
     from pcam_automl.search.overview import SEARCHED_KEY
     from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
-    from pcam_automl.search.worker import NEVER_ENDS, Limits, run_worker
+    from pcam_automl.search.turns import NEVER_ENDS, Limits
+    from pcam_automl.search.worker import run_worker
     from pcam_automl.training.compute import use_device
 
     clock, ledger = _budget(opened, work)
@@ -200,7 +202,7 @@ def _check_time(opened: OpenStudy, clock: BudgetClock | None) -> None:
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
     """What a trial will do, before the first one starts."""
     from pcam_automl.search.start import n_prescribed
-    from pcam_automl.search.worker import NEVER_ENDS, n_expected_of
+    from pcam_automl.search.turns import NEVER_ENDS, n_expected_of
 
     settings, plan = opened.settings, opened.settings.plan
     of = "" if n_trials is None else f" of {n_trials}"

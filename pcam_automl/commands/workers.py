@@ -24,7 +24,8 @@ from pcam_automl.search.slots import Slots
 from pcam_automl.search.sqlite_place import check_few
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import SearchEnd
 from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.workers_board import Board

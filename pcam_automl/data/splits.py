@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,6 +15,16 @@ from numpy.typing import NDArray
 
 from pcam_automl.config import SplitBy
 from pcam_automl.data.domain_folds import domain_folds
+from pcam_automl.data.split_groups import (
+    Ints,
+    bundled,
+    coded,
+    domain_notes,
+    joined_groups,
+    nested_order,
+    set_aside,
+    stratified_folds,
+)
 from pcam_automl.data.store import VALID, PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.files import written_whole
@@ -25,10 +34,6 @@ UNUSED, HOLDOUT = -1, -2
 N_FOLDS = 5
 
 _FORMAT = "pcam_automl.split.1"
-_MAX_BUNDLES = 500  # scikit-learn places groups one by one in Python: 220,000 patches without a slide take minutes
-_ATTEMPTS = 20
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def make_split(
         _check_some(rows)
     else:
         _check_labels(label, "the labelled patches")
-    joined, notes = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
+    joined, notes = joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
     fold = np.full(len(rows), UNUSED, np.int64)
     official = (np.asarray(store.part)[rows] == VALID) & (by == "slides")
     free = ~np.isin(joined, joined[official])
@@ -112,10 +117,10 @@ def make_split(
             _check_labels(label[official], "the official validation part")
         if n_lost := int((~free & ~official).sum()):
             notes.append(f"{n_lost} training patches share a slide or pixels with the official validation part: unused")
-    strata = _code(label, domain)
-    bundle = _bundles(joined, slide, strata, np.random.default_rng([seed, 0]))
+    strata = coded(label, domain)
+    bundle = bundled(joined, slide, strata, np.random.default_rng([seed, 0]))
     if holdout > 0:
-        aside = np.flatnonzero(free)[_aside(bundle[free], strata[free], holdout, np.random.default_rng([seed, 1]))]
+        aside = np.flatnonzero(free)[set_aside(bundle[free], strata[free], holdout, np.random.default_rng([seed, 1]))]
         if by_load:
             _check_some(aside, f"a {holdout_name.lstrip('-')} of {holdout:g}")
         else:
@@ -133,12 +138,14 @@ def make_split(
             joined[part], domain[part], label[part], store.domain_names, both=not by_load
         )
     else:
-        fold[part] = first + _folds(bundle[part], strata[part], label[part], n_folds - first, seed, both=not by_load)
+        fold[part] = first + stratified_folds(
+            bundle[part], strata[part], label[part], n_folds - first, seed, both=not by_load
+        )
     kept = fold >= 0
-    notes += of_domains if by == "domains" else _domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
+    notes += of_domains if by == "domains" else domain_notes(domain[kept], fold[kept], store.domain_names, n_folds)
     all_folds = np.full(len(store.label), UNUSED, np.int8)
     all_folds[rows] = fold
-    place = _nested_order(_code(fold[kept], label[kept]), domain[kept], slide[kept], np.random.default_rng([seed, 2]))
+    place = nested_order(coded(fold[kept], label[kept]), domain[kept], slide[kept], np.random.default_rng([seed, 2]))
     return _sealed(all_folds, rows[kept][place], seed, bool((slide >= 0).any()), tuple(notes), domains)
 
 
@@ -157,9 +164,9 @@ def slides_aside(store: PatchStore, rows: Ints, share: float, *, seed: int) -> N
     by_load = _is_dense(store, rows)
     label = _tumour_load(store, rows) if by_load else np.asarray(store.label)[rows].astype(np.int64)
     slide, domain = (np.asarray(values)[rows].astype(np.int64) for values in (store.group, store.domain))
-    joined, _ = _joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
-    strata, rng = _code(label, domain), np.random.default_rng([seed, 3])
-    aside = _aside(_bundles(joined, slide, strata, rng), strata, share, rng)
+    joined, _ = joined_groups(slide, np.ascontiguousarray(store.digest)[rows])
+    strata, rng = coded(label, domain), np.random.default_rng([seed, 3])
+    aside = set_aside(bundled(joined, slide, strata, rng), strata, share, rng)
     for part, what in ((aside, "the slides kept back"), (~aside, "what the slides kept back leave")):
         if by_load:
             _check_some(rows[part], what)
@@ -254,147 +261,3 @@ def _tumour_load(store: PatchStore, rows: Ints) -> Ints:
 def _check_some(rows: Ints, what: str = "the training part") -> None:
     if not len(rows):
         raise DataError(f"{what} must hold an image, got none; set less or more aside, or add images")
-
-
-def _joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[str]]:
-    """A code for each patch, equal where slides or pixels tie patches together, and what to tell the user.
-
-    Args:
-        slide: (n,), -1 unknown.
-        digest: (n, 16), zeros where the file was faulty: such patches are no copies of each other.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(slide)
-    known, readable = np.flatnonzero(slide >= 0), np.flatnonzero(digest.any(axis=1))
-    of_slide = np.unique(slide[known], return_inverse=True)[1]
-    of_pixels = np.unique(digest[readable].view(f"V{digest.shape[1]}").reshape(-1), return_inverse=True)[1]
-    n_slides = int(of_slide.max(initial=-1)) + 1
-    one, other = np.concatenate([known, readable]), np.concatenate([n + of_slide, n + n_slides + of_pixels])
-    size = n + n_slides + int(of_pixels.max(initial=-1)) + 1
-    code = connected_components(coo_array((np.ones(len(one), np.int8), (one, other)), (size, size)), directed=False)[1]
-    notes = []
-    if not len(known):
-        notes.append(
-            "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
-            " optimistic; --groups CSV (id,group) makes it honest"
-        )
-    elif len(known) < n:
-        notes.append(f"{n - len(known)} of {n} patches have no slide and count singly: validation will be optimistic")
-    n_groups = len(np.unique(code[n : n + n_slides]))
-    if n_groups < n_slides:
-        notes.append(f"identical patches tie slides together: {n_slides} slides make {n_groups} groups")
-    return code[:n].astype(np.int64), notes
-
-
-def _bundles(joined: Ints, slide: Ints, strata: Ints, rng: np.random.Generator) -> Ints:
-    """``joined``, with patches of no slide dealt into at most 500 bundles, each of the whole's strata."""
-    _, first, code = np.unique(joined, return_index=True, return_inverse=True)
-    with_slide = np.zeros(len(first), bool)
-    with_slide[code[slide >= 0]] = True
-    loose = np.flatnonzero(~with_slide)
-    if len(loose) <= _MAX_BUNDLES:
-        return code.astype(np.int64)
-    loose = rng.permutation(loose)
-    loose = loose[np.argsort(strata[first[loose]], kind="stable")]
-    dealt = np.arange(len(first))
-    dealt[loose] = len(first) + np.arange(len(loose)) % _MAX_BUNDLES
-    return _code(dealt[code])
-
-
-def _aside(group: Ints, strata: Ints, share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Rows of whole groups whose strata come nearest to ``share`` of each: the best of some random greedy picks."""
-    code = _code(group)
-    counts = np.zeros((int(code.max(initial=-1)) + 1, int(strata.max(initial=-1)) + 1))
-    np.add.at(counts, (code, strata), 1.0)
-    parts = counts / counts.sum(axis=0).clip(1)  # each group's part of each stratum
-    best, least = np.zeros(len(parts), bool), np.inf
-    for _ in range(_ATTEMPTS if len(parts) < 5000 else 1):
-        taken, missing = np.zeros(len(parts), bool), np.full(parts.shape[1], share)
-        for candidate in rng.permutation(len(parts)):
-            after = missing - parts[candidate]
-            if after @ after < missing @ missing:
-                taken[candidate], missing = True, after
-        if missing @ missing < least:
-            best, least = taken, float(missing @ missing)
-    return np.asarray(best[code])
-
-
-def _folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed: int, *, both: bool) -> Ints:
-    """Fold 0 to n_folds - 1 for each row; with ``both`` a draw in which a fold lacks a label is drawn again."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    n_groups = len(np.unique(group))
-    if n_groups < n_folds:
-        raise DataError(
-            f"{n_folds} folds need at least {n_folds} slides that share no patch, got {n_groups};"
-            " add slides, set less aside, or give no groups (validation is then optimistic)"
-        )
-    fold = np.zeros(len(group), np.int64)
-    if n_folds == 1:
-        return fold
-    if np.bincount(strata).max() < n_folds:  # scikit-learn refuses it; so few patches are not worth stratifying
-        strata = np.zeros(len(group), np.int64)
-    for attempt in range(_ATTEMPTS):
-        folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=(seed + 7919 * attempt) % 2**32)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The least populated class in y", UserWarning)  # a rare domain: no fault
-            for number, (_, inside) in enumerate(folds.split(strata, strata, group)):
-                fold[inside] = number
-        lacking = [np.bincount(fold[label == value], minlength=n_folds).min() == 0 for value in (0, 1)]
-        if not (both and any(lacking)):
-            return fold
-    value = lacking.index(True)
-    raise DataError(
-        f"each of {n_folds} folds must hold both labels, but label {value} lies in {len(np.unique(group[label == value]))}"
-        f" of {n_groups} slides only; add slides with both, or give no groups (validation is then optimistic)"
-    )
-
-
-def _domain_notes(domain: Ints, fold: Ints, names: tuple[str, ...], n_folds: int) -> list[str]:
-    """One line for each domain that is missing from a fold."""
-    held = [(code, len(np.unique(fold[domain == code]))) for code in np.unique(domain[domain >= 0])]
-    return [f"domain {names[c]} lies in {n} of {n_folds} folds only: too few slides" for c, n in held if n < n_folds]
-
-
-def _code(*keys: NDArray[np.integer]) -> Ints:
-    """A code from 0 for each distinct combination of the keys."""
-    code = np.zeros(len(keys[0]), np.int64)
-    for key in keys:
-        values, inverse = np.unique(key, return_inverse=True)
-        code = np.unique(code * len(values) + inverse, return_inverse=True)[1].astype(np.int64)
-    return code
-
-
-def _rank(code: Ints, rng: np.random.Generator) -> Ints:
-    """Each row's place, from 0, in a random order of the rows of equal code."""
-    shuffled = np.lexsort((rng.random(len(code)), code))
-    size = np.bincount(code)
-    rank = np.empty(len(code), np.int64)
-    rank[shuffled] = np.arange(len(code)) - np.repeat(np.cumsum(size) - size, size)
-    return rank
-
-
-def _nested_order(stratum: Ints, domain: Ints, slide: Ints, rng: np.random.Generator) -> Ints:
-    """Positions in nested order: in each stratum the slides take turns, and the strata are dealt evenly.
-
-    Args:
-        stratum: (n,) code of fold x label: every fold, not only the whole, then has stratified prefixes.
-        domain: (n,), dealt evenly within a turn.
-        slide: (n,), -1 unknown: such patches take turns as if they came from slides of the usual size.
-        rng: of the draws.
-    """
-    slide, loose = slide.copy(), slide < 0
-    if loose.any():
-        usual = np.bincount(slide[~loose]) if (~loose).any() else np.array([max(1, len(slide) // 100)])
-        place = _rank(_code(domain[loose]), rng) // max(1, int(usual[usual > 0].mean()))
-        slide[loose] = slide.max() + 1 + _code(domain[loose], place)
-    turn = _rank(_code(stratum, slide), rng)
-    in_turn = _code(stratum, turn, domain)
-    even = (_rank(in_turn, rng) + rng.random(len(slide))) / np.bincount(in_turn)[in_turn]
-    queue = np.lexsort((even, turn, stratum))
-    size = np.bincount(stratum)
-    place = np.empty(len(slide), np.int64)
-    place[queue] = np.arange(len(slide)) - (np.cumsum(size) - size)[stratum[queue]]
-    return np.lexsort((rng.random(len(slide)), (place + 0.5) / size[stratum])).astype(np.int64)

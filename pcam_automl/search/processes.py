@@ -28,7 +28,8 @@ from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import best_of, n_finished_in
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.search.worker import Limits, SearchEnd, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import SearchEnd, run_worker
 from pcam_automl.training.compute import use_device
 
 Kind = Literal["begins", "views", "rung", "note", "finished", "ended", "fault"]

@@ -23,7 +23,8 @@ from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.postgres]
 N = 4

@@ -25,7 +25,8 @@ from pcam_automl.search.slots import Slots
 from pcam_automl.search.soundness import check_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 
 N = 3
 PINS = {"backbone": "mobilenetv3_small_050", "crop_size": 32, "batch_size": 16}

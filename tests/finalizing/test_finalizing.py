@@ -30,7 +30,8 @@ from pcam_automl.search.confirmations import Candidate, Confirmation
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")

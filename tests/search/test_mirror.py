@@ -25,7 +25,8 @@ from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.pictures import Pictures, mirrors_of, pictures_of
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training.checkpoint import read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

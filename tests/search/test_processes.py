@@ -27,7 +27,7 @@ from pcam_automl.search.settling import settle_lost
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits
+from pcam_automl.search.turns import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

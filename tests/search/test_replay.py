@@ -21,7 +21,8 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.replay import Conditions, Replayed, judge, read_trial, replay
 from pcam_automl.search.study import Asked, OpenStudy, open_study
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training import engine
 from pcam_automl.training.engine import Rung, RungResult
 

@@ -44,7 +44,8 @@ from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.storage import engine_of, open_storage
 from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
-from pcam_automl.search.worker import Limits, SearchEnd, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import SearchEnd, run_worker
 from pcam_automl.training import speed as speed_module
 from pcam_automl.training.compute import Compute
 

@@ -22,7 +22,8 @@ from pcam_automl.search.silence import Silent, Watchman, heartbeat_seconds, runn
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.storage import engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, prescribed, run_worker
+from pcam_automl.search.turns import Limits, prescribed
+from pcam_automl.search.worker import run_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ELSEWHERE = "elsewhere/4026531836:17:boot-1"

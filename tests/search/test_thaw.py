@@ -27,7 +27,8 @@ from pcam_automl.search.settling import settle_lost
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.worker import Limits, SearchEnd, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import SearchEnd, run_worker
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,8 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.study import Asked, open_study
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.turns import Limits
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training.compute import Compute
 
 SPEEDS = {"small": 1000.0, "large": 100.0}

@@ -24,6 +24,7 @@ from pcam_automl.search.priors import Prior, check_prior_holdout, load_prior, pa
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.study import Asked, OpenStudy, open_study
+from pcam_automl.search.turns import Limits
 from pcam_automl.search.warm_start import (
     Source,
     Tried,
@@ -34,7 +35,7 @@ from pcam_automl.search.warm_start import (
     warm_entries,
     weights_warning,
 )
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.worker import run_worker
 
 CPU = torch.device("cpu")
 TEXT = """\

@@ -18,8 +18,9 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import open_storage
 from pcam_automl.search.study import Asked, OpenStudy, open_study
+from pcam_automl.search.turns import Limits
 from pcam_automl.search.whose_folder import FILE, ID_KEY
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.worker import run_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,8 +15,9 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.study import VALIDATION_FOLD, Asked
+from pcam_automl.search.turns import Limits
 from pcam_automl.search.wilcoxon import MOST_PARTS, SLIDE_LOSSES, losses_by_slide, worse_p
-from pcam_automl.search.worker import Limits, run_worker
+from pcam_automl.search.worker import run_worker
 from pcam_automl.training.compute import Compute
 
 RUNGS = (100, 300, 900)
