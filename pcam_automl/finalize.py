@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import optuna
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from pcam_automl.bundle import CARD, load_bundle, write_bundle, write_calibration
@@ -23,7 +21,8 @@ from pcam_automl.calibration import Calibration
 from pcam_automl.data.store import PatchStore
 from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
-from pcam_automl.errors import DataError, StudyError, first_few
+from pcam_automl.errors import DataError, first_few
+from pcam_automl.finalizing.choice import chosen_trial
 from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
@@ -31,13 +30,12 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
-from pcam_automl.search.pareto import Pick, pick_knee
+from pcam_automl.search.pareto import Pick
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
-from pcam_automl.search.ranking import rank_study
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
@@ -47,7 +45,7 @@ from pcam_automl.training.pace import Pace
 from pcam_automl.training.ranks import from_first, part, ranks
 from pcam_automl.training.start import choose_rows, data_key
 
-__all__ = ["FinalOptions", "FinalResult", "FinalWatch", "choose_trial", "final_recipe", "finalize", "settle_ties"]
+__all__ = ["FinalOptions", "FinalResult", "FinalWatch", "final_recipe", "finalize"]
 
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take at least."""
@@ -55,59 +53,6 @@ CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 
 class Assisted(Exception):
     """A rank has trained its share; the first rank predicts and writes."""
-
-
-def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
-    """``best`` or ``highest``, the complete trial of the best value, or a finished trial's number.
-
-    What ``finalize`` takes for ``best`` is settled before by :func:`settle_ties`.
-
-    Raises:
-        StudyError: no finished trial, no such number, or a trial that did not complete.
-    """
-    trials = study.get_trials(deepcopy=False)
-    if which in ("best", "highest"):
-        best = top_candidates(study, 1)
-        if not best:
-            remedy = "run pcam-automl search first" if budget_of(study) is None else "search with a longer --budget"
-            raise StudyError(f"study {study.study_name!r} has no complete trial yet ({len(trials)} trials); {remedy}")
-        return best[0].trial
-    if not which.isdigit():
-        raise StudyError(f"--trial must be best, highest or a trial's number, got {which!r}")
-    if int(which) >= len(trials):
-        raise StudyError(f"study {study.study_name!r} has no trial {which}; its trials are 0 to {len(trials) - 1}")
-    trial = trials[int(which)]
-    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or "recipe" not in trial.user_attrs:
-        raise StudyError(
-            f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best"
-        )
-    return trial
-
-
-def settle_ties(opened: OpenStudy, which: str, note: Callable[[str], None] = lambda text: None) -> str:
-    """For ``best`` the number of the cheapest trial among those that the best does not beat; any other word as it is.
-
-    Where the trials' scores cannot be compared, ``best`` stays, and ``note`` is told why.
-    """
-    if which != "best":
-        return which
-    ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
-    if not ranking.n_complete:
-        return which
-    if ranking.picked is None:
-        note(f"ties are not looked for: {first_few(ranking.notes)}")
-        return which
-    note(f"trial {ranking.picked} is taken: {ranking.why}")
-    return str(ranking.picked)
-
-
-def _chosen(opened: OpenStudy, which: str, pick: Pick, confirms: bool, note: Callable[[str], None]) -> FrozenTrial:
-    """The trial that is retrained unless its confirmation speaks against it. Ties are settled by confirmations where there are some."""
-    if which == "best" and pick == "knee":
-        picked = pick_knee(opened.study.get_trials(deepcopy=False), opened.settings.goal)
-        note(picked.why)
-        return picked.trial
-    return choose_trial(opened.study, which if confirms else settle_ties(opened, which, note))
 
 
 def check_test_set(store: PatchStore) -> None:
@@ -158,7 +103,7 @@ def finalize(
     """
     watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
-    trial = _chosen(opened, which, pick, options.confirm > 1, watch.train.note)
+    trial = chosen_trial(opened, which, pick, options.confirm > 1, watch.train.note)
     which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))

@@ -28,7 +28,8 @@ from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
 from pcam_automl.files import locked
-from pcam_automl.finalize import FinalOptions, FinalWatch, choose_trial, final_recipe, finalize, settle_ties
+from pcam_automl.finalize import FinalOptions, FinalWatch, final_recipe, finalize
+from pcam_automl.finalizing.choice import choose_trial, settle_ties
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
