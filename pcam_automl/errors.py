@@ -47,6 +47,10 @@ class StudyError(InputError):
     """A study does not exist, cannot be reached, or contradicts what was asked."""
 
 
+class NoStudyError(StudyError):
+    """There is no such study, or none at all."""
+
+
 class BundleError(InputError):
     """A model bundle or a checkpoint is corrupt, foreign or of another version."""
 

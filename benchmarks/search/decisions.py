@@ -112,7 +112,7 @@ class Outcome:
 
 
 class OneWorker:
-    """A search on the table; its turns are those of ``search/worker.py`` with a budget.
+    """A search on the table; its turns are those of ``search/turns.py`` with a budget.
 
     Args:
         table: values and seconds.

@@ -66,23 +66,17 @@ def data_can_be_found(data: Path | None, study: str, url: str | None) -> None:
     """For commands that make a study where there is none, and take long to import: data are named, or lie in a usual place, or
     the study knows some.
     """
-    from pcam_automl.config import find_data, storage_url
-    from pcam_automl.errors import DataError, StudyError
+    from pcam_automl.config import find_data
+    from pcam_automl.errors import DataError, NoStudyError
 
     try:
         find_data(data)
     except DataError as fault:
         if data is not None:
             raise
-        from pcam_automl.search.plain_reader import read_study
-
-        if (
-            read_study(storage_url(url), study, None) is not None
-        ):  # a server that is not there is the first thing to say
-            return
         try:
             study_is_there(study, url)
-        except StudyError:
+        except NoStudyError:  # any other fault, a server that is not there, is the first thing to say
             raise fault from None
 
 

@@ -34,7 +34,9 @@ def engine_options(url: str) -> dict[str, Any]:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_TIMEOUT_S, "factory": WalConnection}}
-    options: dict[str, Any] = {"pool_events": [(_checked_out, "checkout"), (_checked_in, "checkin")]}
+    # Optuna switches the ping on for MySQL where it is not named.
+    events = [(_checked_out, "checkout"), (_checked_in, "checkin")]
+    options: dict[str, Any] = {"pool_pre_ping": False, "pool_events": events}
     if parsed.get_driver_name() in _TAKES_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
         options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
     return options
@@ -45,7 +47,8 @@ def probe_options(url: str) -> dict[str, Any]:
     PyMySQL does not say, is noticed after ten seconds.
     """
     options = engine_options(url)
-    options.pop("pool_events", None)
+    for of_pools in ("pool_events", "pool_pre_ping"):
+        options.pop(of_pools, None)
     if sa.make_url(url).get_driver_name() == "pymysql":
         options["connect_args"] = {**options.get("connect_args", {}), "read_timeout": CONNECT_TIMEOUT_S}
     return options

@@ -151,7 +151,7 @@ class Objective:
             end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
 
     def first_notes(self, number: int) -> dict[str, Any]:
-        """User attributes of the row of that number which begins in the claimed slot."""
+        """User attributes of the row of that number, once its slot is known to be ours still."""
         assert self.slot is not None
         return {
             "slot": self.slot.number,
@@ -162,6 +162,16 @@ class Objective:
             **({} if self.thawed_from is None else {THAWED_FROM: self.thawed_from}),
             **({} if self.origin is None else {"origin": self.origin}),
         }
+
+    def notes_at_birth(self, number: int) -> dict[str, Any]:
+        """Those of :meth:`first_notes` that the row may have before its slot is known to be ours still. A lineage that has other
+        rows is not among them: a row that never begins would be its last one, and it could neither be thawed nor kept.
+        """
+        notes = self.first_notes(number)
+        if self.slot is not None and self.slot.lineage is not None:
+            del notes[LINEAGE]
+            notes.pop(THAWED_FROM, None)
+        return notes
 
     def _train(self, trial: Trial, lineage: str) -> float:
         mirror = self.opened.mirror

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC
 from typing import Any
 
 import optuna
@@ -191,7 +192,8 @@ def _began(connection: sa.Connection) -> dict[int, float]:
     """Study id to the start of its first trial, for studies that were not submitted."""
     trial = models.TrialModel
     query = sa.select(trial.study_id, sa.func.min(trial.__table__.c.datetime_start)).group_by(trial.study_id)
-    return {number: at.timestamp() for number, at in connection.execute(query) if at is not None}
+    # Naive UTC, as Optuna stores it.
+    return {number: at.replace(tzinfo=UTC).timestamp() for number, at in connection.execute(query) if at is not None}
 
 
 def _speed(connection: sa.Connection, study_id: int) -> float | None:

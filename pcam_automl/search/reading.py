@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ValidationError
 
 from pcam_automl.config import StudySettings, check_study_name, storage_url
-from pcam_automl.errors import StudyError, did_you_mean, first_few
+from pcam_automl.errors import NoStudyError, StudyError, did_you_mean, first_few
 from pcam_automl.goals import Goal
 from pcam_automl.search.lineages import FINISHED, lineage_of
 from pcam_automl.search.plain_reader import read_study
@@ -44,7 +44,9 @@ def load_study(name: str, url: str | None = None) -> tuple[optuna.Study, StudySe
     except KeyError:
         known = optuna.get_all_study_names(storage)
         hint = f"it has {first_few(sorted(known))}" if known else "it has none yet; `pcam-automl search` makes one"
-        raise StudyError(f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}") from None
+        raise NoStudyError(
+            f"there is no study {name!r} in {safe_url(url)}: {hint}{did_you_mean(name, known)}"
+        ) from None
     return study, _settings_of(study)
 
 

@@ -178,7 +178,13 @@ class RetryingStorage(RDBStorage):
                     self.check_trial_is_updatable(trial_id, state_of_trial(connection, trial_id))
                 # else: an earlier try was committed although its answer was lost
 
-        retry_transient(call)
+        try:
+            retry_transient(call)
+        except (sa.exc.SQLAlchemyError, StorageInternalError):
+            for kept, of_trial in ((self._unwritten, held), (self._last_notes, notes)):
+                if of_trial:
+                    kept[trial_id] = of_trial  # for another attempt
+            raise
         return True
 
     def write(
@@ -230,8 +236,12 @@ class RetryingStorage(RDBStorage):
             connection.execute(heartbeat_of(self.engine.dialect.name), {"trial_id": trial_id})
 
     def end_with(self, trial_id: int, user_attrs: Mapping[str, Any]) -> None:
-        """User attributes that a trial gets when it ends, in the same transaction; of one that ends elsewhere they are dropped."""
+        """User attributes that a trial gets when it ends, in the same transaction."""
         self._last_notes.setdefault(trial_id, {}).update(user_attrs)
+
+    def drop_notes(self, trial_id: int) -> None:
+        """What :meth:`end_with` keeps of a trial that another process has ended."""
+        self._last_notes.pop(trial_id, None)
 
 
 def set_user_attrs(trial: Trial, **attrs: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus
 
-from pcam_automl.errors import StudyError, did_you_mean
+from pcam_automl.errors import NoStudyError, StudyError, did_you_mean
 
 if TYPE_CHECKING:  # imported where it is used: `status` on an SQLite file does without these 0.5 s
     import sqlalchemy as sa
@@ -100,9 +100,9 @@ def check_file(path: Path) -> None:
         raise no_studies(path)
 
 
-def no_studies(where: object) -> StudyError:
+def no_studies(where: object) -> NoStudyError:
     """What is said where none could be."""
-    return StudyError(
+    return NoStudyError(
         f"there are no studies in {where}; start one with `pcam-automl search`, or name another --storage"
     )
 

@@ -222,7 +222,10 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
     if asked.recipe is not None:
         given["recipe"], remembered["recipe"] = asked.recipe, settings.plan["recipe_name"]
     if asked.warm_start is not None:
-        given["warm-start"], remembered["warm-start"] = safe_url(asked.warm_start), settings.warm_start
+        given["warm-start"], remembered["warm-start"] = (
+            safe_url(asked.warm_start),
+            settings.warm_start and safe_url(settings.warm_start),
+        )
     if asked.prior is not None:
         given["prior"], remembered["prior"] = asked.prior, settings.prior or "none"
     if asked.space is not None:

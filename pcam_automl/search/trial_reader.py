@@ -91,7 +91,7 @@ def read_trials(
         return found
     if len(beside) <= _FEW:
         return _read(connection, _NEWER, {"study": study_id, "after": after, "ids": sorted(beside)}, states)
-    found = _read(connection, _ALL_FROM, {"study": study_id, "after": min(beside) - 1}, states)
+    found = _read(connection, _ALL_FROM, {"study": study_id, "after": min(after, min(beside) - 1)}, states)
     return [trial for trial in found if trial._trial_id > after or trial._trial_id in beside]
 
 

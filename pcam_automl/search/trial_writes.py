@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -68,6 +68,11 @@ def heartbeat_of(dialect: str) -> sa.Insert:
     return insert.values(row).on_conflict_do_update(index_elements=[table.c.trial_id], set_=now)
 
 
+def _stored(local: datetime) -> datetime:
+    """Optuna's columns hold naive UTC, its trials naive local time."""
+    return local.astimezone(UTC).replace(tzinfo=None)
+
+
 def end_trial(connection: sa.Connection, trial_id: int, state: TrialState, ends: datetime) -> bool:
     """End a trial inside the connection's transaction; False, and nothing is done, if it has ended before.
 
@@ -77,7 +82,7 @@ def end_trial(connection: sa.Connection, trial_id: int, state: TrialState, ends:
     trials = models.TrialModel.__table__
     open_states = trials.c.state.in_([other for other in TrialState if not other.is_finished()])
     end = sa.update(trials).where(trials.c.trial_id == trial_id, open_states)
-    if connection.execute(end.values(state=state, datetime_complete=ends)).rowcount:
+    if connection.execute(end.values(state=state, datetime_complete=_stored(ends))).rowcount:
         return True
     state_of_trial(connection, trial_id)
     return False
@@ -98,7 +103,8 @@ def state_of_trial(connection: sa.Connection, trial_id: int) -> TrialState:
 def new_trial(connection: sa.Connection, study_id: int, begins: datetime) -> tuple[int, int]:
     """Add a running trial inside the connection's transaction; its id, and its number: how many of the study are before it.
 
-    As Optuna does it, in two statements instead of six; in four on MySQL, where an insert may not count its own table.
+    As Optuna does it, in two statements instead of six; in four on MySQL, where an insert may not count its own table, and on an
+    SQLite before 3.35, whose inserts return nothing.
 
     Raises:
         KeyError: there is no such study.
@@ -107,8 +113,8 @@ def new_trial(connection: sa.Connection, study_id: int, begins: datetime) -> tup
     if connection.execute(lock).first() is None:  # locked: no two of a study are added, and counted, at once
         raise KeyError(f"there is no study with id {study_id}")
     trials = models.TrialModel.__table__
-    row: dict[str, Any] = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": begins}
-    if connection.dialect.name != "mysql":
+    row: dict[str, Any] = {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": _stored(begins)}
+    if connection.dialect.name != "mysql" and connection.dialect.insert_returning:
         others = trials.alias()
         n_before = sa.select(sa.func.count(others.c.trial_id)).where(others.c.study_id == study_id).scalar_subquery()
         insert = sa.insert(trials).values(**row, number=n_before).returning(trials.c.trial_id, trials.c.number)

@@ -62,7 +62,7 @@ def _held(folder: Path) -> tuple[str, str] | None:
     """Id and storage that the folder names."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return str(found["id"]), str(found["storage"])
+        return str(found["id"]), safe_url(str(found["storage"]))  # as it is spelled today
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -75,11 +75,13 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     storage = rdb_of(study)
     storage.heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
     if isinstance(storage, RetryingStorage):
-        storage.owner, storage.begins_with = owner_of_this_process(), objective.first_notes
+        storage.owner, storage.begins_with = owner_of_this_process(), objective.notes_at_birth
     try:
         with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
             return _run_trials(objective, study, slots, sampler, limits, finished)
     finally:
+        if isinstance(storage, RetryingStorage):
+            storage.owner = storage.begins_with = None  # the study outlives the objective and its patches
         objective.writer.flush()
 
 
@@ -211,6 +213,9 @@ def _one_trial(study: optuna.Study, objective: Objective) -> FrozenTrial:
         study.optimize(objective, n_trials=1, catch=(Exception,), callbacks=[lambda _, trial: ended.append(trial)])
     except (UpdateFinishedTrialError, ValueError, AssertionError):  # Optuna's words on a row that was ended by others
         row = None if objective.number is None else study.get_trials(deepcopy=False)[objective.number]
+        storage = rdb_of(study)
+        if row is not None and isinstance(storage, RetryingStorage):
+            storage.drop_notes(row._trial_id)
         if row is None or not row.state.is_finished():
             raise
         objective.watch.note(

@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from pcam_automl.search import settling as settling_module
 from pcam_automl.search import silence as silence_module
 from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.retrying_storage import RetryingStorage
@@ -329,3 +330,24 @@ def test_a_retry_takes_what_any_earlier_row_of_its_lineage_was_given(study: optu
     opened = SimpleNamespace(study=study)
     of = [prescribed(opened, Slot(0, "claimed", lineage, None, None, 1, 0)) for lineage in ("0", "1", "9", None)]  # type: ignore[arg-type]
     assert of == [{"lr": 0.1, "wd": 0.2}, {"lr": 0.7, "wd": 0.8}, {}, {}]
+
+
+def test_a_row_that_never_began_leaves_its_lineage_as_it_was(opened: OpenStudy) -> None:
+    """Neither a thaw that was killed while it asked nor a sleeper's late row hides what was paused."""
+    study, slots, owner = opened.study, Slots(engine_of(opened.study), opened.name), owner_of_this_process()
+    objective = Objective(opened, torch.device("cpu"))
+    run_worker(objective, Limits(1))
+    before = {one.name: one.rows for one in lineages_of(study.get_trials())}
+    storage = rdb_of(study)
+    assert isinstance(storage, RetryingStorage)
+    assert (storage.owner, storage.begins_with) == (None, None)  # nothing holds the objective any more
+    slot = slots.thaw("0", owner)
+    assert slot is not None
+    objective.slot, objective.thawed_from = slot, 0
+    storage.owner, storage.begins_with = owner, objective.notes_at_birth
+    late = study.ask()
+    assert late.user_attrs["slot"] == slot.number
+    study.tell(late, state=TrialState.FAIL)
+    after = {one.name: one for one in lineages_of(study.get_trials())}
+    assert after["0"].rows == before["0"]
+    assert objective.first_notes(late.number).items() > objective.notes_at_birth(late.number).items()

@@ -6,6 +6,8 @@ import math
 import threading
 import time
 import uuid
+from datetime import datetime
+from typing import Any
 
 import optuna
 import pytest
@@ -14,9 +16,9 @@ from databases import server_url
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from pcam_automl.search import connections
+from pcam_automl.search import connections, overview, retrying_storage
 from pcam_automl.search.retrying_storage import end_with
-from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
+from pcam_automl.search.storage import open_storage, quiet_experimental
 from pcam_automl.search.storage_url import normalised_url
 
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # asked by hand here
@@ -91,11 +93,67 @@ def test_a_connection_that_died_while_it_rested_is_replaced(monkeypatch: pytest.
     engine.dispose()
 
 
-def test_what_reads_leaves_no_transaction_open(url: str) -> None:
+@pytest.mark.postgres
+def test_what_reads_leaves_no_transaction_open_and_no_connection_without_them() -> None:
+    engine = open_storage(server_url("postgresql")).engine
+    with connections.reading(engine) as connection:
+        connection.execute(sa.text("SELECT 1")).scalar_one()
+        raw: Any = connection.connection.dbapi_connection
+        assert (raw.autocommit, raw.info.transaction_status.name) == (True, "IDLE")
+    assert raw.autocommit is False  # back in the pool, for those who write
+    engine.dispose()
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
+def test_times_are_stored_as_optuna_stores_them_wherever_the_worker_is(
+    url: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        storage, name = open_storage(url), f"test-{uuid.uuid4().hex}"
+        study = optuna.create_study(study_name=name, storage=storage)
+        storage.owner = "me"
+        study.tell(study.ask(), 0.5)
+        storage.owner = None
+        study.tell(study.ask(), 0.5)  # begun by Optuna's own storage
+        with quiet_experimental():
+            optunas = RDBStorage(normalised_url(url))
+        now = datetime.now()
+        for row in optunas.get_all_trials(optunas.get_study_id_from_name(name)):
+            for moment in (row.datetime_start, row.datetime_complete):
+                assert moment is not None
+                assert abs((now - moment).total_seconds()) < 60
+        with storage.engine.connect() as connection:
+            began = overview._began(connection)[optunas.get_study_id_from_name(name)]
+        assert abs(began - time.time()) < 60
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    for one in (storage, optunas):
+        one.engine.dispose()
+
+
+def test_servers_are_pinged_by_the_pool_only_after_a_rest(url: str) -> None:
+    engine = open_storage(url).engine
+    assert engine.pool._pre_ping is False
+    engine.dispose()
+
+
+def test_an_ending_that_failed_for_good_can_be_repeated_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(url)
     study = optuna.create_study(study_name=f"test-{uuid.uuid4().hex}", storage=storage)
-    with connections.reading(engine_of(study)) as connection:
-        assert connection.execute(sa.text("SELECT 1")).scalar_one() == 1
-    with engine_of(study).begin() as connection:  # the same pooled connection writes in a transaction again
-        assert connection.get_isolation_level() != "AUTOCOMMIT"
+    trial = study.ask()
+    end_with(trial, reason="complete")
+
+    def gone(*_: object) -> bool:
+        raise sa.exc.OperationalError("UPDATE", {}, Exception("no such thing"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrying_storage, "end_trial", gone)
+        with pytest.raises(sa.exc.OperationalError):
+            study.tell(trial, 0.5)
+    study.tell(trial, 0.5)
+    assert study.trials[0].user_attrs == {"reason": "complete"}
+    assert not storage._last_notes
     storage.engine.dispose()
