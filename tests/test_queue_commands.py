@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from typer.testing import CliRunner
 
@@ -109,8 +110,13 @@ def test_a_study_whose_data_are_gone_does_not_hold_up_the_others(easy_pack: Path
 
 
 def test_the_queue_of_an_empty_storage_is_said_to_be_empty(url: str) -> None:
-    open_storage(url).engine.dispose()
+    storage = open_storage(url)
     assert "no studies in sqlite:///" in call("status", "--all", "--storage", url)
+    optuna.create_study(study_name="someone's", storage=storage)
+    said = CliRunner().invoke(app, ["status", "--all", "--storage", url])
+    assert "no studies in sqlite:///" in said.stdout
+    assert "not shown: 1 that pcam-automl did not make: someone's" in said.stderr
+    storage.engine.dispose()
 
 
 def test_a_budget_counts_from_when_its_study_is_served(

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 
 from pcam_automl import terminal
 from pcam_automl.config import StudySettings, storage_url, studies_folder
-from pcam_automl.errors import Interrupted, PcamError, StudyError
+from pcam_automl.errors import Interrupted, PcamError, StudyError, first_few
 from pcam_automl.interrupt import StopSignal, stop_signal
-from pcam_automl.search.overview import StudyLine, next_study, overview, submit
+from pcam_automl.search.overview import StudyLine, next_study, others, overview, submit
 from pcam_automl.search.patience import patient
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.silence import LOOKS_A_GRACE, Patrol, Silent, Watchman
@@ -247,10 +247,13 @@ def run_status_all(url: str | None, *, as_json: bool) -> None:
     """One line a study: its place in the queue, trials, best value, budget."""
     url = storage_url(url)
     with storage_faults(url):
-        lines = overview(engine_of(open_storage(url, create=False)))
+        engine = engine_of(open_storage(url, create=False))
+        lines, foreign = overview(engine), others(engine)
     if as_json:
         terminal.print_json([line.to_json() for line in lines])
         return
+    if foreign:
+        terminal.say(f"not shown: {len(foreign)} that pcam-automl did not make: {first_few(foreign)}")
     if not lines:
         terminal.result(f"no studies in {safe_url(url)} yet; `pcam-automl search` or `pcam-automl submit` makes one")
         return

@@ -91,6 +91,19 @@ def overview(engine: sa.Engine, *, patient: bool = True) -> list[StudyLine]:
     return sorted(found, key=lambda line: (-line.priority, line.submitted, line.name))
 
 
+def others(engine: sa.Engine) -> list[str]:
+    """Names of the storage's other studies, sorted: of another program, or still being created."""
+    study, attr = models.StudyModel, models.StudyUserAttributeModel
+    ours = sa.select(attr.study_id).where(attr.key == SETTINGS_KEY)
+    query = sa.select(study.study_name).where(study.study_id.not_in(ours)).order_by(study.study_name)
+
+    def read() -> list[str]:
+        with engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    return retry_transient(read)
+
+
 def next_study(lines: list[StudyLine], *, without: frozenset[str] = frozenset()) -> StudyLine | None:
     """The one that a free worker takes: the first that wants workers."""
     return next((line for line in lines if line.wants_workers and line.name not in without), None)
