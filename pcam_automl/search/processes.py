@@ -194,7 +194,7 @@ class _Crew:
             return  # it heard the signal, too, and has put everything in order
         self.deaths[number] += 1
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        text = f"worker {number} ended by {how}; {self.settle()}"
+        text = "; ".join(filter(None, (f"worker {number} ended by {how}", self.settle())))
         over = any(end.why in ("done", "timeout", "budget") for end in self.ends)
         again = replaced and not over and self.deaths[number] < self.most_deaths
         if again:
