@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
             faults.append(f"{len(found) - len(have)} ids are repeated")
         if not faults:
             faults.append("the ids are not in the sample's order")
-    values = pd.to_numeric(table["label"], errors="coerce").to_numpy(np.float64)
+    values = np.array([_number(value) for value in table["label"]], np.float64)
     if n := int(np.isnan(values).sum()):
         faults.append(f"{n} labels are not numbers")
     if n := int(((values < 0) | (values > 1)).sum()):
@@ -60,6 +61,14 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
     if faults:
         raise DataError(f"{file} is not a valid submission: {'; '.join(faults)}")
     return len(table)
+
+
+def _number(value: object) -> float:
+    """A cell as pandas reads it, NaN if it is no number; pandas' own way stumbles over integers of 400 digits."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return math.nan
 
 
 def write_submission(

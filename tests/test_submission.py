@@ -30,6 +30,8 @@ def test_what_is_written_passes_the_check_and_keeps_ids_as_text(tmp_path: Path) 
         ("id,label\na1,0\na1,0\n007,0\n1e5,0\n", "1 ids are repeated"),
         ("id,label\na1,\n007,0\n1e5,0\n", "1 labels are not numbers"),
         ("id,label\na1,1.5\n007,-1\n1e5,0\n", r"2 labels are outside \[0, 1\]"),
+        (f"id,label\na1,{'9' * 400}\n007,0\n1e5,0\n", r"1 labels are outside \[0, 1\]"),
+        (f"id,label\na1,{'9' * 400}\n007,yes\n1e5,0\n", "1 labels are not numbers; 1 labels are outside"),
         ("", "cannot be read as a submission"),
     ],
 )

@@ -22,6 +22,7 @@ _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
 CONNECT_TIMEOUT_S = 10
 _USUAL_DRIVER = re.compile(r"^(postgresql(?=\+psycopg:)|mysql(?=\+pymysql:))\+[a-z]+")
+_PLAIN = re.compile(r"[a-z0-9+]+://(?:[^:/@?#\s]*(?::[^/@?#\s]*)?@)?[^:/@?#\s]*(?::\d*)?(?:/[^?#@:\s]*)?(?:\?[^@\s]*)?")
 _SECRET_KEYS = ("password", "passwd", "pwd", "sslpassword", "passfile", "token")
 
 
@@ -31,10 +32,24 @@ def safe_url(url: str) -> str:
     """
     url = _USUAL_DRIVER.sub(r"\1", url)
     start = r"//[^:/?#]*:" if "://" in url else r"^[^:/]*:"
-    shown = re.sub(rf"({start}).*(@)", r"\1***\2", url, flags=re.DOTALL)
-    shown = re.sub(r":(?!\*\*\*@)[^@/]+@", ":***@", shown)  # wherever else one may stand in what is hardly a URL
+    found: list[str] = []
+
+    def hidden(match: re.Match[str]) -> str:
+        found.extend(match[2].split("@"))
+        return f"{match[1]}***{match[3]}"
+
+    shown = re.sub(rf"({start})(.*)(@)", hidden, url, flags=re.DOTALL)
+    shown = re.sub(r"(:)(?!\*\*\*@)([^@/]+)(@)", hidden, shown)  # wherever else one may stand in what is hardly a URL
     keys = "|".join(_SECRET_KEYS)
-    return re.sub(rf"([?&](?:{keys})=)[^&]*", r"\1***", shown, flags=re.IGNORECASE)
+    shown = re.sub(rf"([?&](?:{keys})=)([^&]*)()", hidden, shown, flags=re.IGNORECASE)
+    if not _PLAIN.fullmatch(
+        url
+    ):  # there it may stand anywhere; in a plain one it may well be the user's or the database's name
+        for secret in sorted(
+            (part for text in found for part in re.split(r"[:/?#&=\s]+", text) if len(part) >= 4), key=len, reverse=True
+        ):
+            shown = shown.replace(secret, "***")
+    return shown
 
 
 def _secrets(url: str) -> list[str]:

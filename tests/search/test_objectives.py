@@ -15,7 +15,7 @@ from pcam_automl.commands.report import search_options
 from pcam_automl.commands.status import finished_line
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, InputError, StudyError
-from pcam_automl.finalize import choose_trial
+from pcam_automl.finalizing.choice import choose_trial
 from pcam_automl.goals import goal_of
 from pcam_automl.metrics import log_loss, worst_domain_auc
 from pcam_automl.report.content import ReportContent

@@ -183,9 +183,15 @@ def test_driver_is_the_installed_one(url: str, want: str, monkeypatch: pytest.Mo
         ("mysql+pymysql://u@h/db", "mysql://u@h/db"),
         ("postgresql+psycopg2://u@h/db", "postgresql+psycopg2://u@h/db"),
         ("sqlite:///a+b.db", "sqlite:///a+b.db"),
+        ("postgresql://postgres:postgres@h/postgres", "postgresql://postgres:***@h/postgres"),
+        ("postgresql://user:s3cret@r:s3cret", "postgresql://user:***@r:***"),
+        (
+            "postgresql+psyco/user:s3cret\ufffddb/user:s3cret@db:5432/n",
+            "postgresql+psyco/user:***\ufffddb/user:***@db:5432/n",
+        ),
     ],
 )
-def test_a_driver_that_nobody_named_is_not_shown(url: str, shown: str) -> None:
+def test_neither_a_password_nor_a_driver_that_nobody_named_is_shown(url: str, shown: str) -> None:
     assert safe_url(url) == shown
 
 
