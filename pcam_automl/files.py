@@ -44,7 +44,28 @@ def _explained(fault: OSError, target: Path) -> WriteError | None:
         return WriteError(f"no space left to write {target} ({fault.strerror}); free some and repeat the same command")
     if fault.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return WriteError(f"{target} cannot be written ({fault.strerror}); choose another folder or change its rights")
+    if fault.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL) and fault.filename is not None:
+        at = Path(os.fsdecode(fault.filename))  # of what is written, not of something that is read meanwhile
+        if at == target or at in target.parents:
+            return WriteError(f"{target} cannot be made ({fault.strerror}: {at}); choose another place")
     return None
+
+
+def check_can_write(folder: Path) -> None:
+    """Make a folder, before the work whose results go there, and see that it takes files.
+
+    Raises:
+        WriteError: it cannot be made, or takes none.
+    """
+    folder = Path(folder)
+    probe = folder / f".{os.getpid()}-{threading.get_native_id()}.probe"
+    with write_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        except OSError as fault:
+            raise _explained(fault, folder) or fault from fault
+        probe.unlink()
 
 
 @contextmanager

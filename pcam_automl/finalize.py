@@ -22,6 +22,7 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
 from pcam_automl.errors import DataError, first_few
+from pcam_automl.files import check_can_write
 from pcam_automl.finalizing.choice import chosen_trial
 from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.kept_back import FinalRows, final_rows
@@ -117,6 +118,7 @@ def finalize(
         note=watch.train.note,
     )
     out = (out or opened.folder / "final").resolve()
+    check_can_write(out)  # before minutes of confirmations
     decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, device, options, watch, began))
     watch.decided(decision)
     if ranks().is_first:

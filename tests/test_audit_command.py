@@ -106,7 +106,7 @@ def test_status_shows_the_interval_the_ties_and_what_finalize_takes(
     run_status("pcam", url, as_json=False)
     text = capsys.readouterr().out
     assert f"trial 0: AUC {trials[0].value:.4f}, 95 % " in text
-    assert "it does not beat trials 1 (3 of 3 complete trials compared)" in text
+    assert "it does not beat trial 1 (3 of 3 complete trials compared)" in text
     assert "finalize takes trial 1: trial 0 scored the same and takes" in text
     run_status("pcam", url, as_json=True)
     ranking = json.loads(capsys.readouterr().out)["ranking"]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pcam_automl.errors import DataError
+from pcam_automl.errors import DataError, WriteError
 from pcam_automl.files import (
+    check_can_write,
     folder_written_whole,
     locked,
     sha256_of_file,
@@ -179,3 +180,20 @@ def test_lock_refuses_the_second_holder_and_is_free_afterwards(tmp_path: Path) -
         pass
     with locked(lock, busy="taken"):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc on this system")
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_work(tmp_path: Path) -> None:
+    for make in (lambda: check_can_write(Path("/proc/none/deep")), lambda: write_json(Path("/proc/none/x.json"), {})):
+        with pytest.raises(WriteError, match=r"/proc/none\S* cannot be made \(No such file or directory: /proc\S*\)"):
+            make()
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="cannot be made"):
+        check_can_write(tmp_path / "file" / "below")
+    check_can_write(tmp_path / "new" / "deep")
+    assert list((tmp_path / "new" / "deep").iterdir()) == []
+
+
+def test_a_missing_file_that_is_read_meanwhile_is_not_called_the_target(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "a" / "out.txt"):
+        (tmp_path / "elsewhere").read_text()

@@ -123,11 +123,10 @@ def ranking_lines(ranking: Ranking) -> Iterator[str]:
             )
             unbeaten = first_few([str(number) for number in ranking.unbeaten], 10)
             compared = f"{len(ranking.trials)} of {ranking.n_complete} complete trials compared"
-            yield (
-                f"  it does not beat trials {unbeaten} ({compared})"
-                if unbeaten
-                else f"  it beats the others ({compared})"
-            )
+            if unbeaten:
+                yield f"  it does not beat trial{'s' * (len(ranking.unbeaten) > 1)} {unbeaten} ({compared})"
+            elif len(ranking.trials) > 1:
+                yield f"  it beats the others ({compared})"
         yield f"  finalize takes trial {ranking.picked}: {ranking.why}"
     for note in ranking.notes:
         yield f"  {note}"

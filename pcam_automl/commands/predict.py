@@ -15,7 +15,7 @@ from pcam_automl.data.images import PatchFault, read_patch
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
-from pcam_automl.files import write_png
+from pcam_automl.files import check_can_write, write_png
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
@@ -73,6 +73,7 @@ def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -
     inputs = {file.resolve() for file in files}
     if out.resolve() in inputs:
         raise DataError(f"--out {out} is one of the images of --input; choose another name")
+    check_can_write(out.parent)
     if explain is None:
         return
     if explain.exists() and not explain.is_dir():

@@ -57,7 +57,7 @@ def run_service_worker(url: str | None, asked: Asked, devices: Sequence[str], wo
     """Serve whatever studies have work left, by priority, then age, until a signal (or, with ``until_idle``, until none has)."""
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with stop_signal("its trial goes on in another worker") as stop, storage_faults(url):
+    with stop_signal("a trial that it was in goes on in another worker") as stop, storage_faults(url):
         check_there(url)
         engine = engine_of(open_storage(url))  # on a new server it waits for the first study
         server = Server(url, engine, asked, devices, work, stop)

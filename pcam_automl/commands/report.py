@@ -28,6 +28,7 @@ from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, Interrupted
+from pcam_automl.files import check_can_write
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, build_predictor, compute_of
@@ -261,6 +262,8 @@ def run_report(
     if model is None and (groups or domains):
         named = "--groups" if groups else "--domains"
         raise DataError(f"{named} goes with --model; a study remembers its slides and scanners: leave it out")
+    if out is not None:
+        check_can_write(out)
     place = use_device(device)
     with stop_signal("nothing was lost; repeat the command"):
         if model is None:

@@ -69,9 +69,10 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
         )
         print_judged(ranking, audit)
         recipe = best["recipe"] or {}
-        varied = [name for name in recipe if name in best["params"] or name in ("pretrained", "views", "input_size")]
+        always = ("backbone", "pretrained", "crop_size", "views")
+        varied = [name for name in recipe if name in best["params"] or name in always]
         terminal.table(
-            "its recipe (what the search varied)",
+            "its recipe",
             ("field", "value"),
             [
                 (name, f"{recipe[name]:.4g}" if isinstance(recipe[name], float) else str(recipe[name]))
@@ -101,7 +102,9 @@ def trial_line(trial: FrozenTrial, goal: Goal) -> str:
     text = f"trial {trial.number:>3} {state:<8} " + (
         f"{goal.short} {score:.4f}" if score is not None else f"{goal.short}   -   "
     )
-    text += f"  {params.get('backbone', ''):<24}" + (f" crop {params['crop_size']}" if "crop_size" in params else "")
+    text += (f"  {params['backbone']:<24}" if "backbone" in params else "") + (
+        f" crop {params['crop_size']}" if "crop_size" in params else ""
+    )
     text += f"  {terminal.duration(float(attrs.get('seconds', 0.0)))}"
     if THAWED_FROM in attrs:
         text += f"  after trial {attrs[THAWED_FROM]}"

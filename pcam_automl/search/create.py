@@ -81,10 +81,12 @@ def create_or_open_study(
     if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
         _load_asked_space(asked)
         find_data(asked.data)
+    folder = studies_folder(url) / name
+    if database is not None and not database.exists():
+        check_free(folder, url)
     storage = open_storage(url)
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
-    folder = studies_folder(url) / name
     check_free(folder, url)
     settings, split, domains = _decide(name, url, asked, folder, say, pack_call)
     try:

@@ -158,7 +158,7 @@ def _open_server(driver: Any, parts: re.Match[str], url: str) -> Any:
         known["port"] = int(parts["port"])
     known["dbname" if driver.__name__ == "psycopg" else "database"] = parts["database"]
     if driver.__name__ == "pymysql":
-        known["read_timeout"] = _BUSY_TIMEOUT_S / 2  # a server of another kind waits for what it is not told
+        known["read_timeout"] = CONNECT_TIMEOUT_S  # a server of another kind waits for what it is not told
     try:
         return driver.connect(**known)
     except (driver.Error, RuntimeError) as fault:  # PyMySQL's word where a package for its encryption is missing

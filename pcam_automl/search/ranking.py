@@ -193,7 +193,12 @@ def choose_cheapest_tied(trials: Sequence[Ranked]) -> tuple[int, str]:
     if best.images_per_s is None or rate is None:
         return best.number, "it has the highest AUC, and its speed is not known"
     if fastest is best or best.images_per_s > (1 - LEAST_SAVING) * rate:
-        others = "no trial as good is cheaper" if len(timed) > 1 else "no other trial is as good"
+        if sum(trial.tied for trial in trials) < 2:
+            others = "no other trial is as good" if len(trials) > 1 else "it is the only complete one"
+        elif len(timed) > 1:
+            others = "no trial as good is cheaper"
+        else:
+            others = "the speed of those as good is not known"
         return best.number, f"it has the highest AUC, and {others}"
     low, high = fastest.behind_interval
     lead = f"scored {fastest.behind:.4f} higher (95 % {low:.4f} to {high:.4f}), which is no certain lead,"

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import Study
 
-from pcam_automl.errors import StudyError
+from pcam_automl.errors import StudyError, first_few
 from pcam_automl.search.connections import engine_options, probe_options
 from pcam_automl.search.patience import PATIENCE, WORKERS_PATIENCE_S, is_creation_race, is_lock, retry_transient
 from pcam_automl.search.retrying_storage import RetryingStorage
@@ -26,6 +26,9 @@ from pcam_automl.search.storage_url import (
     scrubbed,
     sqlite_path,
 )
+
+_OF_OPTUNA = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id", "state"}}
+"""By these columns its tables are known, in every version."""
 
 
 @contextmanager
@@ -64,6 +67,7 @@ def _probe(url: str, *, write: bool) -> None:
     """
     engine = sa.create_engine(url, **probe_options(url), poolclass=sa.NullPool)
     with engine.connect() as connection:
+        _refuse_foreign(sa.inspect(connection), safe_url(url))
         if not write and not sa.inspect(connection).has_table(models.StudyModel.__tablename__):
             raise no_studies(safe_url(url))
         if engine.dialect.name != "sqlite":
@@ -75,6 +79,28 @@ def _probe(url: str, *, write: bool) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             connection.exec_driver_sql("PRAGMA user_version = 0")
             connection.rollback()
+
+
+def _refuse_foreign(found: sa.Inspector, shown: str) -> None:
+    """Before Optuna makes its tables between those of another program.
+
+    Raises:
+        StudyError: an SQLite file of another program, or tables on a server that are called as Optuna's are and are not.
+    """
+    if found.has_table(models.VersionInfoModel.__tablename__):
+        return
+    names = set(found.get_table_names())
+    wrong = [
+        table
+        for table, columns in _OF_OPTUNA.items()
+        if table in names and not columns <= {column["name"] for column in found.get_columns(table)}
+    ]
+    alien = found.bind.dialect.name == "sqlite" and names and not names & set(models.BaseModel.metadata.tables)
+    if wrong or alien:
+        raise StudyError(
+            f"storage {shown} belongs to another program (its tables: {first_few(wrong or sorted(names))}) and is left as it is; "
+            "name another --storage"
+        )
 
 
 def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> RetryingStorage:
@@ -158,7 +184,7 @@ def storage_fault(url: str, fault: Exception) -> StudyError:
     advice = (
         "ask for the rights"
         if "denied for" in text and "table" in text
-        else "check host, port, user, password and database name"
+        else "check host, port, user, password and database name, and that it is a server of this kind"
     )
     return StudyError(f"storage {shown} cannot be used: {text}; {advice}")
 

@@ -6,6 +6,7 @@ import pickle
 import socket
 import sqlite3
 import time
+import uuid
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 import sqlalchemy as sa
+from databases import server_url
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -121,19 +123,26 @@ def test_storage_that_is_no_database_has_no_engine() -> None:
 # --- URLs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statement", ["", "CREATE TABLE mine (a INTEGER)"])
-def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, statement: str) -> None:
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("", r"there are no studies in sqlite:///.*mine\.db; start one with"),
+        ("CREATE TABLE mine (a INTEGER)", "belongs to another program"),
+    ],
+)
+def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, statement: str, said: str) -> None:
     file = tmp_path / "mine.db"
     with closing(sqlite3.connect(file)) as database:
         database.execute(statement)
     file.touch()
     held = file.read_bytes()
-    with pytest.raises(StudyError, match=r"there are no studies in sqlite:///.*mine\.db; start one with"):
+    with pytest.raises(StudyError, match=said):
         open_storage(f"sqlite:///{file}", create=False)
     assert file.read_bytes() == held
     assert [other.name for other in tmp_path.iterdir()] == ["mine.db"]
-    engine_of(open_storage(f"sqlite:///{file}")).dispose()
-    engine_of(open_storage(f"sqlite:///{file}", create=False)).dispose()
+    if not statement:
+        engine_of(open_storage(f"sqlite:///{file}")).dispose()
+        engine_of(open_storage(f"sqlite:///{file}", create=False)).dispose()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +183,44 @@ def test_wrong_url_is_refused_in_one_line(url: str, message: str) -> None:
 def test_driver_is_the_installed_one(url: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in ("psycopg", "pymysql") else None)
     assert normalised_url(url) == want
+
+
+@pytest.mark.parametrize(
+    "table", ["photos (name text)", "studies (study_id integer, title text)", "trials (id integer)"]
+)
+@pytest.mark.parametrize("create", [True, False])
+def test_a_database_of_another_program_is_refused_and_left_as_it_is(tmp_path: Path, table: str, create: bool) -> None:
+    file = tmp_path / "other.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(f"CREATE TABLE {table}")
+    before = file.read_bytes()
+    with pytest.raises(StudyError, match=r"other\.db belongs to another program \(its tables: "):
+        open_storage(f"sqlite:///{file}", create=create)
+    assert file.read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other.db"]
+
+
+@pytest.mark.postgres
+def test_a_server_s_table_that_is_only_called_as_optunas_is_refused() -> None:
+    url = server_url("postgresql")
+    server = sa.create_engine(normalised_url(url), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    name = f"test_{uuid.uuid4().hex}"
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    mine = sa.make_url(normalised_url(url)).set(database=name).render_as_string(hide_password=False)
+    try:
+        with sa.create_engine(mine, poolclass=sa.NullPool).begin() as connection:
+            connection.execute(sa.text("CREATE TABLE photos (title text)"))
+        open_storage(mine).engine.dispose()  # beside another program's tables it may be
+        with sa.create_engine(mine, poolclass=sa.NullPool).begin() as connection:
+            connection.execute(
+                sa.text("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE TABLE trials (id int)")
+            )
+        with pytest.raises(StudyError, match=r"belongs to another program \(its tables: trials\)"):
+            open_storage(mine)
+    finally:
+        with server.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.mark.parametrize(
