@@ -66,7 +66,7 @@ def test_a_trial_is_replayed_exported_and_started_from(run: Any, easy_pack: Path
         (("replay", "0"), "there are no studies in"),
         (("export-prior", "--out", "x.json"), "--out must end in .yaml, got x.json"),
         (("export-prior", "--out", "x.yaml"), "--study pcam: there are no studies in"),
-        (("search", "--trials", "1", "--prior", "nothing"), "no prior named 'nothing'"),
+        (("search", "--trials", "1", "--data", ".", "--prior", "nothing"), "no prior named 'nothing'"),
     ],
 )
 def test_faults_are_one_line(run: Any, words: tuple[str, ...], part: str) -> None:
