@@ -28,7 +28,7 @@ budget sets both by itself (budget.py)."""
 CAP_S = 60.0
 SLOWEST_SHARE, SLOWEST_SHARE_OF_BUDGET = 0.2, 0.5
 """A backbone that could see less than this share of the planned views within CAP_S is left out of the search; of one with a
-budget, whose trials may be seconds long, less than half."""
+budget, whose trials may be seconds long, less than half, but for the one that the search starts with."""
 ESTIMATE_ERROR = 2.0
 """A backbone whose speed is only estimated is left out only if it would be too slow at so many times that speed, too."""
 OVERHEAD = 1.2
@@ -141,7 +141,9 @@ def make_plan(
         for name, rate in rates.items():
             seconds = trial_seconds(default, rungs, n_score, rate)
             doubt = ESTIMATE_ERROR if name in estimated and trial_s is None else 1.0
-            if seconds * least > cap_s * doubt:
+            # The known-good start on fewer views is worth more than whatever is quick.
+            share = SLOWEST_SHARE if name == default.backbone else least
+            if seconds * share > cap_s * doubt:
                 about = "about " if name in estimated else ""
                 dropped[name] = (
                     f"a trial would take {about}{seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"

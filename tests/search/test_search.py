@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -469,6 +471,27 @@ def test_only_the_first_backbone_is_timed_and_a_doubtful_estimate_drops_none(
     cost["test_vit"] = times * plan.CAP_S / (seconds * plan.SLOWEST_SHARE)  # so many times the limit
     other = opened_in(tmp_path / "b", replace(asked, views=None))
     assert ("test_vit" in other.settings.plan["dropped"]) == dropped
+
+
+@pytest.mark.parametrize(("slowness", "kept"), [(0.9, True), (1.1, False)])
+def test_under_a_budget_the_start_keeps_its_network_where_others_as_slow_are_left_out(
+    slowness: float, kept: bool, asked: Asked
+) -> None:
+    """It is left out, too, where it could see less than a fifth of the views."""
+    from pcam_automl.search import plan
+
+    space, start = load_space(str(asked.space)), build_recipe({"backbone": "test_resnet", "crop_size": 32})
+    rate, trial_s = 1e-3, 3.0  # the fewest views are planned, whatever the rate
+    speed: Any = SimpleNamespace(images_per_s=lambda *_: rate, knows=lambda *_: True, deterministic=False)
+    made = partial(plan.make_plan, space, start, n_train=2000, n_valid=500, device=CPU, speed=speed)
+    rungs = plan.build_rungs(plan.LEAST_VIEWS, 2000)
+    whole_s = plan.trial_seconds(start, rungs, 500, 1.0)
+    rate = whole_s * plan.SLOWEST_SHARE / (2 * trial_s) / slowness
+    if kept:
+        assert set(made(trial_s=trial_s).dropped) == {"test_vit"}
+    else:
+        with pytest.raises(RecipeError, match="every backbone of the space is too slow here"):
+            made(trial_s=trial_s)
 
 
 def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: Asked) -> None:
