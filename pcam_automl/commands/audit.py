@@ -95,7 +95,7 @@ def audit_notes(audit: Audit) -> Iterator[str]:
 def advice(advised: tuple[tuple[int, int], ...] | None, rungs: tuple[tuple[int, int], ...]) -> str:
     """One line: the plan may stay, or a larger first rung."""
     if advised is None:
-        return "advice: the rungs may stay as they are"
+        return "advice: nothing speaks for other rungs so far"
     now = " -> ".join(f"{views:,}" for views, _ in rungs)
     return f"advice: a larger first rung: {' -> '.join(f'{views:,}' for views, _ in advised)} views instead of {now}"
 

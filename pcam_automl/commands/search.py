@@ -312,7 +312,7 @@ def _print_end(
     if summary.best is not None:
         options = command_options(opened.name, url)
         terminal.result(
-            f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} ({terminal.duration(seconds)})"
+            f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} (this search took {terminal.duration(seconds)})"
         )
         print_judged(ranking, audit)
         terminal.say(

@@ -56,7 +56,7 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
     if n_stopped := summary.states.get("fail", 0) - len(summary.errors):
         terminal.result(
-            f"  {n_stopped} of the failed were interrupted or lost their worker: they go on in other rows unless given up"
+            f"  {n_stopped} of the failed ended with their worker, not by an error: another row of each goes on, or has, unless it was given up"
         )
     for reason in sorted(set(summary.errors)):
         terminal.result(f"  {summary.errors.count(reason)} x {reason}")
