@@ -22,7 +22,9 @@ _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
 CONNECT_TIMEOUT_S = 10
 _USUAL_DRIVER = re.compile(r"^(postgresql(?=\+psycopg:)|mysql(?=\+pymysql:))\+[a-z]+")
-_PLAIN = re.compile(r"[a-z0-9+]+://(?:[^:/@?#\s]*(?::[^/@?#\s]*)?@)?[^:/@?#\s]*(?::\d*)?(?:/[^?#@:\s]*)?(?:\?[^@\s]*)?")
+_PLAIN = re.compile(
+    r"[a-z0-9+]+://(?:[^:/@?#\s]*(?::[^/@?#\s]*)?@)?[^:/@?#\s]*(?::\d*)?(?:/[^?#@:\s]*)?(?:\?(?:(?!://)[^@\s])*)?"
+)
 _SECRET_KEYS = ("password", "passwd", "pwd", "sslpassword", "passfile", "token")
 
 

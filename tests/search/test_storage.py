@@ -232,6 +232,7 @@ def test_a_server_s_table_that_is_only_called_as_optunas_is_refused() -> None:
         ("sqlite:///a+b.db", "sqlite:///a+b.db"),
         ("postgresql://postgres:postgres@h/postgres", "postgresql://postgres:***@h/postgres"),
         ("postgresql://user:s3cret@r:s3cret", "postgresql://user:***@r:***"),
+        ("postgresql://user:s3cret@h/n?essql://user:s3cret", "postgresql://user:***@h/n?essql://user:***"),
         (
             "postgresql+psyco/user:s3cret\ufffddb/user:s3cret@db:5432/n",
             "postgresql+psyco/user:***\ufffddb/user:***@db:5432/n",
