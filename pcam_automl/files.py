@@ -64,7 +64,10 @@ def check_can_write(folder: Path) -> None:
         try:
             probe.touch()
         except OSError as fault:
-            raise _explained(fault, folder) or fault from fault
+            explained = _explained(fault, folder)
+            raise explained or WriteError(
+                f"{folder} takes no files ({fault.strerror}); choose another folder"
+            ) from fault
         probe.unlink()
 
 

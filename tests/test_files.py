@@ -190,6 +190,8 @@ def test_a_folder_that_cannot_be_made_is_one_line_before_the_work(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot be made"):
         check_can_write(tmp_path / "file" / "below")
+    with pytest.raises(WriteError, match="/proc takes no files"):
+        check_can_write(Path("/proc"))
     check_can_write(tmp_path / "new" / "deep")
     assert list((tmp_path / "new" / "deep").iterdir()) == []
 

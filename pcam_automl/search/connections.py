@@ -8,9 +8,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S
+from pcam_automl.search.storage_url import BUSY_TIMEOUT_S, CONNECT_TIMEOUT_S
 
-BUSY_TIMEOUT_S = 60
 RESTED_S = 1.0
 """A pooled connection that has rested so long is asked whether it lives before it is used: a server may have restarted."""
 
@@ -29,7 +28,7 @@ class WalConnection(sqlite3.Connection):
 def engine_options(url: str) -> dict[str, Any]:
     """Options of ``create_engine``; picklable, so that a storage that travels to another process keeps them.
 
-    ``pool_pre_ping`` would ask the server before each of a trial's twenty looks and writes, a fifth of what it says to it.
+    ``pool_pre_ping`` would ask the server before each of a trial's twenty looks and writes.
     """
     parsed = sa.make_url(url)
     if parsed.get_backend_name() == "sqlite":

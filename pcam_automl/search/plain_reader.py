@@ -20,7 +20,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from pcam_automl.search.storage_url import CONNECT_TIMEOUT_S, driver_module, plain_sqlite_path
+from pcam_automl.search.storage_url import BUSY_TIMEOUT_S, CONNECT_TIMEOUT_S, driver_module, plain_sqlite_path
 from pcam_automl.search.trial_rows import (
     INTERMEDIATE,
     KNOWN_SCHEMA,
@@ -33,7 +33,6 @@ from pcam_automl.search.trial_rows import (
     study_to_read,
 )
 
-_BUSY_TIMEOUT_S = 60
 _AT_ONCE = 5_000
 """Rows that psycopg turns into Python values at a time."""
 _PLAIN_URL = re.compile(
@@ -127,7 +126,7 @@ def _driver_faults(driver: ModuleType) -> Iterator[None]:
 
 def _open_sqlite(file: Path) -> sqlite3.Connection:
     # Not mode=ro: such a reader leaves -wal and -shm behind.
-    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=_BUSY_TIMEOUT_S)
+    connection = sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=BUSY_TIMEOUT_S)
     try:
         connection.execute("PRAGMA query_only = ON")
         connection.execute("BEGIN")

@@ -163,8 +163,8 @@ class RetryingStorage(RDBStorage):
             begin = super().set_trial_state_values
             return retry_transient(lambda: begin(trial_id, state, values))
         held, notes, ends = self._unwritten.pop(trial_id, {}), self._last_notes.pop(trial_id, {}), datetime.now()
-        new = {kind: rows for kind, rows in rows_of(trial_id, notes, objectives=values or ()).items() if rows}
-        statements = upserts(held, self.engine.dialect.name) + upserts(new, self.engine.dialect.name)
+        new, dialect = rows_of(trial_id, notes, objectives=values or ()), self.engine.dialect.name
+        statements = upserts(held, dialect) + upserts(new, dialect)
         tries = 0
 
         def call() -> None:
@@ -174,9 +174,9 @@ class RetryingStorage(RDBStorage):
                 if end_trial(connection, trial_id, state, ends):
                     for statement, rows in statements:
                         connection.execute(statement, rows)
-                elif tries == 1 or state_of_trial(connection, trial_id) != state:
-                    self.check_trial_is_updatable(trial_id, state_of_trial(connection, trial_id))
-                # else: an earlier try was committed although its answer was lost
+                # Of a later try the same state means that an earlier one was committed although its answer was lost.
+                elif (found := state_of_trial(connection, trial_id)) != state or tries == 1:
+                    self.check_trial_is_updatable(trial_id, found)
 
         try:
             retry_transient(call)

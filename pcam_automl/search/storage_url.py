@@ -20,7 +20,8 @@ _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "mysql": ("mysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
 }
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
-CONNECT_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S, BUSY_TIMEOUT_S = 10, 60
+"""Seconds that a server has to answer, and that an SQLite file may be held by another process."""
 _USUAL_DRIVER = re.compile(r"^(postgresql(?=\+psycopg:)|mysql(?=\+pymysql:))\+[a-z]+")
 _PLAIN = re.compile(
     r"[a-z0-9+]+://(?:[^:/@?#\s]*(?::[^/@?#\s]*)?@)?[^:/@?#\s]*(?::\d*)?(?:/[^?#@:\s]*)?(?:\?(?:(?!://)[^@\s])*)?"

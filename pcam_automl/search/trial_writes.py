@@ -74,18 +74,11 @@ def _stored(local: datetime) -> datetime:
 
 
 def end_trial(connection: sa.Connection, trial_id: int, state: TrialState, ends: datetime) -> bool:
-    """End a trial inside the connection's transaction; False, and nothing is done, if it has ended before.
-
-    Raises:
-        KeyError: there is no such trial.
-    """
+    """End a trial inside the connection's transaction; False, and nothing is done, if it has ended before or is not there."""
     trials = models.TrialModel.__table__
     open_states = trials.c.state.in_([other for other in TrialState if not other.is_finished()])
     end = sa.update(trials).where(trials.c.trial_id == trial_id, open_states)
-    if connection.execute(end.values(state=state, datetime_complete=_stored(ends))).rowcount:
-        return True
-    state_of_trial(connection, trial_id)
-    return False
+    return connection.execute(end.values(state=state, datetime_complete=_stored(ends))).rowcount == 1
 
 
 def state_of_trial(connection: sa.Connection, trial_id: int) -> TrialState:
