@@ -31,7 +31,7 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, short_search_s
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -163,18 +163,20 @@ def _decided(
 ) -> Decision:
     """What is trained in the end: the chosen trial, or what its confirmation and that of the next best say.
 
-    A single candidate is not confirmed where seconds are limited and slides are kept back: there is nothing to choose, and
-    those slides say more of the final network than a shorter training would.
+    Not confirmed, where seconds are limited and slides are kept back, is a single candidate: there is nothing to choose, and those
+    slides say more of the final network than a shorter training would. Nor is the best of a search's few trials that had too
+    little time for more.
     """
     chosen = Candidate(lineage_of(trial), trial)
     if options.confirm == 0:
         return Decision((chosen,), (1.0,))
     others = top_candidates(opened.study, options.confirm) if which == "best" else []
     candidates = [chosen, *(one for one in others if one.lineage != chosen.lineage)][: options.confirm]
-    if len(candidates) == 1 and options.seconds is not None and rows.kept_back:
-        watch.train.note(
-            f"trial {trial.number} is the only candidate: not confirmed, its seconds go to the final training"
-        )
+    budget_s = budget_of(opened.study)
+    is_short = budget_s is not None and short_search_s(opened.settings.plan.get("budget"), budget_s) is not None
+    if (len(candidates) == 1 or is_short) and options.seconds is not None and rows.kept_back:
+        why = "the best of a few" if len(candidates) > 1 else "the only candidate"
+        watch.train.note(f"trial {trial.number} is {why}: not confirmed, its seconds go to the final training")
         return Decision((chosen,), (1.0,))
     label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
     confirmations = confirm(

@@ -112,6 +112,7 @@ class Work:
 def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work, *, stop: StopSignal) -> SearchEnd:
     """Print the plan and run trials on the devices, in this process or in one for each of several."""
     from pcam_automl.commands.workers import run_many
+    from pcam_automl.search.budget import N_SHORT
     from pcam_automl.search.objective import Objective
     from pcam_automl.search.overview import SEARCHED_KEY
     from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
@@ -120,8 +121,9 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     from pcam_automl.training.compute import use_device
 
     clock, ledger = _budget(opened, work)
+    without_end = NEVER_ENDS if clock is None or clock.short_s is None else N_SHORT
     limits = Limits(
-        work.n_trials or NEVER_ENDS,
+        work.n_trials or without_end,
         work.timeout_s,
         clock,
         DEFAULT_QUOTA_BYTES if work.quota_bytes is None else work.quota_bytes,
@@ -155,7 +157,7 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, spent_s
+    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search_s, spent_s
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
@@ -164,8 +166,9 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     spent = spent_s(opened.study)
     give_budget(opened, work.budget_s)
     began = time.monotonic() - process_age_s() if work.since is None else work.since
-    rate = opened.settings.plan["images_per_s"].get(opened.start.backbone)
-    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate), ledger
+    plan = opened.settings.plan
+    rate, short_s = plan["images_per_s"].get(opened.start.backbone), short_search_s(plan.get("budget"), work.budget_s)
+    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate, short_s), ledger
 
 
 def give_budget(opened: OpenStudy, budget_s: float) -> None:
@@ -237,14 +240,23 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
 def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int) -> None:
     """How the budget is split, and what the search's part should do; of a study that was planned by it."""
     from pcam_automl.search.budget import CONFIRM_SHARE
+    from pcam_automl.search.plan import ETA
 
-    say, total, confirm_s = terminal.duration, clock.total_s, CONFIRM_SHARE * clock.total_s
+    say, total = terminal.duration, clock.total_s
+    confirm_s = 0.0 if clock.short_s is not None else CONFIRM_SHARE * total
+    confirmed = f"confirmation {say(confirm_s)}, " if confirm_s else ""
+    spent_s = clock.spent_s + time.monotonic() - clock.began
     terminal.say(
-        f"  budget {say(total)}, {say(clock.spent_s)} of it spent: search {say(total - clock.reserve_s)} (start-up included), "
-        f"confirmation {say(confirm_s)}, final training and prediction {say(clock.reserve_s - confirm_s)}; search has {say(max(0.0, clock.left_s()))} left"
+        f"  budget {say(total)}, {say(spent_s)} of it spent: search {say(total - clock.reserve_s)} (start-up included), "
+        f"{confirmed}final training and prediction {say(clock.reserve_s - confirm_s)}; search has {say(max(0.0, clock.left_s()))} left"
     )
+    if clock.short_s is not None:
+        terminal.say(
+            "  too little time to search in: a few whole trials, and the rest for training the best of them longer"
+        )
     if planned is not None and planned["total_s"] == total:
-        starts = [max(1, round(planned["n_started"] / 3**rung)) for rung in range(n_rungs)]
+        eta = 1 if planned.get("short") else ETA  # those few run through
+        starts = [max(1, round(planned["n_started"] / eta**rung)) for rung in range(n_rungs)]
         terminal.say(
             f"  planned: about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, a whole one takes about {say(planned.get('whole_s', planned['trial_s']))}"
         )

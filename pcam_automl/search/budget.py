@@ -23,11 +23,15 @@ from pcam_automl.errors import OutOfTime
 TOTAL_KEY = "pcam_automl:budget_s"
 RUN_KEY = "pcam_automl:run:"
 CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
-"""Of the budget, at most; the search has the rest. On two cores six minutes of 2,822 patches are best spent on training: a
-search of 45 % of them found nothing better than its first trial. In four hours on a GPU 60 epochs are a twentieth, and the
-search has nearly all."""
+"""Of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
 MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
+FEW = 18
+"""Lineages, two brackets. A search from scratch that would start fewer finds nothing that training longer would not beat: it is cut
+down to ``N_SHORT`` whole trials, of which the best is taken unconfirmed."""
+N_SHORT = 2
+SHORT_TRIAL_SHARE = 0.10
+"""Of the budget, each of them: the smaller input of two wins the shorter trainings, and the larger one the longer."""
 BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
 N_BRACKETS = 3
@@ -57,6 +61,7 @@ class BudgetPlan:
         n_started: lineages that the search's seconds are expected to start.
         free_s: of the search, without start-up.
         whole_s: a whole trial of the network that the search starts with, scoring, decay branches and all.
+        short: too little time to search in; see ``FEW``.
     """
 
     total_s: float
@@ -67,13 +72,26 @@ class BudgetPlan:
     n_started: int
     free_s: float
     whole_s: float
+    short: bool = False
 
     def with_trial(self, whole_s: float) -> BudgetPlan:
         """The same for trials that take so long, which is known once their rungs are set."""
-        return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
+        if not self.short:
+            return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
+        free_s = min(self.free_s, N_SHORT * (whole_s + ROW_S))
+        search_s = self.search_s - self.free_s + free_s
+        final_s = self.total_s - search_s - self.confirm_s
+        return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s)
 
 
-def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = None, n_final: int = 0) -> BudgetPlan:
+def plan_budget(
+    total_s: float,
+    *,
+    used_s: float,
+    images_per_s: float | None = None,
+    n_final: int = 0,
+    may_be_short: bool = False,
+) -> BudgetPlan:
     """Split a budget: what the final training can use comes first, up to its share.
 
     A whole trial is set so long that ``N_BRACKETS`` brackets, some 27 lineages, would fit if rows cost nothing: more of them would each
@@ -84,13 +102,32 @@ def plan_budget(total_s: float, *, used_s: float, images_per_s: float | None = N
         used_s: what start-up and packing have taken of the search's part already.
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
         n_final: patches of the final training.
+        may_be_short: whether a search of few lineages is cut down, ``FEW``; a fine-tuning gains more from its recipe than from time.
     """
     confirm_s, final_s = CONFIRM_SHARE * total_s, final_seconds(total_s, images_per_s, n_final)
     search_s = total_s - confirm_s - final_s
     free_s = max(search_s - used_s, 0.2 * search_s)
     trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
     n_started = _n_lineages(free_s, trial_s)
+    if (
+        may_be_short and n_started < FEW and final_s >= FINAL_SHARE * total_s
+    ):  # else the final training has all that it can use
+        trial_s = max(SHORT_TRIAL_SHARE * total_s, LEAST_TRIAL_S)
+        # What its trials do not need goes to the final training, too: with_trial().
+        return BudgetPlan(total_s, search_s, 0.0, final_s + confirm_s, trial_s, N_SHORT, free_s, trial_s, short=True)
     return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
+
+
+def short_search_s(planned: Mapping[str, Any] | None, total_s: float) -> float | None:
+    """What a study's search may take of the budget that it was planned for as a short one; None of any other.
+
+    Args:
+        planned: the study's :class:`BudgetPlan` as its settings keep it; None where it was made without a budget.
+        total_s: the budget, which may have been raised since.
+    """
+    if planned is None or not planned.get("short") or planned["total_s"] != total_s:
+        return None
+    return float(planned["search_s"])
 
 
 def _n_lineages(free_s: float, whole_s: float) -> int:
@@ -229,6 +266,7 @@ class BudgetClock:
         began: of this command, by ``time.monotonic``.
         n_final: patches of the final training.
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
+        short_s: of a short search, what it may take, start-up included; None of any other.
         reserve_s: kept for confirmation and final training; see :meth:`learn`.
     """
 
@@ -237,6 +275,7 @@ class BudgetClock:
     began: float
     n_final: int
     images_per_s: float | None = None
+    short_s: float | None = None
     reserve_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -252,6 +291,9 @@ class BudgetClock:
 
     def learn(self, best: FrozenTrial | None) -> None:
         """Keep for the final training what the best trial's network needs, and no more than its share."""
+        if self.short_s is not None:
+            self.reserve_s = self.total_s - self.short_s
+            return
         rate = self.images_per_s if best is None else best.user_attrs.get("images_per_s")
         self.reserve_s = CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, rate, self.n_final)
 

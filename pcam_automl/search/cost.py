@@ -18,6 +18,10 @@ from pcam_automl.search.quick_tpe import QuickTPE
 
 SecondsOf = Callable[[Mapping[str, Any]], float]
 """Expected seconds (> 0) of a trial with these parameters; those that are not named are the study's own values."""
+ShareOf = Callable[[Mapping[str, Any]], float]
+"""Share of the planned views, in (0, 1], that a trial with these parameters sees within its seconds."""
+_FAR_BELOW = 1e12
+"""Any score of a candidate, a log of densities, is above minus this."""
 GOOD_SHARE = 0.1
 """TPE's gamma: the share of trials that it calls good, a tenth up to 250 trials (Optuna's default)."""
 
@@ -50,6 +54,32 @@ class TrialSeconds:
         return float(seconds if self.cap_s is None else min(seconds, self.cap_s))
 
 
+@dataclass(frozen=True)
+class ViewsShare:
+    """The share of the planned views that a trial's network sees within a trial's seconds, by the plan's speeds.
+
+    Attributes:
+        seconds: of a trial with all planned views, without a limit.
+        cap_s: that no trial exceeds.
+        least: share below which a network is not worth a trial: it could not be told from a bad one, and where a step of it is
+            longer than its first rung it takes many times its seconds.
+        quickest: of the dimensions that decide a network's speed the value that is quickest, for those that are not drawn yet.
+    """
+
+    seconds: TrialSeconds
+    cap_s: float
+    least: float
+    quickest: Mapping[str, Any]
+
+    def __call__(self, params: Mapping[str, Any]) -> float:
+        """Of a trial with these parameters; of those that are not named it may yet have the quickest."""
+        return min(1.0, self.cap_s / self.seconds({**self.quickest, **params}))
+
+    def depends_on(self, name: str) -> bool:
+        """Whether the parameter decides a network's speed."""
+        return name in self.quickest
+
+
 def log_improvement_per_cost(
     log_ratio: NDArray[np.float64], seconds: NDArray[np.float64], alpha: float
 ) -> NDArray[np.float64]:
@@ -67,32 +97,45 @@ def log_improvement_per_cost(
 
 
 class CostAwareTPE(QuickTPE):
-    """TPE whose candidates are judged by expected improvement per second.
+    """TPE that knows what its candidates cost: one whose network is too slow gives way to any that is not, and where seconds
+    count the others are judged by expected improvement per second.
 
     Args:
-        seconds_of: the model of costs.
+        seconds_of: the model of costs; None counts no seconds.
         alpha: exponent of the seconds in [0, 1]. Let it fall with what is left of the budget: then what is good and slow
             gets its turn in the end (cost cooling, Lee et al. 2020, arXiv:2003.10870).
+        share_of: says which networks are too slow; None takes all.
         options: QuickTPE's.
+
+    Attributes:
+        given: parameters of the trial that are not drawn.
     """
 
-    def __init__(self, seconds_of: SecondsOf, alpha: float, **options: Any) -> None:
+    def __init__(
+        self, seconds_of: SecondsOf | None, alpha: float, *, share_of: ViewsShare | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self._seconds_of, self._alpha = seconds_of, alpha
+        self._seconds_of, self._alpha, self._share_of = seconds_of, alpha, share_of
         self._asked: dict[str, BaseDistribution] = {}
+        self._known: dict[str, Any] = {}
+        self.given: Mapping[str, Any] = {}
 
     def _sample(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        self._asked = search_space
+        self._asked, self._known = search_space, {**self.given, **trial.params}
         return super()._sample(study, trial, search_space)
 
     def _compute_acquisition_func(
         self, samples: dict[str, NDArray[Any]], mpe_below: Any, mpe_above: Any
     ) -> NDArray[np.float64]:
-        log_ratio = super()._compute_acquisition_func(samples, mpe_below, mpe_above)
-        seconds = [
-            self._seconds_of(
-                {name: dist.to_external_repr(samples[name][i].item()) for name, dist in self._asked.items()}
-            )
-            for i in range(len(log_ratio))
+        score = super()._compute_acquisition_func(samples, mpe_below, mpe_above)
+        candidates = [
+            {name: dist.to_external_repr(samples[name][i].item()) for name, dist in self._asked.items()}
+            for i in range(len(score))
         ]
-        return log_improvement_per_cost(log_ratio, np.array(seconds), self._alpha)
+        if self._seconds_of is not None:
+            seconds = np.array([self._seconds_of(candidate) for candidate in candidates])
+            score = log_improvement_per_cost(score, seconds, self._alpha)
+        if self._share_of is not None and any(map(self._share_of.depends_on, self._asked)):
+            shares = np.array([self._share_of({**self._known, **candidate}) for candidate in candidates])
+            score = np.where(shares < self._share_of.least, (shares - 1.0) * _FAR_BELOW, score)
+        return score

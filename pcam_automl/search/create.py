@@ -45,7 +45,7 @@ from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import start_list
+from pcam_automl.search.start import start_list, with_steps_enough
 from pcam_automl.search.start_sources import asked_entries, probed_entries, shipped_recipes
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
 from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
@@ -138,6 +138,8 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    if asked.recipe is None and not common.pretrained:
+        start = with_steps_enough(start, space, plan)
     probe = None
     if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic):
         limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
@@ -257,7 +259,13 @@ def _planned(
     if asked.budget_s is not None:
         check_runs(common)
         rate, n_final = speed.images_per_s(common, device), len(data.split.order)
-        budget = plan_budget(asked.budget_s, used_s=process_age_s(), images_per_s=rate, n_final=n_final)
+        budget = plan_budget(
+            asked.budget_s,
+            used_s=process_age_s(),
+            images_per_s=rate,
+            n_final=n_final,
+            may_be_short=not common.pretrained,
+        )
     plan = make_plan(
         space,
         start,

@@ -82,6 +82,12 @@ class Parameter:
             inside = self.low + round((inside - self.low) / step) * step
         return int(inside) if self.kind == "int" else min(float(f"{inside:.12g}") if self.step else inside, self.high)
 
+    def smallest(self) -> Any:
+        """The least number that it can take; None where None is among its choices, or no number."""
+        if self.kind != "choice":
+            return int(self.low) if self.kind == "int" else self.low
+        return None if None in self.choices else min(filter(is_number, self.choices), default=None)
+
     def contains(self, value: Any) -> bool:
         """Whether the dimension can take exactly this value."""
         nearest = self.nearest(value)

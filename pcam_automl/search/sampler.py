@@ -13,7 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import RecipeError, did_you_mean
-from pcam_automl.search.cost import CostAwareTPE, SecondsOf
+from pcam_automl.search.cost import CostAwareTPE, SecondsOf, ViewsShare
 from pcam_automl.search.current import CurrentStudy
 from pcam_automl.search.lineages import FINISHED
 from pcam_automl.search.quick_tpe import QuickTPE, Remembered
@@ -26,6 +26,9 @@ COST_AWARE = ("tpe", "tpe-qmc")
 N_STARTUP = 10
 """Random trials before the model starts. For gp and cmaes 5: they learn from complete trials only, and of 50 trials
 under successive halving some 8 are complete."""
+
+_DRAWS = 8
+"""More of a value with which a network would be too slow, before the quickest of them is taken."""
 
 _NEEDS: dict[str, tuple[str, ...]] = {
     "gp": ("scipy", "torch"),
@@ -48,6 +51,8 @@ class PerTrialSampler(BaseSampler):
             and conditional dimensions by TPE) or ``qmc`` (scrambled Sobol throughout).
         seed: the study's seed, >= 0.
         seconds_of: expected seconds of a trial, to judge proposals by improvement per second; None counts no seconds.
+        share_of: the share of the planned views that a proposal's network sees, by which TPE and random draws leave out what
+            is too slow; None takes all.
 
     Raises:
         RecipeError: an unknown name, a package that the sampler needs is missing (the message says which), or a sampler
@@ -59,11 +64,14 @@ class PerTrialSampler(BaseSampler):
         budget_left: share of the budget that is left, in [0, 1]: the exponent of the seconds in the next proposals.
     """
 
-    def __init__(self, name: str, seed: int, *, seconds_of: SecondsOf | None = None) -> None:
+    def __init__(
+        self, name: str, seed: int, *, seconds_of: SecondsOf | None = None, share_of: ViewsShare | None = None
+    ) -> None:
         _check(name, seed, cost_aware=seconds_of is not None)
         self.name = name
         self.seed = seed
         self.seconds_of = seconds_of
+        self.share_of = share_of
         self.prescribed: dict[str, Any] = {}
         self.budget_left = 1.0
         self._of: tuple[Any, int] | None = None
@@ -93,8 +101,10 @@ class PerTrialSampler(BaseSampler):
         if self.name == "qmc" or (self.name == "tpe-qmc" and starting):
             return _NumberedQMC(number, seed=self.seed, independent_sampler=RandomSampler(seed=seed))
         options = {"seed": seed, "n_startup_trials": N_STARTUP, "group": True}
-        if self.seconds_of is not None:
-            return CostAwareTPE(self.seconds_of, self.budget_left, remembered=self._remembered, **options)
+        if self.name in COST_AWARE and (self.seconds_of is not None or self.share_of is not None):
+            return CostAwareTPE(
+                self.seconds_of, self.budget_left, share_of=self.share_of, remembered=self._remembered, **options
+            )
         return _build_inner(self.name, seed, {**options, "remembered": self._remembered})
 
     def _view(self, study: Study) -> Study:
@@ -111,6 +121,8 @@ class PerTrialSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if isinstance(self._inner, CostAwareTPE):
+            self._inner.given = self.prescribed
         return self._inner.sample_relative(self._view(study), trial, search_space)
 
     def sample_independent(
@@ -118,7 +130,18 @@ class PerTrialSampler(BaseSampler):
     ) -> Any:
         if self._is_prescribed(param_name, param_distribution):
             return self.prescribed[param_name]
-        return self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+
+        drawn = self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+        if self.share_of is None or not self.share_of.depends_on(param_name):
+            return drawn
+        share = self.share_of({**trial.params, param_name: drawn})
+        for _ in range(_DRAWS):
+            if share >= self.share_of.least:
+                break
+            other = self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+            if (of_other := self.share_of({**trial.params, param_name: other})) > share:
+                drawn, share = other, of_other
+        return drawn
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self.prescribed = {}

@@ -1,7 +1,7 @@
 """What the first trials of a study are told to try: the default, what was asked for, the notebooks' recipes. Pure.
 
 Which slot takes which entry is decided when the study is created and kept in its settings, so that every worker prescribes
-the same. The sampler keeps at least three quarters of the trials.
+the same. The sampler keeps at least three quarters of eight trials and more.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from dataclasses import dataclass
 
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import PATCH_PX, Recipe
+from pcam_automl.search.dimension import is_number
 from pcam_automl.search.plan import Plan, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace
 
 MOST_SHARE = 0.25
-"""Of the study's trials that may be prescribed, trial 0 included; trial 0 is in any case."""
+"""Of the study's trials that may be prescribed, trial 0 included."""
+FIRST = 2
+"""Trials that are prescribed in any case: the recipe that the search starts from, and what is most likely to be better."""
 MOST_ENTRIES = 12
 """That a study remembers; a quarter of 50 trials."""
 LEAST_VIEWS_SHARE = 0.5
 """A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
+LEAST_STEPS = 200
+"""Of a whole trial of the default recipe. From scratch half the batch, so twice the steps, took a quarter to two thirds off the error of
+trainings of 13,000 to 26,000 views, for a tenth less views a second (docs/performance.md)."""
 STAND_INS = {"densenet169": "densenet121", "resnetv2_101": "resnet50"}
 """A notebook's network to the largest of its family in the default space, which takes the notebook's values."""
 
@@ -74,6 +80,14 @@ def start_list(
         if all(entry.params != other.params for other in entries):
             entries.append(entry)
     return Start(tuple(entries[:MOST_ENTRIES]), tuple(left_out))
+
+
+def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
+    """The recipe with the largest batch of the space, up to its own, whose whole trial takes ``LEAST_STEPS``; else the smallest."""
+    batch = space.parameters.get("batch_size")
+    sizes = [size for size in (batch.choices if batch else ()) if is_number(size) and size <= recipe.batch_size]
+    enough = [size for size in sizes if plan.rungs[-1].views >= LEAST_STEPS * size]
+    return recipe.model_copy(update={"batch_size": max(enough, default=min(sizes))}) if sizes else recipe
 
 
 def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe | None:
@@ -134,8 +148,8 @@ def views_share(recipe: Recipe, backbone: str, plan: Plan, *, pixels: float = 1.
 
 
 def n_prescribed(n_entries: int, n_trials: int) -> int:
-    """How many of the first slots of a study of ``n_trials`` take an entry: at most a quarter, and slot 0."""
-    return min(n_entries, max(1, int(MOST_SHARE * n_trials)))
+    """How many of the first slots of a study of ``n_trials`` take an entry: at most a quarter, and the first two."""
+    return min(n_entries, max(FIRST, int(MOST_SHARE * n_trials)))
 
 
 def enqueued_for(entries: Sequence[Enqueued], slot: Slot, n_trials: int) -> Enqueued | None:

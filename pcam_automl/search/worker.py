@@ -67,7 +67,9 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     pauses = limits.clock is not None and limits.thaws
     study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=pauses)
     seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
-    sampler = PerTrialSampler(opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of)
+    sampler = PerTrialSampler(
+        opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of, share_of=opened.views_share()
+    )
     study.sampler = sampler
     objective.clock = limits.clock
     objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)

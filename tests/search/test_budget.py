@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 import optuna
 import pytest
@@ -11,8 +12,11 @@ from optuna.trial import TrialState, create_trial
 from pcam_automl.errors import OutOfTime
 from pcam_automl.search.budget import (
     CONFIRM_SHARE,
+    FEW,
     FINAL_SHARE,
     FIRST_SHARE,
+    N_SHORT,
+    ROW_S,
     BudgetClock,
     Interval,
     Ledger,
@@ -22,6 +26,7 @@ from pcam_automl.search.budget import (
     intervals_of,
     plan_budget,
     set_budget,
+    short_search_s,
     spent_s,
     typical_trial_s,
     union_seconds,
@@ -44,6 +49,39 @@ def test_longer_trials_are_fewer() -> None:
     assert (longer.trial_s, longer.whole_s) == (plan.trial_s, 1.5 * plan.trial_s)
     assert longer.n_started < plan.n_started
     assert plan.with_trial(10 * plan.free_s).n_started == 1
+
+
+@given(st.floats(60, 1e5), st.floats(0, 40), st.floats(1, 1e4))
+def test_a_search_of_few_trials_from_scratch_is_cut_down_for_the_final_training(
+    total_s: float, used_s: float, whole_s: float
+) -> None:
+    whole = plan_budget(total_s, used_s=used_s)
+    plan = plan_budget(total_s, used_s=used_s, may_be_short=True)
+    assert plan.short == (whole.n_started < FEW)
+    if not plan.short:
+        assert plan == whole
+        return
+    plan = plan.with_trial(whole_s)
+    assert plan.search_s + plan.final_s == pytest.approx(total_s)
+    assert plan.final_s >= whole.final_s + whole.confirm_s - 1e-6
+    assert (plan.n_started, plan.confirm_s) == (N_SHORT, 0.0)
+    assert plan.free_s == min(whole.free_s, N_SHORT * (whole_s + ROW_S))
+
+
+def test_a_final_training_that_has_enough_leaves_the_search_its_time() -> None:
+    assert plan_budget(60.0, used_s=0.0, may_be_short=True).short
+    assert not plan_budget(60.0, used_s=0.0, images_per_s=1e5, n_final=100, may_be_short=True).short
+
+
+def test_a_short_search_keeps_its_end_and_only_for_its_own_budget() -> None:
+    plan = plan_budget(180.0, used_s=12.0, may_be_short=True).with_trial(10.0)
+    assert short_search_s(asdict(plan), 180.0) == plan.search_s
+    assert short_search_s(asdict(plan), 360.0) is None
+    assert short_search_s(asdict(plan_budget(180.0, used_s=12.0)), 180.0) is None
+    assert short_search_s(None, 180.0) is None
+    clock = BudgetClock(180.0, 0.0, time.monotonic(), 1000, short_s=plan.search_s)
+    clock.learn(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0}))
+    assert clock.left_s() == pytest.approx(plan.search_s, abs=1.0)
 
 
 def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:

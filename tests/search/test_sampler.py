@@ -6,7 +6,8 @@ import optuna
 import pytest
 
 from pcam_automl.errors import RecipeError
-from pcam_automl.search.sampler import N_STARTUP, build_sampler
+from pcam_automl.search.cost import TrialSeconds, ViewsShare
+from pcam_automl.search.sampler import N_STARTUP, PerTrialSampler, build_sampler
 
 MODEL_SAMPLERS = ["tpe", "tpe-qmc", "gp", "qmc", "random"]
 
@@ -158,3 +159,57 @@ def test_unknown_sampler_bad_seed_and_missing_package_are_refused(monkeypatch: p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="sampler cmaes needs cmaes; run: pip install cmaes; or use tpe"):
         build_sampler("cmaes", 0)
+
+
+CROPS, UPSCALES = (32, 96), [1.0, 1.5, 2.0]
+QUICKEST = {"backbone": "small", "crop_size": 32, "upscale": 1.0}
+
+
+def of_a_size(trial: optuna.Trial) -> float:
+    """Larger is better, so that a sampler that may propose what is too slow does."""
+    large = trial.suggest_categorical("backbone", ["small", "large"]) == "large"
+    px = trial.suggest_int("crop_size", *CROPS, step=16) * trial.suggest_categorical("upscale", UPSCALES)
+    return px + large
+
+
+def share_of(cap_s: float) -> ViewsShare:
+    """Of 6,000 images: 6 s of the small network at 64 px, 24 s of the large one."""
+    rates = {"small": 1000.0, "large": 250.0}
+    return ViewsShare(TrialSeconds(rates, 64, 6000.0, {"crop_size": 64}), cap_s, 0.2, QUICKEST)
+
+
+def test_the_share_of_a_network_s_views_follows_its_seconds() -> None:
+    share = share_of(12.0)
+    assert share({}) == 1.0
+    assert share({"backbone": "large", "crop_size": 64}) == 0.5
+    assert share({"backbone": "large", "crop_size": 64, "upscale": 2.0}) == 0.125
+    assert share({"crop_size": 96, "upscale": 2.0}) == pytest.approx(2 / 9)
+    assert share.depends_on("upscale")
+    assert not share.depends_on("lr")
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_networks_that_would_see_too_few_views_are_drawn_again(name: str) -> None:
+    def trials(share: ViewsShare | None) -> list[dict[str, Any]]:
+        study = optuna.create_study(direction="maximize", sampler=PerTrialSampler(name, 3, share_of=share))
+        study.optimize(of_a_size, n_trials=N_STARTUP + 30)
+        return [trial.params for trial in study.trials]
+
+    share = share_of(8.0)
+    slow = [params for params in trials(None) if share(params) < 0.2]
+    assert len(slow) > 8
+    chosen = trials(share)
+    assert sum(share(params) < 0.2 for params in chosen) <= 1  # nine draws in a row may fail
+    assert {params["backbone"] for params in chosen} == {"small", "large"}
+    assert any(params["upscale"] == 2.0 for params in chosen)
+
+
+def test_where_every_network_is_too_slow_the_quickest_draw_is_taken_and_prescribed_ones_always() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.sampler = sampler = PerTrialSampler("random", 3, share_of=share_of(1e-3))
+    study.optimize(of_a_size, n_trials=20)
+    px = [trial.params["crop_size"] * trial.params["upscale"] for trial in study.trials]
+    assert max(px) <= 96  # of 192
+    sampler.prescribed = {"backbone": "large", "crop_size": 96, "upscale": 2.0}
+    study.optimize(of_a_size, n_trials=1)
+    assert study.trials[-1].params == {"backbone": "large", "crop_size": 96, "upscale": 2.0}

@@ -428,13 +428,14 @@ def test_the_holdout_is_in_no_trial(tmp_path: Path, asked: Asked) -> None:
 def test_slow_backbones_get_fewer_views_and_hopeless_ones_are_left_out(
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pcam_automl.search import plan
     from pcam_automl.training.speed import SpeedBook
 
     rates = {"test_resnet": 1000.0, "test_vit": 20.0}
     monkeypatch.setattr(SpeedBook, "images_per_s", lambda self, recipe, device: rates[recipe.backbone])
     monkeypatch.setattr(SpeedBook, "knows", lambda self, recipe, device: True)
     opened = opened_in(tmp_path / "a", replace(asked, views=None))
-    assert opened.settings.rungs[-1][0] == 20 * opened.settings.plan["n_train"], "20 epochs are the most on a tiny set"
+    assert opened.settings.rungs[-1][0] == plan.LEAST_VIEWS, "on a tiny set more than 20 epochs"
     assert opened.settings.cap_s == 60.0
     assert opened.settings.plan["estimated"] == []
     objective = Objective(opened, CPU)

@@ -11,7 +11,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.search.plan import Plan, build_rungs
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list
+from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list, with_steps_enough
 from pcam_automl.search.start_sources import shipped_recipes
 from pcam_automl.search.study import start_recipe
 
@@ -144,8 +144,8 @@ def test_every_entry_is_a_trial_of_the_space() -> None:
             assert all(space.parameters[field].contains(value) for field, value in entry.params.items())
 
 
-@pytest.mark.parametrize(("n_trials", "expected"), [(1, 1), (7, 1), (8, 2), (12, 3), (50, 12), (4000, 12)])
-def test_at_most_a_quarter_of_the_trials_is_prescribed_and_trial_0_always(n_trials: int, expected: int) -> None:
+@pytest.mark.parametrize(("n_trials", "expected"), [(1, 2), (7, 2), (8, 2), (12, 3), (50, 12), (4000, 12)])
+def test_at_most_a_quarter_of_the_trials_is_prescribed_and_two_always(n_trials: int, expected: int) -> None:
     assert n_prescribed(12, n_trials) == expected
 
 
@@ -161,3 +161,13 @@ def test_a_slot_takes_its_entry_once_and_never_in_place_of_its_lineage() -> None
     assert enqueued_for(entries, slot(1, lineage="1"), 12) is None
     assert enqueued_for(entries, slot(1, attempts=2), 12) is None, "a recipe that failed is not tried again"
     assert enqueued_for((), slot(0), 12) is None
+
+
+@pytest.mark.parametrize(("views", "expected"), [(1_000, 32), (6_400, 32), (12_799, 32), (12_800, 64), (10**6, 64)])
+def test_a_short_trial_takes_smaller_batches_and_no_larger_ones_than_the_recipe_s(views: int, expected: int) -> None:
+    space = space_of("default", False)
+    plan = replace(plan_for(space), rungs=build_rungs(views, 10_000))
+    recipe = start_recipe("default", False)
+    assert with_steps_enough(recipe, space, plan).batch_size == expected
+    pinned = space.pinned({"batch_size": 128})
+    assert with_steps_enough(recipe, pinned, plan) == recipe
