@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -184,6 +185,32 @@ def test_new_slides_keep_the_mix_of_scanners(tmp_path: Path, monkeypatch: pytest
     assert set(pd.read_csv(folder / "sample_submission.csv")["id"]) == set(labels["id"])
     assert set(labels["label"]) == {0, 1}
     assert data.data_folder("slides:3") == folder  # made once
+
+
+def test_what_is_tried_out_is_within_the_training_part(
+    easy_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCAM_BENCH_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "colon96"
+    shutil.copytree(easy_raw, source)
+    labels = pd.read_csv(source / "train_labels.csv")
+    labels.assign(group=[f"tile {row // 5}" for row in range(len(labels))])[["id", "group"]].to_csv(
+        source / "train_groups.csv", index=False
+    )
+    labels.head(2).to_csv(source / "test_labels.csv", index=False)
+    monkeypatch.setenv("PCAM_COLON96", str(source))
+    asides: list[set[str]] = []
+    for quarter in range(4):
+        folder = data.data_folder(f"colon96-dev:{quarter}")
+        groups = {part: set(pd.read_csv(folder / f"{part}_groups.csv")["group"]) for part in ("train", "test")}
+        assert not groups["train"] & groups["test"]
+        truth = pd.read_csv(folder / "test_labels.csv")
+        assert {file.stem for file in (folder / "test").iterdir()} == set(truth["id"])
+        asides.append(set(truth["id"]))
+    assert sum(map(len, asides)) == len(labels)
+    assert set.union(*asides) == set(labels["id"])
+    with pytest.raises(DataError, match="colon96-dev:0 to 3"):
+        data.data_folder("colon96-dev:4")
 
 
 def write_predictions(file: Path, ids: list[str], probs: np.ndarray) -> None:

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run one cell, whether it was measured before or not")
     run.add_argument("--system", required=True, choices=list(SYSTEMS))
-    run.add_argument("--data", required=True, help="colon96, synthetic:SEED or slides:SEED")
+    run.add_argument("--data", required=True, help="colon96, colon96-dev:K, synthetic:SEED or slides:SEED")
     run.add_argument("--weights", required=True, choices=WEIGHTS)
     run.add_argument("--minutes", required=True, type=float, help="wall clock, everything included")
     run.add_argument("--seed", type=int, default=0)

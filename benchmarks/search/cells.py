@@ -29,7 +29,7 @@ class Cell:
 
     Attributes:
         system: a name of benchmarks/search/systems.py.
-        data: ``colon96``, ``synthetic:SEED`` (another mix of scanners in the test part) or ``slides:SEED`` (the same mix).
+        data: ``colon96``, ``colon96-dev:K`` (within its training part), ``synthetic:SEED`` (another mix of scanners in the test part) or ``slides:SEED`` (the same mix).
         weights: ``none`` or ``given`` (the folder of PCAM_WEIGHTS_DIR).
         minutes: wall clock from the start of the process to its end.
         seed: of the system.

@@ -30,8 +30,8 @@ FEW = 18
 """Lineages, two brackets. A search from scratch that would start fewer finds nothing that training longer would not beat: it is cut
 down to ``N_SHORT`` whole trials, of which the best is taken unconfirmed."""
 N_SHORT = 2
-SHORT_TRIAL_SHARE = 0.10
-"""Of the budget, each of them: the smaller input of two wins the shorter trainings, and the larger one the longer."""
+SHORT_TRIAL_SHARE, SHORT_SHARE = 0.10, 0.35
+"""Of the budget, each of them, and all at most: the smaller input of two wins the shorter trainings, and the larger one the longer."""
 BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
 N_BRACKETS = 3
@@ -78,7 +78,7 @@ class BudgetPlan:
         """The same for trials that take so long, which is known once their rungs are set."""
         if not self.short:
             return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
-        free_s = min(self.free_s, N_SHORT * (whole_s + ROW_S))
+        free_s = min(SHORT_SHARE * self.total_s, N_SHORT * (whole_s + ROW_S))
         search_s = self.search_s - self.free_s + free_s
         final_s = self.total_s - search_s - self.confirm_s
         return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s)
@@ -280,6 +280,10 @@ class BudgetClock:
 
     def __post_init__(self) -> None:
         self.learn(None)
+
+    def left_for_rungs_s(self) -> float:
+        """Until when a rung may end that begins now; a short search's few trials shall end, though an estimate was too short."""
+        return self.left_s() + (0.0 if self.short_s is None else HARD_SHARE * self.total_s)
 
     def left_s(self) -> float:
         """Seconds that the search has left; negative when its part is over."""

@@ -253,7 +253,7 @@ class Objective:
             next_s = result.seconds * rung_ratio(
                 [rung.views for rung in rungs], result.rung, branch_share(training.recipe)
             )
-            if next_s > self.clock.left_s():
+            if next_s > self.clock.left_for_rungs_s():
                 raise optuna.TrialPruned(f"paused {where}: the next one would not end in the search's time")
 
     def _note_slides(self, trial: Trial, scores: Scores | None, step: int) -> None:

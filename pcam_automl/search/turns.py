@@ -85,7 +85,9 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
     wanted = not clock.is_over_for_first and not n_finished_in(trials)  # a search needs a winner
-    fits = wanted or left_s >= whole_trial_s(opened, lineages)
+    needed_s = whole_trial_s(opened, lineages)
+    # Of a short search each trial is wanted; one that does not end is paused at its last rung.
+    fits = wanted or left_s >= (needed_s if clock.short_s is None else 0.5 * needed_s)
     if fits:
         slot = slots.claim(limits.n_trials, owner)
         if slot is not None:
