@@ -34,11 +34,13 @@ class Pace:
         ends_at: by ``time.monotonic``.
         images_per_s: expected training speed; the first part's views follow from it.
         n_parts: how often the speed is looked at.
+        saved_every_s: after a part a checkpoint is left if the last one is so old; each costs a fifth of a second of training.
     """
 
     ends_at: float
     images_per_s: float
     n_parts: int = N_PARTS
+    saved_every_s: float = 20.0
 
     def left_s(self) -> float:
         return self.ends_at - time.monotonic()
@@ -60,7 +62,7 @@ def fit_paced(
         training: the recipe at its start, its schedule not ``wsd`` (whose decay is a branch of a rung).
         train_rows: (n,) store rows; all are used.
         pace: when to end.
-        checkpoints: where each part leaves ``<number>/``; None keeps nothing.
+        checkpoints: where a part leaves ``<number>/``, every ``saved_every_s``; None keeps nothing.
         note: told of checkpoints that could not be read.
         stop: called at every step; raises to end early.
         progress: called with the number of views just seen.
@@ -74,7 +76,7 @@ def fit_paced(
     resumed = resume(training, checkpoints, note)
     yield from training.results
     rate, writer = pace.images_per_s, CheckpointWriter()
-    stream = ViewStream(training.key, train_rows, 0)
+    stream, saved_at = ViewStream(training.key, train_rows, 0), time.monotonic()
     for part in range(resumed, pace.n_parts):
         began, first = time.perf_counter(), training.views
         n_left = pace.n_parts - part
@@ -92,8 +94,9 @@ def fit_paced(
             part, training.views, len(train_rows), None, None, done.loss, seconds, rate, lr, done.accuracy
         )
         training.results.append(result)
-        if checkpoints is not None:
+        if checkpoints is not None and from_first(lambda: time.monotonic() - saved_at) >= pace.saved_every_s:
             save(training, checkpoints, part, writer)
+            saved_at = time.monotonic()
         yield result
     writer.flush()
 

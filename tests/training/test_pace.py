@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_without_time_the_schedule_still_ends_in_a_few_steps(clock: Clock) -> No
     fake = Fake(clock, lambda now: 0.01)
     list(fit_paced(fake, np.arange(200), Pace(0.0, images_per_s=100.0, n_parts=5)))  # type: ignore[arg-type]
     assert fake.views == 5 * 2 * 10
+
+
+@pytest.mark.parametrize(("saved_every_s", "expected"), [(20.0, [3, 7, 11, 15, 19]), (0.0, list(range(20)))])
+def test_checkpoints_are_left_after_so_many_seconds(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_every_s: float, expected: list[int]
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(pace_module, "save", lambda training, root, part, writer: saved.append(part))
+    fake, pace = Fake(clock, lambda now: 0.01), Pace(100.0, 100.0, saved_every_s=saved_every_s)
+    list(fit_paced(fake, np.arange(200), pace, checkpoints=tmp_path))  # type: ignore[arg-type]
+    assert saved == expected
 
 
 @given(st.floats(0, 1e5), st.floats(-10, 1e5), st.integers(1, 50), st.integers(1, 512))
