@@ -30,8 +30,10 @@ FEW = 18
 """Lineages, two brackets. A search from scratch that would start fewer finds nothing that training longer would not beat: it is cut
 down to ``N_SHORT`` whole trials, of which the best is taken unconfirmed."""
 N_SHORT = 2
-SHORT_TRIAL_SHARE, SHORT_SHARE = 0.10, 0.35
-"""Of the budget, each of them, and all at most: the smaller input of two wins the shorter trainings, and the larger one the longer."""
+SHORT_TRIAL_SHARE, SHORT_SHARE = 0.08, 0.35
+"""Of the budget, the training of one, and all at most: the smaller input of two wins the shorter trainings, the larger one the longer."""
+CAP, SHORT_CAP = 2.0, 1.4
+"""A trial's seconds at most, by those planned; the few whole trials of a short search are to be compared at nearly equal ones."""
 BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
 N_BRACKETS = 3
@@ -74,11 +76,16 @@ class BudgetPlan:
     whole_s: float
     short: bool = False
 
+    @property
+    def cap_s(self) -> float:
+        """Seconds that no trial's expected ones exceed; slower networks see fewer views."""
+        return (SHORT_CAP if self.short else CAP) * self.trial_s
+
     def with_trial(self, whole_s: float) -> BudgetPlan:
         """The same for trials that take so long, which is known once their rungs are set."""
         if not self.short:
             return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
-        free_s = min(SHORT_SHARE * self.total_s, N_SHORT * (whole_s + ROW_S))
+        free_s = min(SHORT_SHARE * self.total_s, whole_s + (N_SHORT - 1) * self.cap_s + N_SHORT * ROW_S)
         search_s = self.search_s - self.free_s + free_s
         final_s = self.total_s - search_s - self.confirm_s
         return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s)

@@ -274,6 +274,7 @@ def _planned(
         device=device,
         views=asked.views,
         trial_s=None if budget is None else budget.trial_s,
+        cap_s=None if budget is None else budget.cap_s,
         speed=speed,
         progress=say,
     )

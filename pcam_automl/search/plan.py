@@ -105,6 +105,7 @@ def make_plan(
     speed: SpeedBook,
     views: int | None = None,
     trial_s: float | None = None,
+    cap_s: float | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Set the rungs by the speeds of the space's backbones.
@@ -121,8 +122,8 @@ def make_plan(
         speed: remembered measurements.
         views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
             space, lifts the limit on a trial's seconds.
-        trial_s: seconds of a whole trial of the median backbone; by default ``TYPICAL_TRIAL_S``. No trial takes more
-            than twice as many.
+        trial_s: seconds of a whole trial of the median backbone; by default ``TYPICAL_TRIAL_S``.
+        cap_s: that no trial exceeds; by default ``CAP_S``.
         progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
@@ -136,7 +137,7 @@ def make_plan(
     affordable = limit if speed.deterministic else int(SCORE_SHARE * typical_s * typical * EVAL_SPEEDUP)
     n_score = min(n_valid, limit, max(500, affordable))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
-    cap_s = (CAP_S if trial_s is None else 2.0 * trial_s) if asked is None else None
+    cap_s = (cap_s or CAP_S) if asked is None else None
     least = SLOWEST_SHARE if trial_s is None else SLOWEST_SHARE_OF_BUDGET
     if cap_s is not None:
         for name, rate in rates.items():

@@ -76,7 +76,7 @@ def fit_paced(
     resumed = resume(training, checkpoints, note)
     yield from training.results
     rate, writer = pace.images_per_s, CheckpointWriter()
-    stream, saved_at = ViewStream(training.key, train_rows, 0), time.monotonic()
+    stream, saved_at = ViewStream(training.key, train_rows, 0), from_first(time.monotonic)
     for part in range(resumed, pace.n_parts):
         began, first = time.perf_counter(), training.views
         n_left = pace.n_parts - part
@@ -94,9 +94,10 @@ def fit_paced(
             part, training.views, len(train_rows), None, None, done.loss, seconds, rate, lr, done.accuracy
         )
         training.results.append(result)
-        if checkpoints is not None and from_first(lambda: time.monotonic() - saved_at) >= pace.saved_every_s:
+        now = from_first(time.monotonic)
+        if checkpoints is not None and now - saved_at >= pace.saved_every_s:
             save(training, checkpoints, part, writer)
-            saved_at = time.monotonic()
+            saved_at = now
         yield result
     writer.flush()
 

@@ -65,7 +65,7 @@ def test_a_search_of_few_trials_from_scratch_is_cut_down_for_the_final_training(
     plan = plan.with_trial(whole_s)
     assert plan.search_s + plan.final_s == pytest.approx(total_s)
     assert (plan.n_started, plan.confirm_s) == (N_SHORT, 0.0)
-    assert plan.free_s == min(SHORT_SHARE * total_s, N_SHORT * (whole_s + ROW_S))
+    assert plan.free_s == min(SHORT_SHARE * total_s, whole_s + plan.cap_s + N_SHORT * ROW_S)
 
 
 def test_a_final_training_that_has_enough_leaves_the_search_its_time() -> None:

@@ -489,10 +489,10 @@ def test_under_a_budget_the_start_keeps_its_network_where_others_as_slow_are_lef
     whole_s = plan.trial_seconds(start, rungs, 500, 1.0)
     rate = whole_s * plan.SLOWEST_SHARE / (2 * trial_s) / slowness
     if kept:
-        assert set(made(trial_s=trial_s).dropped) == {"test_vit"}
+        assert set(made(trial_s=trial_s, cap_s=2.0 * trial_s).dropped) == {"test_vit"}
     else:
         with pytest.raises(RecipeError, match="every backbone of the space is too slow here"):
-            made(trial_s=trial_s)
+            made(trial_s=trial_s, cap_s=2.0 * trial_s)
 
 
 def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: Asked) -> None:
