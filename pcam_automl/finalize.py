@@ -31,13 +31,13 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, short_search_s
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, short_search
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
 from pcam_automl.search.pareto import Pick
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
-from pcam_automl.search.reading import auc_of
+from pcam_automl.search.reading import auc_of, n_finished_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
 from pcam_automl.train import check_ranks, train_to_bundle
@@ -82,7 +82,7 @@ def finalize(
     watch: FinalWatch | None = None,
     options: FinalOptions | None = None,
 ) -> FinalResult:
-    """Confirm, retrain, bundle, predict, write and check. After a kill the same call goes on from the last epoch.
+    """Confirm, retrain, bundle, predict, write and check. After a kill the same call goes on from the last checkpoint.
 
     Args:
         opened: the study with its data.
@@ -104,7 +104,8 @@ def finalize(
     """
     watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
-    trial = chosen_trial(opened, which, pick, options.confirm > 1, watch.train.note)
+    unconfirmed = options.seconds is not None and options.ensemble == 1 and _was_short(opened)
+    trial = chosen_trial(opened, which, pick, options.confirm > 1 and not unconfirmed, watch.train.note)
     which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
@@ -119,6 +120,9 @@ def finalize(
     )
     out = (out or opened.folder / "final").resolve()
     check_can_write(out)  # before minutes of confirmations
+    if unconfirmed and options.confirm > 0 and len(rows.held) > 0:  # else nothing would judge the result
+        watch.train.note(f"trial {trial.number} is not confirmed: its seconds go to the final training")
+        options = replace(options, confirm=0)
     decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, device, options, watch, began))
     watch.decided(decision)
     if ranks().is_first:
@@ -150,6 +154,12 @@ def finalize(
     return replace(result, seconds=time.perf_counter() - began)
 
 
+def _was_short(opened: OpenStudy) -> bool:
+    """Whether the budget left the search no more than a few whole trials, and nobody has added others."""
+    short = short_search(opened.settings.plan.get("budget"), budget_of(opened.study))
+    return short is not None and n_finished_of(opened.study) <= short.n_trials
+
+
 def _decided(
     opened: OpenStudy,
     trial: FrozenTrial,
@@ -163,20 +173,18 @@ def _decided(
 ) -> Decision:
     """What is trained in the end: the chosen trial, or what its confirmation and that of the next best say.
 
-    Not confirmed, where seconds are limited and slides are kept back, is a single candidate: there is nothing to choose, and those
-    slides say more of the final network than a shorter training would. Nor is the best of a search's few trials that had too
-    little time for more.
+    A single candidate is not confirmed where seconds are limited and slides are kept back: there is nothing to choose, and
+    those slides say more of the final network than a shorter training would.
     """
     chosen = Candidate(lineage_of(trial), trial)
     if options.confirm == 0:
         return Decision((chosen,), (1.0,))
     others = top_candidates(opened.study, options.confirm) if which == "best" else []
     candidates = [chosen, *(one for one in others if one.lineage != chosen.lineage)][: options.confirm]
-    budget_s = budget_of(opened.study)
-    is_short = budget_s is not None and short_search_s(opened.settings.plan.get("budget"), budget_s) is not None
-    if (len(candidates) == 1 or is_short) and options.seconds is not None and rows.kept_back:
-        why = "the best of a few" if len(candidates) > 1 else "the only candidate"
-        watch.train.note(f"trial {trial.number} is {why}: not confirmed, its seconds go to the final training")
+    if len(candidates) == 1 and options.seconds is not None and rows.kept_back:
+        watch.train.note(
+            f"trial {trial.number} is the only candidate: not confirmed, its seconds go to the final training"
+        )
         return Decision((chosen,), (1.0,))
     label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
     confirmations = confirm(

@@ -95,7 +95,7 @@ def train_to_bundle(
 
     With a ``pace`` the training ends by the clock instead of after the recipe's epochs, and nothing is scored on its way.
 
-    Each epoch leaves a checkpoint beside ``out`` (``.<name>.checkpoints``); the variant (precision, layout) is the
+    Each epoch, or a part of a training by the clock every ``Pace.saved_every_s``, leaves a checkpoint beside ``out`` (``.<name>.checkpoints``); the variant (precision, layout) is the
     checkpoint's, so that a resumed training ends in the same weights as an uninterrupted one on a CPU.
 
     Raises:

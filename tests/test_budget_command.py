@@ -9,10 +9,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
+import pcam_automl.search.budget as budget_module
+import pcam_automl.search.plan as plan_module
 from pcam_automl.search.budget import budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.overview import overview
 from pcam_automl.search.reading import load_study
+from pcam_automl.search.storage import engine_of
 
 SPACE = """\
 base: {batch_size: 16, crop_size: 32}
@@ -61,6 +66,49 @@ def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> 
     card = json.loads((Path(json.loads(out)["out"]) / "model" / "bundle.json").read_text())
     assert card["provenance"]["views_seen"] == card["metrics"]["epochs"][-1]["views"]
     assert len(card["metrics"]["epochs"]) == 20
+
+
+def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)  # a tiny set's final training would have enough
+    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.6, "ROW_S": 3.0}.items():  # seconds count here
+        monkeypatch.setattr(budget_module, name, value)
+    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 90)
+    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+    code, _, err = run("search", *options)
+    assert code == 0, err
+    assert "too little time to search in: 2 whole trials" in err
+    assert "final training and prediction" in err
+    assert "confirmation" not in err
+    assert "planned: about 2 -> 2 -> 2 trials" in err
+    assert "first: recipe default; recipe default at 96 px\n" in err
+    study, _ = load_study("pcam")
+    trials = study.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert [trial.params["crop_size"] for trial in trials] == [64, 96]
+    assert [trial.params["batch_size"] for trial in trials] == [32, 32]
+    (line,) = overview(engine_of(study))
+    assert (line.total, line.wants_workers) == (2, False)
+    assert run("search", *options)[0] == 0
+    assert len(load_study("pcam")[0].get_trials()) == 2, "its trials are made"
+
+    code, out, err = run("finalize", "--no-report", "--json")
+    assert code == 0, err
+    assert "is not confirmed: its seconds go to the final training" in err
+    assert "part  20 of 20" in err
+    assert Path(json.loads(out)["submission"]).is_file()
+
+
+def test_whoever_says_how_to_search_gets_a_search(run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
+    monkeypatch.setattr(budget_module, "LEAST_TRIAL_S", 0.5)
+    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 90)
+    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "10s")
+    code, _, err = run("search", *options, "--sampler", "random")
+    assert code == 0, err
+    assert "too little time to search in" not in err
+    assert "confirmation 1.0 s" in err
 
 
 def test_a_used_up_budget_is_said_with_the_ways_out(run: Any, easy_pack: Path) -> None:

@@ -109,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(arguments)
     if args.table:
+        if not args.results.is_file():
+            print(f"{args.results} does not exist: nothing has been measured yet", file=sys.stderr)
+            return 2
         print("\n".join(table([json.loads(line) for line in args.results.read_text().splitlines()])))
         return 0
     try:

@@ -119,7 +119,7 @@ def finalize_study(
     """Confirm the best trials, retrain the chosen one, write the bundle and the submission."""
     options = options or FinalOptions()
     chosen = check_pick(pick, which)
-    go_on = "every epoch that ended is stored; the same command goes on after the last of them"
+    go_on = "checkpoints are stored; the same command goes on from the last of them"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             asked = Asked(data=data)

@@ -112,7 +112,6 @@ class Work:
 def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work, *, stop: StopSignal) -> SearchEnd:
     """Print the plan and run trials on the devices, in this process or in one for each of several."""
     from pcam_automl.commands.workers import run_many
-    from pcam_automl.search.budget import N_SHORT
     from pcam_automl.search.objective import Objective
     from pcam_automl.search.overview import SEARCHED_KEY
     from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
@@ -121,7 +120,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     from pcam_automl.training.compute import use_device
 
     clock, ledger = _budget(opened, work)
-    without_end = NEVER_ENDS if clock is None or clock.short_s is None else N_SHORT
+    without_end = NEVER_ENDS if clock is None or clock.short is None else clock.short.n_trials
     limits = Limits(
         work.n_trials or without_end,
         work.timeout_s,
@@ -157,7 +156,7 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search_s, spent_s
+    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search, spent_s
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
@@ -167,8 +166,8 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     give_budget(opened, work.budget_s)
     began = time.monotonic() - process_age_s() if work.since is None else work.since
     plan = opened.settings.plan
-    rate, short_s = plan["images_per_s"].get(opened.start.backbone), short_search_s(plan.get("budget"), work.budget_s)
-    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate, short_s), ledger
+    rate, short = plan["images_per_s"].get(opened.start.backbone), short_search(plan.get("budget"), work.budget_s)
+    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate, short), ledger
 
 
 def give_budget(opened: OpenStudy, budget_s: float) -> None:
@@ -229,10 +228,10 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     )
     estimated = " (~ estimated from its layers; a trial measures)" if about else ""
     terminal.say(f"  training images/s at {plan['planned_px']} px{estimated}: {speeds}")
-    if n_first := n_prescribed(len(settings.enqueued), n_expected_of(opened, n_trials or NEVER_ENDS)):
-        terminal.say(
-            f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}; then {settings.sampler}"
-        )
+    n_expected = n_expected_of(opened, n_trials or NEVER_ENDS)
+    if n_first := min(n_expected, n_prescribed(len(settings.enqueued), n_expected)):
+        then = f"; then {settings.sampler}" if n_first < n_expected else ""
+        terminal.say(f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}{then}")
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
 
@@ -243,16 +242,17 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
     from pcam_automl.search.plan import ETA
 
     say, total = terminal.duration, clock.total_s
-    confirm_s = 0.0 if clock.short_s is not None else CONFIRM_SHARE * total
+    confirm_s = 0.0 if clock.short is not None else CONFIRM_SHARE * total
     confirmed = f"confirmation {say(confirm_s)}, " if confirm_s else ""
     spent_s = clock.spent_s + time.monotonic() - clock.began
     terminal.say(
         f"  budget {say(total)}, {say(spent_s)} of it spent: search {say(total - clock.reserve_s)} (start-up included), "
         f"{confirmed}final training and prediction {say(clock.reserve_s - confirm_s)}; search has {say(max(0.0, clock.left_s()))} left"
     )
-    if clock.short_s is not None:
+    if clock.short is not None:
+        n = clock.short.n_trials
         terminal.say(
-            "  too little time to search in: a few whole trials, and the rest for training the best of them longer"
+            f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
         )
     if planned is not None and planned["total_s"] == total:
         eta = 1 if planned.get("short") else ETA  # those few run through

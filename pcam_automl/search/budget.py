@@ -64,6 +64,7 @@ class BudgetPlan:
         free_s: of the search, without start-up.
         whole_s: a whole trial of the network that the search starts with, scoring, decay branches and all.
         short: too little time to search in; see ``FEW``.
+        used_s: what start-up had taken when it was planned.
     """
 
     total_s: float
@@ -75,20 +76,26 @@ class BudgetPlan:
     free_s: float
     whole_s: float
     short: bool = False
+    used_s: float = 0.0
 
     @property
     def cap_s(self) -> float:
         """Seconds that no trial's expected ones exceed; slower networks see fewer views."""
         return (SHORT_CAP if self.short else CAP) * self.trial_s
 
-    def with_trial(self, whole_s: float) -> BudgetPlan:
-        """The same for trials that take so long, which is known once their rungs are set."""
+    def with_trial(self, whole_s: float, *, n_short: int = N_SHORT) -> BudgetPlan:
+        """The same for trials that take so long, which is known once their rungs are set.
+
+        Args:
+            whole_s: of the network that the search starts with.
+            n_short: trials of a short search, at least one; what they do not need goes to the final training.
+        """
         if not self.short:
             return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
-        free_s = min(SHORT_SHARE * self.total_s, whole_s + (N_SHORT - 1) * self.cap_s + N_SHORT * ROW_S)
-        search_s = self.search_s - self.free_s + free_s
-        final_s = self.total_s - search_s - self.confirm_s
-        return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s)
+        free_s = min(SHORT_SHARE * self.total_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
+        search_s = min(self.used_s, (1.0 - SHORT_SHARE) * self.total_s) + free_s
+        final_s = self.total_s - search_s
+        return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s, n_started=n_short)
 
 
 def plan_budget(
@@ -116,25 +123,32 @@ def plan_budget(
     free_s = max(search_s - used_s, 0.2 * search_s)
     trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
     n_started = _n_lineages(free_s, trial_s)
-    if (
-        may_be_short and n_started < FEW and final_s >= FINAL_SHARE * total_s
-    ):  # else the final training has all that it can use
+    has_all_it_can_use = final_s < FINAL_SHARE * total_s
+    if may_be_short and n_started < FEW and not has_all_it_can_use:
         trial_s = max(SHORT_TRIAL_SHARE * total_s, LEAST_TRIAL_S)
-        # What its trials do not need goes to the final training, too: with_trial().
-        return BudgetPlan(total_s, search_s, 0.0, final_s + confirm_s, trial_s, N_SHORT, free_s, trial_s, short=True)
-    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
+        plan = BudgetPlan(total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, short=True, used_s=used_s)
+        return plan.with_trial(trial_s)
+    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s, used_s=used_s)
 
 
-def short_search_s(planned: Mapping[str, Any] | None, total_s: float) -> float | None:
-    """What a study's search may take of the budget that it was planned for as a short one; None of any other.
+@dataclass(frozen=True)
+class ShortSearch:
+    """What a short search may do: so many trials, in so many seconds, start-up included."""
+
+    n_trials: int
+    seconds: float
+
+
+def short_search(planned: Mapping[str, Any] | None, total_s: float | None) -> ShortSearch | None:
+    """The short search that a budget was planned as; None of any other.
 
     Args:
         planned: the study's :class:`BudgetPlan` as its settings keep it; None where it was made without a budget.
-        total_s: the budget, which may have been raised since.
+        total_s: the budget, which may have been raised since; None where there is none.
     """
     if planned is None or not planned.get("short") or planned["total_s"] != total_s:
         return None
-    return float(planned["search_s"])
+    return ShortSearch(int(planned["n_started"]), float(planned["search_s"]))
 
 
 def _n_lineages(free_s: float, whole_s: float) -> int:
@@ -273,7 +287,7 @@ class BudgetClock:
         began: of this command, by ``time.monotonic``.
         n_final: patches of the final training.
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
-        short_s: of a short search, what it may take, start-up included; None of any other.
+        short: of a short search, what it may do; None of any other.
         reserve_s: kept for confirmation and final training; see :meth:`learn`.
     """
 
@@ -282,7 +296,7 @@ class BudgetClock:
     began: float
     n_final: int
     images_per_s: float | None = None
-    short_s: float | None = None
+    short: ShortSearch | None = None
     reserve_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -290,7 +304,7 @@ class BudgetClock:
 
     def left_for_rungs_s(self) -> float:
         """Until when a rung may end that begins now; a short search's few trials shall end, though an estimate was too short."""
-        return self.left_s() + (0.0 if self.short_s is None else HARD_SHARE * self.total_s)
+        return self.left_s() + (0.0 if self.short is None else HARD_SHARE * self.total_s)
 
     def left_s(self) -> float:
         """Seconds that the search has left; negative when its part is over."""
@@ -302,8 +316,8 @@ class BudgetClock:
 
     def learn(self, best: FrozenTrial | None) -> None:
         """Keep for the final training what the best trial's network needs, and no more than its share."""
-        if self.short_s is not None:
-            self.reserve_s = self.total_s - self.short_s
+        if self.short is not None:
+            self.reserve_s = self.total_s - self.short.seconds
             return
         rate = self.images_per_s if best is None else best.user_attrs.get("images_per_s")
         self.reserve_s = CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, rate, self.n_final)

@@ -18,8 +18,6 @@ from pcam_automl.search.quick_tpe import QuickTPE
 
 SecondsOf = Callable[[Mapping[str, Any]], float]
 """Expected seconds (> 0) of a trial with these parameters; those that are not named are the study's own values."""
-ShareOf = Callable[[Mapping[str, Any]], float]
-"""Share of the planned views, in (0, 1], that a trial with these parameters sees within its seconds."""
 _FAR_BELOW = 1e12
 """Any score of a candidate, a log of densities, is above minus this."""
 GOOD_SHARE = 0.1
@@ -118,11 +116,17 @@ class CostAwareTPE(QuickTPE):
         self._seconds_of, self._alpha, self._share_of = seconds_of, alpha, share_of
         self._asked: dict[str, BaseDistribution] = {}
         self._known: dict[str, Any] = {}
+        self._of: int | None = None
+        self._drawn: dict[str, Any] = {}
         self.given: Mapping[str, Any] = {}
 
     def _sample(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        self._asked, self._known = search_space, {**self.given, **trial.params}
-        return super()._sample(study, trial, search_space)
+        if trial.number != self._of:
+            self._of, self._drawn = trial.number, {}
+        self._asked, self._known = search_space, {**self.given, **trial.params, **self._drawn}
+        drawn = super()._sample(study, trial, search_space)
+        self._drawn |= drawn  # of one group of parameters; the next one's are judged together with them
+        return drawn
 
     def _compute_acquisition_func(
         self, samples: dict[str, NDArray[Any]], mpe_below: Any, mpe_above: Any

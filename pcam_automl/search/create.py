@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,17 +36,17 @@ from pcam_automl.search.asking import (
     recipe_fields,
     without_stage_fields,
 )
-from pcam_automl.search.budget import BudgetPlan, plan_budget
+from pcam_automl.search.budget import N_SHORT, BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
-from pcam_automl.search.plan import Plan, make_plan, trial_seconds
+from pcam_automl.search.plan import SLOWEST_SHARE, Plan, make_plan, trial_seconds
 from pcam_automl.search.priors import NONE
 from pcam_automl.search.probe_study import LIMIT_S, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import start_list, with_steps_enough
+from pcam_automl.search.start import LEAST_VIEWS_SHARE, start_list, with_steps_enough
 from pcam_automl.search.start_sources import asked_entries, probed_entries, shipped_recipes
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
 from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
@@ -150,7 +151,18 @@ def _decide(
         scored = _search_rows(data.split)[1][: plan.n_score]
         check_domains(data.store, without_excluded(data.store, common, scored), common)
     asked_for = [*asked_entries(asked, url, space, data.store, data.split, say), *probed_entries(probe)]
-    first = start_list(space, start, asked_for, shipped_recipes(), plan, name=asked.recipe or DEFAULT_RECIPE)
+    is_short = budget is not None and budget.short
+    first = start_list(
+        space,
+        start,
+        asked_for,
+        shipped_recipes(),
+        plan,
+        name=asked.recipe or DEFAULT_RECIPE,
+        least_share=SLOWEST_SHARE if is_short else LEAST_VIEWS_SHARE,
+    )
+    if budget is not None and budget.short:
+        budget = budget.with_trial(budget.whole_s, n_short=min(N_SHORT, len(first.entries)))
     build_pruner(asked.pruner or "asha", rungs=[rung.views for rung in plan.rungs])
     record = {
         **plan.to_json(),
@@ -264,7 +276,7 @@ def _planned(
             used_s=process_age_s(),
             images_per_s=rate,
             n_final=n_final,
-            may_be_short=not common.pretrained,
+            may_be_short=not common.pretrained and not _wants_search(asked),
         )
     plan = make_plan(
         space,
@@ -281,7 +293,12 @@ def _planned(
     if budget is None:
         return plan, None
     rate = plan.images_per_s.get(start.backbone, statistics.median(plan.images_per_s.values()))
-    return plan, budget.with_trial(trial_seconds(start, plan.rungs, plan.n_score, rate))
+    return plan, budget.with_trial(min(trial_seconds(start, plan.rungs, plan.n_score, rate), plan.cap_s or math.inf))
+
+
+def _wants_search(asked: Asked) -> bool:
+    """Whether somebody named what is searched, or how."""
+    return asked.cost_aware or any(word is not None for word in (asked.space, asked.sampler, asked.pruner))
 
 
 def _full(path: Path | None) -> str | None:

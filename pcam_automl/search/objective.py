@@ -245,7 +245,7 @@ class Objective:
         if result.rung == len(rungs) - 1 or result.rung < training.n_resumed - (self.thawed_from is None):
             return  # done; or judged before: a thawed lineage's last rung, too, which is why it was thawed
         where = f"at rung {result.rung + 1} of {len(rungs)}"
-        is_short = self.clock is not None and self.clock.short_s is not None  # a few whole trials
+        is_short = self.clock is not None and self.clock.short is not None  # a few whole trials
         if not is_short and trial.should_prune():
             raise optuna.TrialPruned(f"pruned {where}")
         assert self.slot is not None

@@ -15,7 +15,7 @@ from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from pcam_automl.search.budget import union_of_attrs
+from pcam_automl.search.budget import short_search, union_of_attrs
 from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.reading import CLOCK_KEY, ERROR, SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS
@@ -127,7 +127,7 @@ def submit(study: optuna.Study, *, total: int | None, budget_s: float | None = N
 def _read(engine: sa.Engine) -> list[StudyLine]:
     study, attr, trial = models.StudyModel, models.StudyUserAttributeModel, models.TrialModel
     with engine.connect() as connection:
-        names = dict(connection.execute(sa.select(study.study_id, study.study_name)).tuples().all())
+        names = {row[0]: row[1] for row in connection.execute(sa.select(study.study_id, study.study_name))}
         attrs: dict[int, dict[str, Any]] = {number: {} for number in names}
         for number, key, text in connection.execute(sa.select(attr.study_id, attr.key, attr.value_json)):
             attrs.setdefault(number, {})[key] = json.loads(text)
@@ -151,20 +151,21 @@ def _read(engine: sa.Engine) -> list[StudyLine]:
         known = attrs.get(number, {})
         if SETTINGS_KEY not in known:  # another program's, or still being created
             continue
-        budget = known.get(CLOCK_KEY)
+        budget, settings = known.get(CLOCK_KEY), json.loads(known[SETTINGS_KEY])
+        short = short_search(settings.get("plan", {}).get("budget"), budget)
         found.append(
             StudyLine(
                 name=name,
                 priority=int(known.get(PRIORITY_KEY, 0)),
                 submitted=float(known.get(SUBMITTED_KEY, began.get(number, 0.0))),
-                total=known.get(TRIALS_KEY),
+                total=known.get(TRIALS_KEY) or (short.n_trials if short is not None else None),
                 budget_s=None if budget is None else float(budget),
                 spent_s=union_of_attrs(known),
                 searched=budget is not None and known.get(SEARCHED_KEY) == budget,
                 states=states.get(number, {}),
                 slots=slots.get(name, {}),
                 best=bests.get(number),
-                objective=str(json.loads(known[SETTINGS_KEY]).get("objective", "auc")),
+                objective=str(settings.get("objective", "auc")),
                 images_per_s=speeds.get(number),
                 n_errors=errors.get(number, 0),
             )
@@ -198,7 +199,7 @@ def _errors(connection: sa.Connection) -> dict[int, int]:
         .where(trial.state == TrialState.FAIL, attr.key == "reason", attr.value_json.like(f'"{ERROR}%'))
         .group_by(trial.study_id)
     )
-    return dict(connection.execute(query).tuples().all())
+    return {row[0]: row[1] for row in connection.execute(query)}
 
 
 def _began(connection: sa.Connection) -> dict[int, float]:

@@ -36,8 +36,7 @@ OVERHEAD = 1.2
 EVAL_SPEEDUP = 2.5
 """Scoring is about this much faster than training, per image (forward only: a third of the arithmetic)."""
 MOST_EPOCHS = 20
-LEAST_VIEWS = 2_700
-"""Of a whole trial: its first rung has 300, whose order of recorded trainings holds better than that of 100 (docs/performance.md)."""
+LEAST_VIEWS = 1_800
 SCORE_LIMIT = {"cpu": 4_000, "cuda": 20_000}
 SCORE_SHARE = 0.06
 """Share of a typical trial that the scoring of one rung may take."""

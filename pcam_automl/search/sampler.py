@@ -134,12 +134,13 @@ class PerTrialSampler(BaseSampler):
         drawn = self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
         if self.share_of is None or not self.share_of.depends_on(param_name):
             return drawn
-        share = self.share_of({**trial.params, param_name: drawn})
+        known = {**self.prescribed, **trial.params}
+        share = self.share_of({**known, param_name: drawn})
         for _ in range(_DRAWS):
             if share >= self.share_of.least:
                 break
             other = self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
-            if (of_other := self.share_of({**trial.params, param_name: other})) > share:
+            if (of_other := self.share_of({**known, param_name: other})) > share:
                 drawn, share = other, of_other
         return drawn
 

@@ -24,6 +24,7 @@ MOST_ENTRIES = 12
 """That a study remembers; a quarter of 50 trials."""
 LEAST_VIEWS_SHARE = 0.5
 """A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
+LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. From scratch half the batch, so twice the steps, took a quarter to two thirds off the error of
 trainings of 13,000 to 26,000 views, for a tenth less views a second (docs/performance.md)."""
@@ -47,6 +48,7 @@ def start_list(
     plan: Plan,
     *,
     name: str,
+    least_share: float = LEAST_VIEWS_SHARE,
 ) -> Start:
     """Slot 0 is the recipe that the search starts from; then what was asked for, the same recipe at the largest crop, recipes that fit.
 
@@ -61,10 +63,11 @@ def start_list(
         recipes: shipped recipes by name.
         plan: the speeds of the space's backbones.
         name: of ``start``.
+        least_share: of the views that ``start`` must see at the largest crop.
     """
     left_out: list[str] = []
     listed = [Enqueued(origin=f"recipe {name}", params=space.params_of(start)), *asked_for]
-    if (whole := at_largest_crop(start, space, plan)) is not None:
+    if (whole := at_largest_crop(start, space, plan, least_share)) is not None:
         listed.append(Enqueued(origin=f"recipe {name} at {whole.crop_size} px", params=space.params_of(whole)))
     for own, recipe in recipes.items():
         if own == name:
@@ -83,14 +86,17 @@ def start_list(
 
 
 def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
-    """The recipe with the largest batch of the space, up to its own, whose whole trial takes ``LEAST_STEPS``; else the smallest."""
+    """The recipe with the largest batch of the space, up to its own, whose whole trial takes ``LEAST_STEPS``; else with the smallest
+    from ``LEAST_BATCH`` on. Of a dense task as it is.
+    """
     batch = space.parameters.get("batch_size")
-    sizes = [size for size in (batch.choices if batch else ()) if is_number(size) and size <= recipe.batch_size]
+    choices = batch.choices if batch is not None and recipe.task == "patch" else ()
+    sizes = [size for size in choices if is_number(size) and LEAST_BATCH <= size <= recipe.batch_size]
     enough = [size for size in sizes if plan.rungs[-1].views >= LEAST_STEPS * size]
     return recipe.model_copy(update={"batch_size": max(enough, default=min(sizes))}) if sizes else recipe
 
 
-def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe | None:
+def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> Recipe | None:
     """The recipe with the largest crop of the space, at the same scale; None where that is its own, is not searched, or is too slow."""
     crop = space.parameters.get("crop_size")
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
@@ -98,7 +104,8 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe | 
         return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
     pixels = ((size or largest) / plan.planned_px) ** 2
-    if views_share(recipe, recipe.backbone, plan, pixels=pixels) < LEAST_VIEWS_SHARE:
+    backbone = str(space.base.get("backbone", recipe.backbone))  # pinned by --set
+    if views_share(recipe, backbone, plan, pixels=pixels) < least_share:
         return None
     return recipe.model_copy(update={"crop_size": largest, "input_size": size})
 

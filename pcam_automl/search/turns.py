@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
@@ -64,8 +64,8 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     """What the worker does next, or why it ends.
 
     Without a budget: the next slot of the total. With one: a paused lineage that is by now among the best third of its rung;
-    else, while a whole trial would still fit, an interrupted or a new one; else the most promising paused lineage whose next
-    rung fits.
+    else, while a whole trial would still fit (of a short search half of one), an interrupted or a new one; else the most promising
+    paused lineage whose next rung fits.
     """
     clock = limits.clock
     if clock is None:
@@ -85,11 +85,14 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
     wanted = not clock.is_over_for_first and not n_finished_in(trials)  # a search needs a winner
-    needed_s = whole_trial_s(opened, lineages)
-    # Of a short search each trial is wanted; one that does not end is paused at its last rung.
-    fits = wanted or left_s >= (needed_s if clock.short_s is None else 0.5 * needed_s)
+    needed_s, n_trials = whole_trial_s(opened, lineages), limits.n_trials
+    if clock.short is not None:
+        needed_s *= 0.5  # each of its trials is wanted; one that does not end is paused at its last rung
+        if not any(row.state == TrialState.COMPLETE for row in trials):
+            n_trials = max(n_trials, n_finished_in(trials) + 1)  # those that diverged are no winners
+    fits = wanted or left_s >= needed_s
     if fits:
-        slot = slots.claim(limits.n_trials, owner)
+        slot = slots.claim(n_trials, owner)
         if slot is not None:
             return Turn(slot)
     for one in by_promise(fitting, sign=sign):

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +62,15 @@ def write_checkpoint(folder: Path, *, parts: dict[str, dict[str, Tensor]], state
     Raises:
         DataError: the disk is full or the folder is read-only.
     """
-    with folder_written_whole(folder) as filling:
+    with folder_written_whole(folder) as partial:
         sums = {}
         for name, tensors in parts.items():
-            file = filling / f"{name}.safetensors"
+            file = partial / f"{name}.safetensors"
             written = save(_contiguous(tensors))
             file.write_bytes(written)  # save_file hides the operating system's error
             # Against damage, not forgery: 0.1 s a GB, where SHA-256 took 0.6 s of the file read back.
             sums[file.name] = xxhash.xxh3_128_hexdigest(written)
-        write_json(filling / "state.json", {"format": FORMAT, "xxh3_128": sums, **state})
+        write_json(partial / "state.json", {"format": FORMAT, "xxh3_128": sums, **state})
 
 
 class CheckpointWriter:
@@ -82,8 +81,7 @@ class CheckpointWriter:
     """
 
     def __init__(self) -> None:
-        # A team of threads of its own would take the cores from the training's.
-        self._thread = ThreadPoolExecutor(1, "checkpoints", initializer=partial(torch.set_num_threads, 1))
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:

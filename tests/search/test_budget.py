@@ -21,13 +21,14 @@ from pcam_automl.search.budget import (
     BudgetClock,
     Interval,
     Ledger,
+    ShortSearch,
     added_by,
     budget_of,
     final_seconds,
     intervals_of,
     plan_budget,
     set_budget,
-    short_search_s,
+    short_search,
     spent_s,
     typical_trial_s,
     union_seconds,
@@ -62,10 +63,13 @@ def test_a_search_of_few_trials_from_scratch_is_cut_down_for_the_final_training(
     if not plan.short:
         assert plan == whole
         return
-    plan = plan.with_trial(whole_s)
-    assert plan.search_s + plan.final_s == pytest.approx(total_s)
-    assert (plan.n_started, plan.confirm_s) == (N_SHORT, 0.0)
-    assert plan.free_s == min(SHORT_SHARE * total_s, whole_s + plan.cap_s + N_SHORT * ROW_S)
+    for n in (1, N_SHORT):
+        plan = plan.with_trial(whole_s, n_short=n)
+        assert plan.search_s + plan.final_s == pytest.approx(total_s)
+        assert (plan.n_started, plan.confirm_s) == (n, 0.0)
+        wanted_s = min(SHORT_SHARE * total_s, whole_s + (n - 1) * plan.cap_s)
+        assert plan.search_s - used_s >= wanted_s - 1e-6 or plan.search_s == pytest.approx(total_s)
+        assert plan.search_s - used_s <= wanted_s + n * ROW_S + 1e-6
 
 
 def test_a_final_training_that_has_enough_leaves_the_search_its_time() -> None:
@@ -75,11 +79,13 @@ def test_a_final_training_that_has_enough_leaves_the_search_its_time() -> None:
 
 def test_a_short_search_keeps_its_end_and_only_for_its_own_budget() -> None:
     plan = plan_budget(180.0, used_s=12.0, may_be_short=True).with_trial(10.0)
-    assert short_search_s(asdict(plan), 180.0) == plan.search_s
-    assert short_search_s(asdict(plan), 360.0) is None
-    assert short_search_s(asdict(plan_budget(180.0, used_s=12.0)), 180.0) is None
-    assert short_search_s(None, 180.0) is None
-    clock = BudgetClock(180.0, 0.0, time.monotonic(), 1000, short_s=plan.search_s)
+    short = short_search(asdict(plan), 180.0)
+    assert short == ShortSearch(N_SHORT, plan.search_s)
+    assert short_search(asdict(plan), 360.0) is None
+    assert short_search(asdict(plan), None) is None
+    assert short_search(asdict(plan_budget(180.0, used_s=12.0)), 180.0) is None
+    assert short_search(None, 180.0) is None
+    clock = BudgetClock(180.0, 0.0, time.monotonic(), 1000, short=short)
     clock.learn(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0}))
     assert clock.left_s() == pytest.approx(plan.search_s, abs=1.0)
     assert clock.left_for_rungs_s() > clock.left_s()

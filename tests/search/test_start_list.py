@@ -8,7 +8,7 @@ import pytest
 
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.plan import Plan, build_rungs
+from pcam_automl.search.plan import Plan, build_rungs, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list, with_steps_enough
@@ -171,3 +171,24 @@ def test_a_short_trial_takes_smaller_batches_and_no_larger_ones_than_the_recipe_
     assert with_steps_enough(recipe, space, plan).batch_size == expected
     pinned = space.pinned({"batch_size": 128})
     assert with_steps_enough(recipe, pinned, plan) == recipe
+    few = replace(plan, rungs=build_rungs(100, 10_000))
+    assert with_steps_enough(recipe, space, few).batch_size == 32
+    dense = recipe.model_copy(update={"task": "dense"})
+    assert with_steps_enough(dense, space, few) == dense
+
+
+def test_a_short_search_compares_the_crops_also_where_the_larger_sees_few_views() -> None:
+    space = space_of("default", False)
+    plan, recipe = plan_for(space), start_recipe("default", False)
+    seconds = trial_seconds(recipe, plan.rungs, plan.n_score, plan.images_per_s[recipe.backbone])
+    plan = replace(plan, cap_s=0.3 * 2.25 * seconds, planned_px=64)
+    origins = [entry.origin for entry in start_list(space, recipe, (), {}, plan, name="default").entries]
+    assert origins == ["recipe default"]
+    short = start_list(space, recipe, (), {}, plan, name="default", least_share=0.2)
+    assert [entry.origin for entry in short.entries] == ["recipe default", "recipe default at 96 px"]
+
+
+def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
+    space = space_of("default", False).pinned({"backbone": "resnet18d"})
+    entries = start_list(space, start_recipe("default", False), (), {}, plan_for(space), name="default").entries
+    assert [entry.params["crop_size"] for entry in entries] == [64, 96]
