@@ -84,7 +84,6 @@ SYSTEMS = {
     "median": System("TPE, median rule", pruner="median", thaws=False),
     "hyperband": System("TPE, Hyperband", pruner="hyperband", thaws=False),
     "gp": System("GP, rungs, thaw", sampler="gp"),
-    "cmaes": System("CMA-ES, rungs, thaw", sampler="cmaes"),
     "without-audit": System("TPE, rungs, thaw, audit not heeded", heeds_audit=False),
     "four-rungs": System("TPE, rungs from 1/27, thaw", first_rung=0),
     "two-rungs": System("TPE, rungs from 1/3, thaw", first_rung=2),
