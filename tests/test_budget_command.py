@@ -72,7 +72,7 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)  # a tiny set's final training would have enough
-    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.6, "ROW_S": 3.0}.items():  # seconds count here
+    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():  # a busy machine shall do, too
         monkeypatch.setattr(budget_module, name, value)
     monkeypatch.setattr(plan_module, "LEAST_VIEWS", 90)
     options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")

@@ -1,4 +1,4 @@
-"""The recorder of rung results, on a tiny set."""
+"""The recorder of rung results and the bench of short trainings, on a tiny set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.search import short
 from benchmarks.search.record import check_same, draw_recipe, figures_of, record, set_up
 from pcam_automl.errors import InputError
 from pcam_automl.metrics import auc
@@ -59,3 +60,27 @@ def test_table_made_with_other_settings_is_refused(tmp_path: Path) -> None:
     check_same(file, json.loads(file.read_text()))
     with pytest.raises(InputError, match=r"made otherwise \(seed: 1 there, 2 now\)"):
         check_same(file, {"seed": 2, "rungs": [[1, 1]]})
+
+
+def test_a_short_training_is_a_line_and_the_table_puts_folds_side_by_side(
+    easy_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(short, "data_folder", lambda name: easy_raw)
+    monkeypatch.setenv("PCAM_BENCH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "short.jsonl"
+    assert short.main(["--table", "--results", str(file)]) == 2
+    options = ["--views", "320", "--results", str(file)]
+    options += ["--set", "backbone=test_resnet", "--set", "crop_size=32", "--set", "batch_size=16"]
+    for fold in ("0", "3"):
+        assert short.main(["--data", "easy", "--fold", fold, *options]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["fold"] for line in lines] == [0, 3]
+    assert all(line["auc"] > 0.7 for line in lines), "twenty steps of an easy set"
+    assert lines[0]["auc"] != lines[1]["auc"] or lines[0]["log_loss"] != lines[1]["log_loss"]
+    capsys.readouterr()
+    assert short.main(["--table", "--results", str(file)]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[:2] == ["views", "set"]
+    assert "backbone=test_resnet, crop_size=32, batch_size=16" in row
+    assert f"3: {1 - lines[1]['auc']:.4f}" in row
+    assert short.main(["--set", "crop_size=7", "--results", str(file)]) == 2
