@@ -120,9 +120,9 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     from pcam_automl.training.compute import use_device
 
     clock, ledger = _budget(opened, work)
-    without_end = NEVER_ENDS if clock is None or clock.short is None else clock.short.n_trials
+    most = NEVER_ENDS if clock is None or clock.short is None else clock.short.n_trials
     limits = Limits(
-        work.n_trials or without_end,
+        min(work.n_trials or most, most),
         work.timeout_s,
         clock,
         DEFAULT_QUOTA_BYTES if work.quota_bytes is None else work.quota_bytes,

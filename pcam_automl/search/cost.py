@@ -95,8 +95,8 @@ def log_improvement_per_cost(
 
 
 class CostAwareTPE(QuickTPE):
-    """TPE that knows what its candidates cost: one whose network is too slow gives way to any that is not, and where seconds
-    count the others are judged by expected improvement per second.
+    """TPE for one trial (PerTrialSampler builds it anew) that knows what its candidates cost: one whose network is too
+    slow gives way to any that is not, and where seconds count the others are judged by expected improvement per second.
 
     Args:
         seconds_of: the model of costs; None counts no seconds.
@@ -116,13 +116,10 @@ class CostAwareTPE(QuickTPE):
         self._seconds_of, self._alpha, self._share_of = seconds_of, alpha, share_of
         self._asked: dict[str, BaseDistribution] = {}
         self._known: dict[str, Any] = {}
-        self._of: int | None = None
-        self._drawn: dict[str, Any] = {}
+        self._drawn: dict[str, Any] = {}  # of the one trial that a sampler of this class proposes
         self.given: Mapping[str, Any] = {}
 
     def _sample(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        if trial.number != self._of:
-            self._of, self._drawn = trial.number, {}
         self._asked, self._known = search_space, {**self.given, **trial.params, **self._drawn}
         drawn = super()._sample(study, trial, search_space)
         self._drawn |= drawn  # of one group of parameters; the next one's are judged together with them

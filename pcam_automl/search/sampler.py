@@ -130,7 +130,6 @@ class PerTrialSampler(BaseSampler):
     ) -> Any:
         if self._is_prescribed(param_name, param_distribution):
             return self.prescribed[param_name]
-
         drawn = self._inner.sample_independent(self._view(study), trial, param_name, param_distribution)
         if self.share_of is None or not self.share_of.depends_on(param_name):
             return drawn
