@@ -157,6 +157,7 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
         StudyError: the study has a larger budget already.
     """
     from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search, spent_s
+    from pcam_automl.search.plan import first_backbone
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
@@ -166,7 +167,8 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     give_budget(opened, work.budget_s)
     began = time.monotonic() - process_age_s() if work.since is None else work.since
     plan = opened.settings.plan
-    rate, short = plan["images_per_s"].get(opened.start.backbone), short_search(plan.get("budget"), work.budget_s)
+    rate = plan["images_per_s"].get(first_backbone(opened.start, opened.space.choices("backbone")))
+    short = short_search(plan.get("budget"), work.budget_s)
     return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate, short), ledger
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,15 @@ from pcam_automl.search.asking import (
 from pcam_automl.search.budget import N_SHORT, BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
-from pcam_automl.search.plan import SLOWEST_SHARE, Plan, make_plan, trial_seconds
+from pcam_automl.search.plan import (
+    SLOWEST_SHARE,
+    Plan,
+    first_backbone,
+    make_plan,
+    planned_recipe,
+    planned_side,
+    trial_seconds,
+)
 from pcam_automl.search.priors import NONE
 from pcam_automl.search.probe_study import LIMIT_S, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
@@ -269,8 +276,10 @@ def _planned(
     speed = SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True)
     budget = None
     if asked.budget_s is not None:
-        check_runs(common)
-        rate, n_final = speed.images_per_s(common, device), len(data.split.order)
+        fields = common.model_dump()
+        first = planned_recipe(fields, first_backbone(common, space.choices("backbone")), planned_side(fields, space))
+        check_runs(first)
+        rate, n_final = speed.images_per_s(first, device), len(data.split.order)
         budget = plan_budget(
             asked.budget_s,
             used_s=process_age_s(),
@@ -292,7 +301,7 @@ def _planned(
     )
     if budget is None:
         return plan, None
-    rate = plan.images_per_s.get(start.backbone, statistics.median(plan.images_per_s.values()))
+    rate = plan.images_per_s[first_backbone(start, tuple(plan.images_per_s))]
     return plan, budget.with_trial(min(trial_seconds(start, plan.rungs, plan.n_score, rate), plan.cap_s or math.inf))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -129,7 +129,8 @@ def make_plan(
     asked = views if views is not None else _asked_views(fields, space, n_train)
     planned_px = planned_side(fields, space)
     recipes, dropped = _recipes_that_run(fields, space, planned_px)
-    rates, estimated = _speeds(recipes, default.backbone, device, speed, progress)
+    first = first_backbone(default, tuple(recipes))
+    rates, estimated = _speeds(recipes, first, device, speed, progress)
     typical, typical_s = statistics.median(rates.values()), trial_s or TYPICAL_TRIAL_S
     whole = asked or max(LEAST_VIEWS, min(int(typical_s * typical), MOST_EPOCHS * n_train))
     limit = SCORE_LIMIT[device.type]
@@ -143,16 +144,18 @@ def make_plan(
             seconds = trial_seconds(default, rungs, n_score, rate)
             doubt = ESTIMATE_ERROR if name in estimated and trial_s is None else 1.0
             # The known-good start on fewer views is worth more than whatever is quick.
-            share = SLOWEST_SHARE if name == default.backbone else least
+            share = SLOWEST_SHARE if name == first else least
             if seconds * share > cap_s * doubt:
                 about = "about " if name in estimated else ""
                 dropped[name] = (
                     f"a trial would take {about}{seconds:.0f} s at {planned_px} px here, the limit is {cap_s:.0f} s"
                 )
         if set(dropped) >= set(rates):
-            raise RecipeError(
-                f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
-            )
+            if trial_s is None:
+                raise RecipeError(
+                    f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
+                )
+            del dropped[max(rates, key=rates.__getitem__)]  # a budget is spent as well as it can be
     return Plan(rungs, n_score, cap_s, rates, dropped, planned_px, estimated)
 
 
@@ -179,19 +182,23 @@ def _recipes_that_run(
     return recipes, dropped
 
 
+def first_backbone(default: Recipe, names: Sequence[str]) -> str:
+    """The backbone that the search starts with: that of the recipe, else (its weights are missing, say) the first of the space."""
+    return default.backbone if default.backbone in names or not names else names[0]
+
+
 def _speeds(
     recipes: dict[str, Recipe], first: str, device: torch.device, speed: SpeedBook, progress: Callable[[str], None]
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """Training images a second of each backbone, and which of them are estimates."""
     known = {name for name, recipe in recipes.items() if speed.knows(recipe, device)}
-    reference = first if first in recipes else next((name for name in recipes if name in known), next(iter(recipes)))
-    rate = speed.images_per_s(recipes[reference], device)
-    if reference not in known:
-        progress(f"timed {reference}: {rate:,.0f} training images/s at {recipes[reference].network_px} px")
-    estimated = tuple(name for name in recipes if name not in known and name != reference)
-    cost = {name: training_cost(recipes[name]) for name in (reference, *estimated)} if estimated else {}
+    rate = speed.images_per_s(recipes[first], device)
+    if first not in known:
+        progress(f"timed {first}: {rate:,.0f} training images/s at {recipes[first].network_px} px")
+    estimated = tuple(name for name in recipes if name not in known and name != first)
+    cost = {name: training_cost(recipes[name]) for name in (first, *estimated)} if estimated else {}
     rates = {
-        name: rate * cost[reference] / cost[name] if name in estimated else speed.images_per_s(recipe, device)
+        name: rate * cost[first] / cost[name] if name in estimated else speed.images_per_s(recipe, device)
         for name, recipe in recipes.items()
     }
     return rates, estimated
