@@ -51,11 +51,19 @@ def copy_bytes_per_s(device: torch.device, *, n_bytes: int = COPY_BYTES, repeats
 def step_of_image(network: nn.Module, px: int, compute: Compute) -> dict[str, float]:
     """FLOPs and least bytes of an image's forward and backward pass.
 
-    Bytes: what autograd keeps for the backward pass (weights aside) is written once and read once at the very least; a real
-    step moves more.
+    Bytes: what autograd keeps for the backward pass is written once and read once at the very least; a real step moves more.
+    Counted is by how much it grows with the batch, so that weights, and the copies of them that autocast makes, are left out.
     """
     network = compute.place(network).train()
-    images = compute.layout(torch.randn(COUNTED_BATCH, 3, px, px, device=compute.device))
+    (flops, kept), (more_flops, more_kept) = (
+        _step(network, px, compute, n) for n in (COUNTED_BATCH, 2 * COUNTED_BATCH)
+    )
+    return {"flops": (more_flops - flops) / COUNTED_BATCH, "bytes": 2 * (more_kept - kept) / COUNTED_BATCH}
+
+
+def _step(network: nn.Module, px: int, compute: Compute, n: int) -> tuple[float, float]:
+    """FLOPs of a step of ``n`` images, and bytes that autograd keeps in it."""
+    images = compute.layout(torch.randn(n, 3, px, px, device=compute.device))
     own = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
     kept: dict[int, int] = {}
 
@@ -70,7 +78,7 @@ def step_of_image(network: nn.Module, px: int, compute: Compute) -> dict[str, fl
             loss = network(images).float().square().mean()
         loss.backward()
     network.zero_grad(set_to_none=True)
-    return {"flops": counter.get_total_flops() / COUNTED_BATCH, "bytes": 2 * sum(kept.values()) / COUNTED_BATCH}
+    return counter.get_total_flops(), sum(kept.values())
 
 
 def ceilings(step: dict[str, float], flops_per_s: float, bytes_per_s: float) -> dict[str, Any]:

@@ -85,20 +85,26 @@ class StreamedPatches:
     def _fetch(self, rows: np.ndarray) -> tuple[Tensor, torch.cuda.Event | None]:
         """In the thread: gather on the host, copy to the device."""
         staging, in_use = self._staging.pop(0)
-        if in_use is not None:
-            in_use.synchronize()  # the copy of two batches ago
-        if staging is None or len(staging) < len(rows):
-            staging = self._new_staging(len(rows))
-        held = staging[: len(rows)]
-        torch.index_select(self.tensor, 0, torch.from_numpy(rows), out=held)
+        try:
+            if in_use is not None:
+                in_use.synchronize()  # the copy of two batches ago
+            if staging is None or len(staging) < len(rows):
+                staging = self._new_staging(len(rows))
+            held = staging[: len(rows)]
+            torch.index_select(self.tensor, 0, torch.from_numpy(rows), out=held)
+            batch, in_use = self._copied(held)
+        finally:  # also where memory is short: a buffer that is not put back is one for ever
+            self._staging.append((staging, in_use))
+        return batch, in_use
+
+    def _copied(self, held: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The batch on the device, and what says when its copy is made."""
         if self._stream is None:
-            self._staging.append((staging, None))
             return held.clone(), None
         with torch.cuda.stream(self._stream):
             batch = held.to(self.device, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
-        self._staging.append((staging, copied))
         return batch, copied
 
     def _new_staging(self, n: int) -> Tensor:
@@ -161,6 +167,7 @@ def _open(store: PatchStore, name: str, device: torch.device) -> Patches:
     mapped = mapped if mapped.ndim == 4 else mapped[..., None]
     if device.type == "cpu":
         return ResidentPatches(mapped, device)
+    torch.cuda.empty_cache()  # a pack that was held before, by a probe or a search, is free but not given back
     free_bytes, _ = torch.cuda.mem_get_info(device)
     if mapped.nbytes <= RESIDENT_SHARE * free_bytes:  # uint8: 6.1 GB for Kaggle's train set
         return ResidentPatches(mapped.to(device), device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,8 @@ from pcam_automl.training.start import choose_rows, data_key
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "final_recipe", "finalize"]
 
+LONG_ENOUGH = 0.8
+"""Of the training images that would fit the seconds now: a network that has seen so many is not trained again."""
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take at least."""
 
@@ -186,11 +189,17 @@ def _decided(
             f"trial {trial.number} is the only candidate: not confirmed, its seconds go to the final training"
         )
         return Decision((chosen,), (1.0,))
-    label = None if chosen.recipe.task == "dense" else np.asarray(opened.store.label)
+    folds = confirm_folds(opened, options.confirm_folds)
+    if not folds:
+        watch.train.note(
+            f"trial {trial.number} is not confirmed: no other fold holds two domains with patches enough of either label"
+        )
+        return Decision((chosen,), (1.0,))
     confirmations = confirm(
         opened,
         candidates,
-        folds=confirm_folds(opened.split, options.confirm_folds, label),
+        folds=folds,
+        spared=rows.held,
         device=device,
         seconds=_confirm_seconds(opened, chosen, rows, options.seconds, device),
         watch=watch.confirm,
@@ -270,7 +279,8 @@ def _train_member(
     trial, folder = member.trial, member_folder(out, number)
     recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     watch.plan(trial, recipe, n_train, folder)
-    done = from_first(lambda: _is_done(folder, recipe, opened, rows.train))
+    planned = recipe.n_views(n_train) if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
+    done = from_first(lambda: _is_done(folder, recipe, opened, rows.train, planned, pace is not None, watch.train.note))
     if not done:
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
@@ -330,14 +340,40 @@ def _settle_members(out: Path, decision: Decision) -> None:
         write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})
 
 
-def _is_done(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -> bool:
-    """Whether the folder already holds this recipe, from these weights, trained on these patches of this pack.
+def _is_done(
+    model: Path,
+    recipe: Recipe,
+    opened: OpenStudy,
+    rows: np.ndarray,
+    planned: int,
+    by_clock: bool,
+    note: Callable[[str], None],
+) -> bool:
+    """Whether the folder already holds this recipe, from these weights, trained on these patches of this pack, and for long enough.
 
-    A study made anew under an old one's name may have the same recipe and another holdout.
+    A study made anew under an old one's name may have the same recipe and another holdout; a larger budget, or none, the same
+    recipe and rows, and a longer training.
+
+    Args:
+        model: the bundle's folder.
+        recipe: to be trained.
+        opened: the study.
+        rows: to train on.
+        planned: training images that it would see.
+        by_clock: whether seconds decide how many.
+        note: told why a bundle is not enough.
     """
     if not (model / CARD).is_file():
         return False
     bundle = load_bundle(model)
     trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
     held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
-    return bundle.recipe == recipe and held == (trained_on, str(opened.weights))
+    if bundle.recipe != recipe or held != (trained_on, str(opened.weights)):
+        return False
+    seen, was_by_clock = int(bundle.provenance.get("views_seen", 0)), bundle.provenance.get("by_clock", by_clock)
+    if (not by_clock and not was_by_clock) or seen >= LONG_ENOUGH * planned:
+        return True
+    note(
+        f"{model} was trained on {seen:,} images by an earlier command, {planned:,} are planned now: it is trained anew"
+    )
+    return False

@@ -86,13 +86,13 @@ def find_lr(
         raise RecipeError(
             f"--from holds a {start.recipe.backbone}, the recipe wants a {recipe.backbone}; give its own bundle"
         )
-    curves = []
+    curves, patches = [], open_patches(store, torch.device(compute.device))
     for weight_decay in weight_decays:
         training = start_training(
             recipe,
             store,
             rows,
-            patches=open_patches(store, torch.device(compute.device)),
+            patches=patches,
             weights=weights,
             compute=compute,
             key=key_of(recipe.seed, "lr find"),

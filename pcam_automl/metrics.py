@@ -97,7 +97,7 @@ def auc_interval(
 
     Patches of one slide are not independent: an interval over patches would be far too narrow. How draws become bounds is in
     :func:`~pcam_automl.intervals.auc_bounds`. Draws that hold one label only are left out. One slide says nothing of others:
-    its interval is (0, 1).
+    its interval is (0, 1), and so is that of patches of which one label lies in a single slide.
 
     Args:
         label: (N,) 0 or 1.
@@ -116,7 +116,7 @@ def auc_interval(
     _check_both(positive)
     code = group_codes(group, len(positive))
     _check_draws(n)
-    n_slides, n_positive = int(code.max()) + 1, int(positive.sum())
+    n_slides, n_positive = n_independent(positive, code), int(positive.sum())
     draws = _drawn_aucs(positive, scores[None], code, n, seed)[:, 0] if n_slides > 1 else np.zeros(0)
     value = auc(label, prob)
     return auc_bounds(draws, value, n_slides=n_slides, n_positive=n_positive, n_negative=len(positive) - n_positive)
@@ -268,6 +268,18 @@ def group_codes(group: ArrayLike | None, n: int) -> NDArray[np.int64]:
     unknown = codes < 0
     codes[unknown] = codes.max(initial=-1) + 1 + np.arange(unknown.sum())
     return np.unique(codes, return_inverse=True)[1].astype(np.int64)
+
+
+def n_independent(label: ArrayLike, code: NDArray[np.int64]) -> int:
+    """Slides that an AUC's spread can be judged by: all of them, but 1 where all patches of a label are of one slide.
+
+    Args:
+        label: (N,) 0 or 1, both at least once.
+        code: (N,) of the slides, from :func:`group_codes`.
+    """
+    positive = np.asarray(label) == 1
+    fewest = min(len(np.unique(code[positive])), len(np.unique(code[~positive])))
+    return len(np.unique(code)) if fewest > 1 else 1
 
 
 def _check_draws(n: int) -> None:

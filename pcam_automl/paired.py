@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pcam_automl.metrics import auc, auc_draws, group_codes, patch_losses, percentile_interval
+from pcam_automl.metrics import auc, auc_draws, group_codes, n_independent, patch_losses, percentile_interval
 
 N_DRAWS = 1000
 
@@ -21,7 +21,7 @@ class Gain:
 
     Attributes:
         value: on the patches as they are.
-        interval: 95 % of the draws of slides; None where there is one slide, which says nothing of others.
+        interval: 95 % of the draws of slides; None where there is one slide, or one holds all patches of a label, which says nothing of others.
         sure: share of the draws in which the second is better, ties half, in [0, 1]; None without an interval.
     """
 
@@ -48,7 +48,7 @@ def auc_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Array
     """
     value = auc(label, after) - auc(label, before)
     scores = np.stack([np.asarray(before, np.float64), np.asarray(after, np.float64)])
-    if int(group_codes(group, scores.shape[1]).max()) < 1:
+    if n_independent(label, group_codes(group, scores.shape[1])) < 2:
         return Gain(value, None, None)
     draws = auc_draws(label, scores, group, n=N_DRAWS, seed=seed)
     return _gain(value, draws[:, 1] - draws[:, 0])

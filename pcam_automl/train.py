@@ -147,7 +147,7 @@ def train_to_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
         watch.trained(training)
-        bundle = _bundle(training, rows, store, provenance, began)
+        bundle = _bundle(training, rows, store, provenance, began, by_clock=pace is not None)
         if ranks().is_first:
             write_bundle(out, bundle)
             speed.note_micro_batch(recipe, device, training.micro_batch)
@@ -206,7 +206,15 @@ def _variant(
     return speed.compute_for(recipe, device, views=views)
 
 
-def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[str, Any], began: float) -> ModelBundle:
+def _bundle(
+    training: Training,
+    rows: Rows,
+    store: PatchStore,
+    provenance: dict[str, Any],
+    began: float,
+    *,
+    by_clock: bool = False,
+) -> ModelBundle:
     recipe = training.recipe
     kept = best_result(training.results, recipe)
     metrics: dict[str, Any] = {
@@ -236,6 +244,7 @@ def _bundle(training: Training, rows: Rows, store: PatchStore, provenance: dict[
         "device": device_name(torch.device(training.compute.device)),
         "micro_batch": training.micro_batch,
         "views_seen": training.views,
+        "by_clock": by_clock,
         "peak_memory_bytes": peak_memory_bytes(torch.device(training.compute.device)),
         "train_s": round(time.perf_counter() - began, 3),
         "versions": versions(),

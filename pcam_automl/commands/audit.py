@@ -115,7 +115,9 @@ def ranking_lines(ranking: Ranking) -> Iterator[str]:
     if best is not None:
         low, high = best.interval
         if math.isnan(low):
-            yield f"trial {best.number}: no interval, since all {ranking.n_patches:,} validation patches are of one slide"
+            of = f"the {ranking.n_patches:,} validation patches"
+            lone = f"all {of[4:]}" if ranking.n_clusters < 2 else f"all of a label among {of}"
+            yield f"trial {best.number}: no interval, since {lone} are of one slide"
         else:
             yield (
                 f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} "
@@ -127,6 +129,6 @@ def ranking_lines(ranking: Ranking) -> Iterator[str]:
                 yield f"  it does not beat trial{'s' * (len(ranking.unbeaten) > 1)} {unbeaten} ({compared})"
             elif len(ranking.trials) > 1:
                 yield f"  it beats the others ({compared})"
-        yield f"  finalize takes trial {ranking.picked}: {ranking.why}"
+        yield f"  without a confirmation finalize takes trial {ranking.picked}: {ranking.why}"
     for note in ranking.notes:
         yield f"  {note}"

@@ -32,7 +32,9 @@ def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
 def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
     """Those of the holdout or the slides kept back, which `finalize` keeps beside the bundle; None where there are neither."""
     file = folder.parent / SCORES
-    return read_scores(file, store.ids, store.part) if card and file.is_file() else None
+    if not card or not card.get("n_held", 1):  # cards of before it was noted: the file says it
+        return None
+    return read_scores(file, store.ids, store.part) if file.is_file() else None
 
 
 def out_of_fold_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:

@@ -32,6 +32,8 @@ def say_decision(decision: Decision) -> None:
     best = decision.confirmed[0]
     drop = "" if decision.drop is None else f"; the mean drop is {decision.drop:.4f}"
     terminal.say(f"confirmed best: trial {best.trial}, {best.mean:.4f}{drop}")
+    if decision.tie is not None:
+        terminal.say(f"trial {decision.members[0].trial.number} is taken: {decision.tie}")
     if decision.blend is not None:
         terminal.say(f"ensemble {'used' if decision.blend.used else 'not used'}: {decision.blend.why}")
     if len(decision.members) > 1:

@@ -29,7 +29,7 @@ from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.budget import Ledger, added_by, budget_of, intervals_of, spent_s, spent_with
 from pcam_automl.search.confirm import ConfirmWatch
-from pcam_automl.search.confirmations import Candidate
+from pcam_automl.search.confirmations import Candidate, Confirmation
 from pcam_automl.search.pareto import PICKS, Pick
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study
@@ -69,8 +69,12 @@ def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iter
 
 
 @contextmanager
-def _final_watch(opened: OpenStudy, stop: Callable[[], None], *, paced: bool) -> Iterator[FinalWatch]:
-    """Bars and lines of a finalize; ``paced``: its training ends by the clock."""
+def _final_watch(
+    opened: OpenStudy, stop: Callable[[], None], spent: Callable[[], None], *, paced: bool
+) -> Iterator[FinalWatch]:
+    """Bars and lines of a finalize; ``paced``: its training ends by the clock. After each confirmation and epoch, or part, ``spent`` is
+    called, so that a kill does not give its seconds back.
+    """
 
     def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
         value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
@@ -79,12 +83,17 @@ def _final_watch(opened: OpenStudy, stop: Callable[[], None], *, paced: bool) ->
 
     with _training_bar(stop, parts=N_PARTS if paced else None) as train, terminal.Bars() as bars:
         task = bars.add("predicting", None)
+
+        def epoch(result: RungResult) -> None:
+            train.epoch(result)
+            spent()
+
         yield FinalWatch(
-            train,
+            replace(train, epoch=epoch),
             plan,
             lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
             lambda n: bars.step(task, n),
-            _confirm_watch(train),
+            _confirm_watch(train, spent),
             say_decision,
         )
 
@@ -120,7 +129,7 @@ def finalize_study(
     options = options or FinalOptions()
     chosen = check_pick(pick, which)
     go_on = "checkpoints are stored; the same command goes on from the last of them"
-    with stop_signal(go_on) as stop, storage_faults(storage_url(url)):
+    with stop_signal(go_on) as stop, storage_faults(storage_url(url)), contextlib.ExitStack() as at_end:
         with terminal.counting("packing") as call:
             asked = Asked(data=data)
             opened = first_before_others(lambda: open_study(name, url, asked, say=terminal.say, pack_call=call))
@@ -131,10 +140,11 @@ def finalize_study(
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
         ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None and ranks().is_first)
+        at_end.callback(ledger.note)  # however it ends: an interrupted one has spent, too
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))
         paced = options.seconds is not None and epochs is None
-        with stop.deferred(), _final_watch(opened, stop.check, paced=paced) as watch:
+        with stop.deferred(), _final_watch(opened, stop.check, ledger.note, paced=paced) as watch:
             final = finalize(
                 opened,
                 which=which,
@@ -162,7 +172,7 @@ def finalize_study(
                 if out is None
                 else _report_again(final.out / "model", opened.store.root),
             )
-        ledger.note()
+        ledger.note()  # what is said next counts it
         if paced:
             _say_spent(opened)
     for note in final.notes:
@@ -213,14 +223,18 @@ def check_pick(pick: str, which: str) -> Pick:
     return chosen
 
 
-def _confirm_watch(train: TrainWatch) -> ConfirmWatch:
-    """The training's bar, and one line a confirmation."""
+def _confirm_watch(train: TrainWatch, spent: Callable[[], None]) -> ConfirmWatch:
+    """The training's bar, and one line a confirmation, after which ``spent`` is called."""
 
     def begins(candidate: Candidate, fold: int, training: Training, views: int) -> None:
         terminal.say(f"confirming trial {candidate.trial.number} with a fresh seed; scored on fold {fold}")
         train.begins(training.recipe, training.compute, views)
 
-    return ConfirmWatch(begins, train.views, say_confirmed, terminal.say, train.stop)
+    def done(confirmation: Confirmation) -> None:
+        say_confirmed(confirmation)
+        spent()
+
+    return ConfirmWatch(begins, train.views, done, terminal.say, train.stop)
 
 
 def _report_again(model: Path, data: Path) -> str:

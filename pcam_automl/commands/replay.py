@@ -107,9 +107,12 @@ def verdict_line(found: Replayed) -> str:
     """The verdict in one line, with how far the last rung's AUC is off."""
     pairs = list(zip(found.stored.rungs, found.rungs, strict=False))
     apart = abs((pairs[-1][0].auc or 0.0) - (pairs[-1][1].auc or 0.0)) if pairs else 0.0
-    more = (
-        " although the study is deterministic and the conditions are the same"
-        if apart <= BAND
-        else f", the band is {BAND:g}"
-    )
+    if len(found.rungs) != len(found.stored.rungs):
+        more = f", and it has {len(found.rungs)} rungs where the trial had {len(found.stored.rungs)}"
+    elif any("diverge" in warning for warning in found.warnings):
+        more = ", and the warning above says how it ended"
+    elif apart <= BAND:
+        more = " although the study is deterministic and the conditions are the same"
+    else:
+        more = f", the band is {BAND:g}"
     return _WORDS[found.verdict].format(apart=apart, more=more)

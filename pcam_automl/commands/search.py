@@ -304,6 +304,8 @@ class _SearchShow:
 def _print_end(
     opened: OpenStudy, end: SearchEnd, seconds: float, n_trials: int | None, url: str | None, as_json: bool
 ) -> None:
+    from pcam_automl.search.budget import budget_of
+
     if opened.mirror is not None:
         opened.mirror.pull_trials()
     summary = summarise(opened.study, opened.settings)
@@ -318,11 +320,11 @@ def _print_end(
     if end.n_finished == 0 and end.why == "done":
         terminal.say(f"study {opened.name} has its {done} finished trials already; a larger --trials adds more")
     elif end.why == "timeout":
-        terminal.say(f"time is up: {done} of {n_trials} trials finished; the same command goes on")
-    elif end.why == "budget":
-        _print_spent(opened, done)
+        terminal.say(f"time is up: {_of(done, n_trials)} finished; the same command goes on")
+    elif end.why == "budget" or (end.why == "done" and budget_of(opened.study) is not None):
+        _print_spent(opened, done, "the search's part of the budget is over" if end.why == "budget" else "all is done")
     elif end.why != "done":
-        terminal.say(f"{done} of {n_trials} trials finished; other processes hold the rest")
+        terminal.say(f"{_of(done, n_trials)} finished; other processes hold the rest")
     if summary.best is not None:
         options = command_options(opened.name, url)
         terminal.result(
@@ -334,7 +336,11 @@ def _print_end(
         )
 
 
-def _print_spent(opened: OpenStudy, done: int) -> None:
+def _of(done: int, n_trials: int | None) -> str:
+    return f"{done} trials" if n_trials is None else f"{done} of {n_trials} trials"
+
+
+def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
     """The plan beside what happened."""
     from pcam_automl.search.budget import budget_of, spent_s
     from pcam_automl.search.lineages import lineages_of
@@ -345,7 +351,7 @@ def _print_spent(opened: OpenStudy, done: int) -> None:
     n_thawed = sum(len(lineage.rows) > 1 for lineage in lineages)
     total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
-        f"the search's part of the budget is over: {done} trials, {' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, {n_thawed} went on after a pause; "
+        f"{why}: {done} trials, {' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, {n_thawed} went on after a pause; "
         f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,11 +72,9 @@ def _n_on_cpu(recipe: Recipe, studies: Path) -> int:
 def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path) -> int:
     """Not run here yet: no GPU was at hand."""
     book = SpeedBook(studies / "speed.json")
-    torch.cuda.reset_peak_memory_stats(device)
-    step_s = recipe.batch_size / book.images_per_s(recipe, device)
     double = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size})
-    double_step_s = double.batch_size / book.images_per_s(double, device)
-    peak_bytes = torch.cuda.max_memory_allocated(device)
+    step_s, double_step_s = (one.batch_size / book.images_per_s(one, device) for one in (recipe, double))
+    peak_bytes = book.peak_bytes(double, device)
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return n_for_gpu(
@@ -126,6 +125,9 @@ def run_many(
             return settled_text(found, limits)
 
         with stop.deferred(), patient():
+            if any(device != "cpu" for device in devices):
+                gc.collect()
+                torch.cuda.empty_cache()  # what the probe of the study's creation held
             packs = shared_packs(opened.store, devices)
             return run_workers(task, devices, stop=stop, heard=show.heard, settle=settle, packs=packs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from pcam_automl.calibration import Calibration, calibrate, logits_of, probs_at
 from pcam_automl.data.store import PatchStore
 from pcam_automl.finalizing.blending import Blend, choose_blend
 from pcam_automl.metrics import auc, auc_interval
-from pcam_automl.scores import Scores
+from pcam_automl.scores import Scores, clusters_of_rows
 from pcam_automl.search.confirmations import (
     Candidate,
     Confirmation,
@@ -25,6 +26,7 @@ from pcam_automl.search.confirmations import (
     mean_drop,
     ranked,
 )
+from pcam_automl.search.ranking import choose_cheapest_tied, rank
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Decision:
         members: the networks, the best confirmed one first.
         weights: one each, positive, summing to 1.
         confirmed: every confirmed lineage, the best first; empty where none was.
+        tie: why another than the best confirmed one is taken; None where it is not.
         blend: what the greedy selection found; None where no ensemble was asked for or possible.
         calibrations: of each member on its own; None where nothing was predicted out of fold.
         calibration: of all together.
@@ -52,6 +55,7 @@ class Decision:
     oof: Scores | None = None
     oof_auc: float | None = None
     oof_auc_95: tuple[float, float] | None = None
+    tie: str | None = None
 
     @property
     def drop(self) -> float | None:
@@ -62,6 +66,7 @@ class Decision:
         return {
             "confirmed": [one.to_json() for one in self.confirmed],
             "mean_drop": self.drop,
+            "tie": self.tie,
             "ensemble": None if self.blend is None else self.blend.to_json(),
             "members": [member.trial.number for member in self.members],
             "weights": list(self.weights),
@@ -96,10 +101,11 @@ def decide(
     by_name = {candidate.lineage: candidate for candidate in candidates}
     if not confirmed or math.isnan(confirmed[0].mean):  # nothing, or every training diverged
         return Decision((candidates[0],), (1.0,), confirmed)
-    winner = by_name[confirmed[0].lineage]
+    first, tie = _cheapest_tied(confirmed, confirmations, store) if value_of is auc_of else (confirmed[0], None)
+    winner = by_name[first.lineage]
     predicted = _out_of_fold(confirmations, [one.lineage for one in confirmed])
     if winner.lineage not in predicted:
-        return Decision((winner,), (1.0,), confirmed)
+        return Decision((winner,), (1.0,), confirmed, tie=tie)
     rows, label, on = _shared(predicted[winner.lineage])
     usable = {
         name: np.concatenate([logits_of(part.prob) for part in parts])
@@ -124,7 +130,48 @@ def decide(
         oof=oof,
         oof_auc=auc(label, blend.logits),
         oof_auc_95=auc_interval(label, blend.logits, group),
+        tie=tie,
     )
+
+
+def _cheapest_tied(
+    confirmed: Sequence[Confirmed], confirmations: Sequence[Confirmation], store: PatchStore
+) -> tuple[Confirmed, str | None]:
+    """Of the lineages that the best confirmed one does not beat the cheapest, and why it is not the best one itself.
+
+    As the search's own ties are settled (:func:`~pcam_automl.search.ranking.choose_cheapest_tied`), on the folds that confirmed.
+    """
+    folds, speeds = complete_folds(confirmations), _speeds(confirmations)
+    views = {(one.lineage, one.fold): one.one_view for one in confirmations}
+    best = confirmed[0]
+    first = [scores for fold in folds if (scores := views[best.lineage, fold]) is not None]
+    if len(first) < len(folds):
+        return best, None
+    rows, label, _ = _shared(first)
+    alike, probs = list[Confirmed](), list[NDArray[np.float64]]()
+    for one in confirmed:
+        parts = [scores for fold in folds if (scores := views[one.lineage, fold]) is not None]
+        if len(parts) == len(folds) and np.array_equal(_shared(parts)[0], rows):
+            alike.append(one)
+            probs.append(np.concatenate([part.prob for part in parts]))
+    ranks = rank(
+        label,
+        np.stack(probs),
+        clusters_of_rows(store, rows),
+        numbers=[one.trial for one in alike],
+        values=[one.mean for one in alike],
+        images_per_s=[speeds[one.lineage] for one in alike],
+    )
+    number, why = choose_cheapest_tied(ranks)
+    return (best, None) if number == best.trial else (next(one for one in alike if one.trial == number), why)
+
+
+def _speeds(confirmations: Sequence[Confirmation]) -> dict[str, float | None]:
+    """Lineage to the training images a second of its confirmations, the median; None where one has none."""
+    rates: dict[str, list[float]] = {}
+    for one in confirmations:
+        rates.setdefault(one.lineage, []).append(one.images_per_s)
+    return {name: statistics.median(found) if min(found) > 0 else None for name, found in rates.items()}
 
 
 def _out_of_fold(confirmations: Sequence[Confirmation], lineages: Sequence[str]) -> dict[str, list[Scores]]:

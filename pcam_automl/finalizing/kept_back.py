@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pcam_automl.data.splits import slides_aside
-from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.search.confirm import confirm_folds
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
@@ -68,7 +67,7 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     """Rows of about ``share`` of the training patches in whole slides, of folds that chose nothing. (n,) ascending; empty for 0.
 
     The fold that validated the search and those of the confirmations have chosen the recipe, so a score on them flatters. Where every
-    other fold confirms, only the validation fold is spared.
+    other fold confirms, only the validation fold is spared, and the confirmations leave these rows out of what they score.
 
     Args:
         opened: the study; its split's order is what could be trained on.
@@ -82,7 +81,7 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     if share == 0:
         return np.zeros(0, np.int64)
     fold = split.fold[split.order]
-    chose = (VALIDATION_FOLD, *confirm_folds(split, n_confirm_folds, _labels(store)))
+    chose = (VALIDATION_FOLD, *confirm_folds(opened, n_confirm_folds))
     free = ~np.isin(fold, chose)
     if not free.any():
         free = fold != VALIDATION_FOLD
@@ -94,8 +93,3 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
         return pool[slides_aside(store, pool, wanted, seed=split.seed)]
     except DataError as fault:
         raise DataError(f"--keep-back {share:g}: {fault}; --keep-back 0 trains on everything") from None
-
-
-def _labels(store: PatchStore) -> np.ndarray | None:
-    """For the choice of confirmation folds; None for maps, whose folds need not hold both."""
-    return None if store.source.get("kind") == "dense" else np.asarray(store.label)

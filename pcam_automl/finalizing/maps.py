@@ -43,6 +43,7 @@ def finish_maps(
     test = store.test_rows()
     pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
+    (out / SCORES).unlink(missing_ok=True)  # of an earlier network
     maps: Path | None = None
     notes: list[str] = []
     on_test: dict[str, float | int | None] = {}
@@ -77,6 +78,7 @@ def finish_maps(
         "auc_on": on,
         "threshold": threshold,
         "n_test": len(test),
+        "n_held": 0 if scores is None else len(held),
         "test": on_test or None,
     }
     write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})

@@ -108,6 +108,7 @@ def finish_patches(
         **decision.to_json(),
         "compare": [step.to_json() for step in steps],
         "operating": [one.to_json() for one in operating],
+        "n_held": 0 if scores is None else len(scores.rows),
         "threshold": threshold,
         "notes": list(notes),
         "recipe": bundle.recipe.model_dump(mode="json"),
@@ -146,6 +147,7 @@ def _on_held(
     """The figures to print, the scores of ``rows.held``, and the steps; without such rows the figures are out of fold, or the trial's."""
     store, held = end.opened.store, rows.held
     if not len(held):
+        (end.out / SCORES).unlink(missing_ok=True)  # of an earlier network, on slides that this one has seen
         if decision.oof is not None and decision.oof_auc is not None:
             on = decision.oof.on + _shorter(decision, end.networks[0])
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
@@ -165,7 +167,8 @@ def _on_held(
     if decision.calibration is not None and decision.oof is not None:  # else it was fitted to these very patches
         losses, errors = changes(logits, label, end.judge.temperature)
         figures["calibration_on_holdout"] = {"log_loss": losses, "error": errors}
-    steps = steps_of(label, group, _scorings(end, held, rows.name, probs)) if compare else ()
+    scorings = _scorings(end, held, rows.name, probs, tempered=decision.oof is not None) if compare else []
+    steps = steps_of(label, group, scorings) if compare else ()
     return figures, scores, steps
 
 
@@ -186,8 +189,13 @@ def _shorter(decision: Decision, network: Predictor) -> str:
     return f" and were trained on {confirmed:,} images; the final one saw {seen:,} and should do better, which --keep-back 0.1 or a holdout can show"
 
 
-def _scorings(end: _Ending, rows: np.ndarray, name: str, final: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Probabilities of the first network with one ingredient more at a time, and those of all together at the end."""
+def _scorings(
+    end: _Ending, rows: np.ndarray, name: str, final: np.ndarray, *, tempered: bool
+) -> list[tuple[str, np.ndarray]]:
+    """Probabilities of the first network with one ingredient more at a time, and those of all together at the end.
+
+    ``tempered``: whether the temperature is one of them; fitted to these very patches it would be flattered.
+    """
     first, found = end.networks[0], list[tuple[str, np.ndarray]]()
 
     def plain(network: Predictor) -> np.ndarray:
@@ -201,7 +209,7 @@ def _scorings(end: _Ending, rows: np.ndarray, name: str, final: np.ndarray) -> l
     logits = end.logits(rows, name, first) if averaged else None
     if logits is not None:
         found.append((f"{len(first.views)} views", probs_at(logits, 1.0)))
-    if first.bundle.calibration is not None:
+    if tempered and first.bundle.calibration is not None:
         own = logits if logits is not None else end.logits(rows, name, first)
         found.append(("temperature", probs_at(own, first.temperature)))
     if len(end.networks) > 1:

@@ -64,7 +64,8 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
             raise InputError(f"--ensemble {options.ensemble} belongs to task patch; leave it out for a dense study")
         if which != "best":
             raise InputError(
-                f"--ensemble {options.ensemble} takes the best trials, so it goes with --trial best, got {which}; leave one out"
+                f"--ensemble {options.ensemble} takes the best trials, so it goes with --trial best and --pick best, not with a single "
+                f"trial (here {which}); leave one out"
             )
         if options.confirm < options.ensemble:
             raise InputError(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.data.store import PatchStore
-from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.metrics import auc, auc_interval, n_independent
 from pcam_automl.report.blocks import Block, Picture, Table, Text, left_out
 from pcam_automl.report.content import PATCH, Noun, clusters_of, losses
 from pcam_automl.report.style import BLUE, GREY, add_axes, new_figure, picture, shortened
@@ -53,7 +53,7 @@ def group_aucs(
         own = code == value
         label, prob, n = scores.label[own], scores.prob[own], len(np.unique(scores.rows[own]))
         if n >= LEAST_ROWS and 0 < (label == 1).sum() < len(label):
-            several = len(np.unique(cluster[own])) > 1
+            several = n_independent(label, cluster[own]) > 1
             interval = auc_interval(label, prob, cluster[own]) if several else None
             found.append(GroupAuc(names[value], n, auc(label, prob), interval))
     return sorted(found, key=lambda group: group.auc)
@@ -103,7 +103,11 @@ def forest_figure(groups: list[GroupAuc], name: str, what: str, note: str, of_st
     axes.set_yticks(range(len(groups)), [f"{shortened(g.name)} ({g.n:,})" for g in reversed(groups)])
     axes.set_ylim(-0.6, len(groups) - 0.4)
     words = ", ".join(f"{g.name} {g.auc:.4f} ({_words(g.interval)})" for g in groups[:10])
-    alone = " One without a bar holds a single slide." if any(g.interval is None for g in groups) else ""
+    alone = (
+        " One without a bar holds a single slide, or a single one with a label."
+        if any(g.interval is None for g in groups)
+        else ""
+    )
     return picture(
         figure,
         name,

@@ -10,7 +10,7 @@ from matplotlib.ticker import StrMethodFormatter
 from numpy.typing import NDArray
 
 from pcam_automl.calibration import reliability
-from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss
+from pcam_automl.metrics import Confusion, accuracy, auc, auc_interval, confusion, log_loss, n_independent
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Text, left_out
 from pcam_automl.report.content import PATCH, MapFigures, Noun, ReportContent, both_labels, clusters_of
 from pcam_automl.report.decision_figures import decision_blocks
@@ -95,6 +95,8 @@ def interval_text(content: ReportContent, scores: Scores) -> str:
     over, n = "slides" if slides else content.of_store.many, len(np.unique(cluster))
     if n < 2:
         return f"no interval: all of one {over.removesuffix('s') if slides else content.of_store.one}"
+    if n_independent(scores.label, cluster) < 2:
+        return f"no interval: all of a label are of one {over.removesuffix('s') if slides else content.of_store.one}"
     low, high = auc_interval(scores.label, scores.prob, cluster)
     few = ", so a rough guess" if n < FEW_CLUSTERS else ""
     return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{few}"

@@ -20,11 +20,10 @@ import torch
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.calibration import probs_at
 from pcam_automl.counter import key_of
-from pcam_automl.data.splits import Split
 from pcam_automl.errors import StudyError, TrainingDiverged
 from pcam_automl.files import locked, sha256_of_json
 from pcam_automl.heap import return_freed_memory
-from pcam_automl.metrics import auc
+from pcam_automl.metrics import auc, scorable_domains
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.search.confirmations import (
@@ -59,23 +58,36 @@ class ConfirmWatch:
     stop: Callable[[], None] = lambda: None
 
 
-def confirm_folds(split: Split, n: int, label: np.ndarray | None = None) -> tuple[int, ...]:
-    """The first ``n`` folds that did not validate the search.
+def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
+    """The first ``n`` folds that did not validate the search and on which the study's objective has a value.
+
+    A fold may be a whole domain, and hold one label only; of a rare domain it may hold too few patches for a worst one. Where the
+    objective has no value on any of them nothing can be confirmed: none is given.
 
     Args:
-        split: its folds.
+        opened: the study; its split.
         n: at least 1.
-        label: (N,) by store row; given, folds that hold one label only are passed over (a fold may be a whole domain).
 
     Raises:
-        StudyError: there are fewer.
+        StudyError: there are some, and fewer.
     """
+    split, store = opened.split, opened.store
     others = [fold for fold in range(int(split.fold.max()) + 1) if fold != VALIDATION_FOLD]
-    usable = [fold for fold in others if label is None or len(np.unique(label[split.fold == fold])) == 2]
+    usable, why = others, ""
+    if store.source.get("kind") != "dense":
+        label, domain, rows = np.asarray(store.label), np.asarray(store.domain), n_scored(opened.rungs[-1].views)
+        scored = {fold: split.score_rows(fold, rows) for fold in others}
+        usable = [fold for fold in others if len(np.unique(label[scored[fold]])) == 2]
+        why = "" if usable == others else " and not all others hold both labels"
+        if opened.settings.goal.name == "worst_domain_auc":
+            usable = [fold for fold in usable if len(scorable_domains(label[scored[fold]], domain[scored[fold]])) >= 2]
+            why = "" if usable == others else " and not all others hold two domains that can be scored"
+            if not usable:
+                return ()
     if n > len(usable):
         raise StudyError(
             f"--confirm-folds must be at most {len(usable)}, got {n}: of the split's {len(others) + 1} folds one validated"
-            f" the search{'' if usable == others else ' and not all others hold both labels'}; --confirm 0 goes without"
+            f" the search{why}; --confirm 0 goes without"
         )
     return tuple(usable[:n])
 
@@ -113,6 +125,7 @@ def confirm(
     folds: Sequence[int],
     device: torch.device,
     seconds: float | None = None,
+    spared: np.ndarray | None = None,
     watch: ConfirmWatch | None = None,
 ) -> list[Confirmation]:
     """Train the candidates, the best first, on the first fold, then on the next; what is stored is not repeated.
@@ -123,6 +136,7 @@ def confirm(
         folds: from :func:`confirm_folds`.
         device: where to train.
         seconds: wall clock; a training that would not end in it is left out, and all after it. None is no limit.
+        spared: store rows that nothing is scored on: of slides that shall judge the final network.
         watch: progress.
 
     Raises:
@@ -130,7 +144,7 @@ def confirm(
         Interrupted: what is stored stays; a training that was cut off goes on from its last rung.
     """
     watch, began = watch or ConfirmWatch(), time.perf_counter()
-    runner = _Runner(opened, device, watch)
+    runner = _Runner(opened, device, watch, np.zeros(0, np.int64) if spared is None else spared)
     with locked(
         opened.folder / FOLDER / ".lock",
         busy=f"another process confirms the trials of study {opened.name}; wait for it, then repeat the command",
@@ -158,8 +172,8 @@ class _Job:
 class _Runner:
     """The data on the device and how fast it turns out to be."""
 
-    def __init__(self, opened: OpenStudy, device: torch.device, watch: ConfirmWatch) -> None:
-        self.opened, self.device, self.watch = opened, device, watch
+    def __init__(self, opened: OpenStudy, device: torch.device, watch: ConfirmWatch, spared: np.ndarray) -> None:
+        self.opened, self.device, self.watch, self.spared = opened, device, watch, spared
         self.n = n_scored(opened.rungs[-1].views)
         self.pace = 1.0  # measured by expected seconds of the last training
         self._patches: Patches | None = None
@@ -180,8 +194,9 @@ class _Runner:
                     if left is not None and expected * self.pace > left:
                         self._say_left_out(len(done), len(candidates) * len(folds), left, expected * self.pace)
                         return done
-                    stored = self._train(job)
-                    self.pace = stored.seconds / expected
+                    stored, whole = self._train(job)
+                    if whole:  # else it says nothing of the next one
+                        self.pace = stored.seconds / expected
                     write_confirmation(job.folder, stored, self.opened.store)
                     # As the next run will read it, to eight digits: else its temperature would differ in the last ones.
                     stored = read_confirmation(job.folder, self.opened.store, job.key) or stored
@@ -199,7 +214,9 @@ class _Runner:
         opened = self.opened
         recipe = fresh_recipe(candidate.recipe, opened.settings.seed, candidate.lineage, fold)
         split = opened.split
-        rows = choose_rows(opened.store, recipe, split.train_order(fold), split.score_rows(fold, self.n))
+        scored = split.score_rows(fold)
+        scored = scored[~np.isin(scored, self.spared)][: self.n]
+        rows = choose_rows(opened.store, recipe, split.train_order(fold), scored)
         planned = opened.rungs
         rungs = scaled(planned, recipe.n_views(len(rows.train)) / planned[-1].views)
         parts = [recipe.hash, data_key(opened.store, rows), str(opened.weights), [[r.views, r.subset] for r in rungs]]
@@ -217,7 +234,8 @@ class _Runner:
         rate = images_per_s(self.opened, candidate, job.recipe, self.device)
         return expected_seconds(job.recipe, job.rungs, len(job.rows.score), rate)
 
-    def _train(self, job: _Job) -> Confirmation:
+    def _train(self, job: _Job) -> tuple[Confirmation, bool]:
+        """The confirmation, and whether its seconds are those of a whole training: neither cut short nor gone on with."""
         began = time.perf_counter()
         training = self._start(job)
         self.watch.begins(job.candidate, job.fold, training, total_views(job.recipe, job.rungs))
@@ -237,11 +255,12 @@ class _Runner:
             figures = self._scores(training, job)
         except TrainingDiverged as fault:
             figures = {"auc": None, "auc_views": None, "diverged": str(fault)}
+        whole = figures["auc"] is not None and training.n_resumed == 0
         views, rate = training.views, training.results[-1].images_per_s if training.results else 0.0
         del training
         self._release()
         candidate = job.candidate
-        return Confirmation(
+        confirmation = Confirmation(
             lineage=candidate.lineage,
             trial=candidate.trial.number,
             fold=job.fold,
@@ -254,6 +273,7 @@ class _Runner:
             images_per_s=round(rate, 1),
             **figures,
         )
+        return confirmation, whole
 
     def _start(self, job: _Job) -> Training:
         store = self.opened.store

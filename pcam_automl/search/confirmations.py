@@ -23,7 +23,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores, write_scores
 from pcam_automl.search.budget import budget_of
-from pcam_automl.search.lineages import current_rows, lineage_of, sign_of
+from pcam_automl.search.lineages import current_rows, has_diverged, lineage_of, sign_of
 
 FOLDER = "confirmations"
 CARD, ONE_VIEW = "confirmation.json", "one_view.csv"
@@ -167,6 +167,7 @@ def top_candidates(study: optuna.Study, k: int) -> list[Candidate]:
     rows = [row for row in current_rows(trials) if row.value is not None and "recipe" in row.user_attrs]
     complete = [row for row in rows if row.state == TrialState.COMPLETE]
     if not complete and budget_of(study) is not None:
+        rows = [row for row in rows if not has_diverged(row)]
         furthest = max((len(row.intermediate_values) for row in rows), default=0)
         complete = [row for row in rows if 0 < len(row.intermediate_values) == furthest]
     rows = sorted(complete, key=lambda row: (-sign * float(row.value or 0.0), row.number))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
@@ -96,6 +96,7 @@ class Objective:
         self._speed: SpeedBook = self.opened.quick_speed_book
         self._latencies: dict[tuple[object, ...], float] = {}
         self._network: dict[str, float] = {}  # of the running trial, for its attributes
+        self._runs_through = False  # whatever others reach, and beyond the search's end
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
@@ -117,7 +118,8 @@ class Objective:
         if not self.begun(self.slot, trial.number, lineage):
             end_with(trial, reason=SLOT_LOST)
             raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
-        began, self._network = time.perf_counter(), {}
+        self._release()  # of a trial before that was pruned: until here its error's traceback held it
+        began, self._network, self._runs_through = time.perf_counter(), {}, self._is_needed()
         if not notes.items() <= trial.user_attrs.items():  # a row that somebody has enqueued, or of another storage
             set_user_attrs(trial, **notes)
         reason = "complete"
@@ -234,7 +236,13 @@ class Objective:
     def _check(self) -> None:
         self.stop()
         if self.clock is not None:
-            self.clock.check(first=self.slot is not None and self.slot.number == 0)
+            self.clock.check(first=self._runs_through)
+
+    def _is_needed(self) -> bool:
+        """Whether the running trial is the first of a budget that has no complete one yet: a search needs a winner."""
+        if self.clock is None or self.slot is None or self.slot.number > 0:
+            return False
+        return not any(row.state == TrialState.COMPLETE for row in self.opened.study.get_trials(deepcopy=False))
 
     def _judge(self, trial: Trial, training: Training, rungs: tuple[Rung, ...], result: RungResult) -> None:
         """Whether the trial goes on behind a rung.
@@ -246,10 +254,10 @@ class Objective:
             return  # done; or judged before: a thawed lineage's last rung, too, which is why it was thawed
         where = f"at rung {result.rung + 1} of {len(rungs)}"
         is_short = self.clock is not None and self.clock.short is not None  # a few whole trials
-        if not is_short and trial.should_prune():
+        self._runs_through &= self._is_needed()
+        if not is_short and not self._runs_through and trial.should_prune():
             raise optuna.TrialPruned(f"pruned {where}")
-        assert self.slot is not None
-        if self.clock is not None and self.slot.number > 0:  # the first one runs through: a search needs a winner
+        if self.clock is not None and not self._runs_through:
             next_s = result.seconds * rung_ratio(
                 [rung.views for rung in rungs], result.rung, branch_share(training.recipe)
             )
@@ -271,7 +279,7 @@ class Objective:
         earlier = self._earlier(lineage, trial.number)
         if earlier is not None:
             recipe = build_recipe(json.loads(earlier["recipe"]))
-            compute = Compute(**{**earlier["compute"], "device": str(self.device)})
+            compute = Compute(**earlier["compute"]).moved_to(self.device)
         else:
             if not self._speed.knows(recipe, self.device):
                 write_now(trial)  # what it is about to try, before it times the network

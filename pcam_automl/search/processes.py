@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -133,7 +134,7 @@ class _Crew:
         if limits.timeout_s is not None:  # the search's, not anew with each replacement
             limits = replace(limits, timeout_s=max(0.0, limits.timeout_s - (time.monotonic() - self._began)))
         device = self.devices[number]
-        words = (replace(self.task, limits=limits), number, device, there, self.packs.get(device))
+        words = (replace(self.task, limits=limits), number, device, there, [self.packs.get(device)])
         worker = self._context.Process(target=_work, args=words, name=f"worker {number}")
         worker.start()
         there.close()  # so that the worker's end is the last one
@@ -221,8 +222,16 @@ def _end(workers: Sequence[BaseProcess]) -> None:
             worker.join()
 
 
-def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: Tensor | None) -> None:
-    """A worker process."""
+def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: list[Tensor | None]) -> None:
+    """A worker process. ``pack`` is emptied: the process itself keeps its arguments, and a shared tensor must end before it does."""
+    code = _run(task, number, device, pipe, pack)
+    pipe.close()
+    gc.collect()  # the last reference to the shared pack: else the first process keeps its memory for ever
+    os._exit(code)  # threads of a storage must not keep it
+
+
+def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: list[Tensor | None]) -> int:
+    """The worker's trials; its exit code."""
     speaking = threading.Lock()
 
     def tell(kind: Kind, *values: Any) -> None:
@@ -238,7 +247,11 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: Te
                 opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
             objective = Objective(
-                opened, place, stop=lambda: _check(stop, parent), watch=_watch(tell, opened.settings.goal), pack=pack
+                opened,
+                place,
+                stop=lambda: _check(stop, parent),
+                watch=_watch(tell, opened.settings.goal),
+                pack=pack.pop(),
             )
 
             def finished(trial: FrozenTrial, trials: list[FrozenTrial]) -> None:
@@ -256,8 +269,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: Te
             tell("note", "".join(traceback.format_exception(fault)))
             tell("fault", "SearchFailed", f"worker {number}: {type(fault).__name__}: {str(fault)[:300]}")
             code = 1
-    pipe.close()
-    os._exit(code)  # threads of a storage must not keep it
+    return code
 
 
 def _check(stop: StopSignal, parent: int) -> None:

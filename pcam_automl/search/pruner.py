@@ -42,6 +42,7 @@ class SuccessiveHalving(BasePruner):
             raise ValueError(f"eta must be at least 2, got {eta}")
         self.eta, self.pauses = eta, pauses
         self.first_judged = 0
+        self.n_looks = 0  # of the audit's
         self.spared: Callable[[str, Iterable[str]], bool] = lambda lineage, earlier: False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:

@@ -17,7 +17,7 @@ from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
 from pcam_automl.intervals import auc_bounds
-from pcam_automl.metrics import auc, auc_draws, percentile_interval
+from pcam_automl.metrics import auc, auc_draws, n_independent, percentile_interval
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
 from pcam_automl.search.lineages import lineages_of, sign_of
@@ -131,8 +131,8 @@ def rank(
     order = sorted(range(len(numbers)), key=lambda i: (-values[i], numbers[i]))
     drawn = auc_draws(label, np.asarray(probs, np.float64)[order], cluster, n_draws, seed)  # (draws, M)
     drawn = drawn[~np.isnan(drawn).any(axis=1)]
-    n_slides, n_positive = len(np.unique(cluster)), int(np.sum(np.asarray(label) == 1))
-    if n_slides < 2:  # one says nothing of others
+    n_slides, n_positive = n_independent(label, np.asarray(cluster)), int(np.sum(np.asarray(label) == 1))
+    if n_slides < 2:  # one says nothing of others, nor do several where one holds all of a label
         drawn = drawn[:0]
     top = values[order[0]]
     behind = drawn[:, :1] - drawn

@@ -264,7 +264,7 @@ def _rungs_of(
     progress: Callable[[int], None],
 ) -> Iterator[RungResult]:
     """The trial's rungs, trained as they are asked for."""
-    compute = Compute(**{**stored.compute.to_json(), "device": str(device)})
+    compute = stored.compute.moved_to(device)
     training, rows = Objective(opened, device).build(stored.recipe, compute)
     training.given_micro_batches = dict(stored.micro_batches)
     return fit(training, rows.train, stored.plan, stop=stop, progress=progress)

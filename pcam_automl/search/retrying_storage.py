@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -38,6 +38,16 @@ OWNER = "owner"
 """User attribute of a trial: the process that asked for it, see slots.py."""
 
 
+class Claim(Protocol):
+    """What a worker's claim notes in the transactions that begin and end its trial's row; each may be tried several times."""
+
+    def begins(self, connection: sa.Connection, trial_id: int, number: int) -> None:
+        """The row was made."""
+
+    def ends(self, connection: sa.Connection, trial_id: int, state: TrialState) -> None:
+        """A row, this worker's or another's, has ended."""
+
+
 class RetryingStorage(RDBStorage):
     """Optuna's RDB storage that outlives a server's restart. Optuna itself retries the creation of trials only.
 
@@ -53,6 +63,7 @@ class RetryingStorage(RDBStorage):
         self.owner: str | None = None  # of the worker; each row that it asks for names it from its first moment
         self.begins_with: Callable[[int], Mapping[str, Any]] | None = None
         """User attributes of a row that the worker asks for, by the row's number; written with it."""
+        self.claim: Claim | None = None
 
     def _set_trial_param(
         self,
@@ -94,6 +105,8 @@ class RetryingStorage(RDBStorage):
                 attrs = {OWNER: self.owner, **(self.begins_with(number) if self.begins_with else {})}
                 for statement, rows in upserts(rows_of(trial_id, attrs), self.engine.dialect.name):
                     connection.execute(statement, rows)
+                if self.claim is not None:
+                    self.claim.begins(connection, trial_id, number)
             return FrozenTrial(
                 number=number,
                 trial_id=trial_id,
@@ -157,7 +170,7 @@ class RetryingStorage(RDBStorage):
         return retry_transient(read)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """An ending in one transaction with what is not written yet and with the trial's last notes."""
+        """An ending in one transaction with what is not written yet, the trial's last notes, and the worker's slot."""
         if not state.is_finished():
             self._write_held(trial_id)
             begin = super().set_trial_state_values
@@ -174,6 +187,8 @@ class RetryingStorage(RDBStorage):
                 if end_trial(connection, trial_id, state, ends):
                     for statement, rows in statements:
                         connection.execute(statement, rows)
+                    if self.claim is not None:
+                        self.claim.ends(connection, trial_id, state)
                 # Of a later try the same state means that an earlier one was committed although its answer was lost.
                 elif (found := state_of_trial(connection, trial_id)) != state or tries == 1:
                     self.check_trial_is_updatable(trial_id, found)

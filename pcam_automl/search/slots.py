@@ -176,15 +176,27 @@ class Slots:
         """Give back a thawing slot whose row never began: its lineage is paused as before."""
         return self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot, "thawing"))
 
-    def started(self, slot: Slot, trial_number: int, lineage: str) -> bool:
-        """Note which trial and lineage fill the caller's slot; False if the slot is no longer the caller's."""
+    def started(self, slot: Slot, trial_number: int, lineage: str, *, inside: sa.Connection | None = None) -> bool:
+        """Note which trial and lineage fill the caller's slot; False if the slot is no longer the caller's.
+
+        Args:
+            slot: as it was claimed.
+            trial_number: the trial's.
+            lineage: its lineage.
+            inside: a transaction that the note is a part of; by default it is one of its own.
+        """
         self._trial_of[slot.number] = trial_number
         values = {"trial_number": trial_number, "lineage": lineage, "state": "claimed"}
-        return self._update(slot.number, values, *_held_by(slot, "claimed", "thawing"))
+        return self._update(slot.number, values, *_held_by(slot, "claimed", "thawing"), inside=inside)
 
-    def finish(self, slot: Slot) -> bool:
-        """The slot's lineage is complete or pruned. False if the slot is no longer the caller's."""
-        done = self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot))
+    def finish(self, slot: Slot, *, inside: sa.Connection | None = None) -> bool:
+        """The slot's lineage is complete or pruned. False if the slot is no longer the caller's.
+
+        Args:
+            slot: as it was claimed.
+            inside: a transaction that the change is a part of; by default it is one of its own.
+        """
+        done = self._update(slot.number, {"state": "done", "owner": None}, *_held_by(slot), inside=inside)
         if done and slot.number in self._trial_of:
             self._seen_done.add(self._trial_of[slot.number])
         return done
@@ -271,9 +283,16 @@ class Slots:
 
         return retry_transient(rows)
 
-    def _update(self, number: int, values: dict[str, Any], *conditions: sa.ColumnElement[bool]) -> bool:
+    def _update(
+        self,
+        number: int,
+        values: dict[str, Any],
+        *conditions: sa.ColumnElement[bool],
+        inside: sa.Connection | None = None,
+    ) -> bool:
         where = (_C.study_name == self.study_name, _C.slot == number, *conditions)
-        return self._run(sa.update(TABLE).where(*where).values(updated_at=int(time.time()), **values)) == 1
+        update = sa.update(TABLE).where(*where).values(updated_at=int(time.time()), **values)
+        return (self._run(update) if inside is None else inside.execute(update).rowcount) == 1
 
     def _insert(self, number: int, **values: Any) -> bool:
         """False if that number, or that trial, has a slot already."""

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
-from pcam_automl.search.lineages import Lineage, lineages_of, sign_of
+from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held
 from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
 from pcam_automl.search.reading import n_finished_in
@@ -84,7 +84,7 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    wanted = not clock.is_over_for_first and not n_finished_in(trials)  # a search needs a winner
+    wanted = not clock.is_over_for_first and not any(map(may_win, trials))  # a search needs a winner
     needed_s, n_trials = whole_trial_s(opened, lineages), limits.n_trials
     if clock.short is not None:
         needed_s *= 0.5  # each of its trials is wanted; one that does not end is paused at its last rung
@@ -98,8 +98,15 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     for one in by_promise(fitting, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    # Where time is left it is the total that is claimed, by others who may be lost.
-    return "claimed elsewhere" if fits and _end(opened.study, limits) == "claimed elsewhere" else "budget"
+    # Where time is left it is the total that ended it: all are finished, or the rest is claimed by others, who may be lost.
+    end = _end(opened.study, limits) if fits else "budget"
+    whole_short = end == "done" and clock.short is not None and limits.n_trials >= clock.short.n_trials
+    return "budget" if whole_short else end  # more of the budget is not for searching
+
+
+def may_win(row: FrozenTrial) -> bool:
+    """Whether `finalize` could take the row: it ended with a value, and not by diverging."""
+    return row.state in FINISHED and not has_diverged(row)
 
 
 def n_expected_of(opened: OpenStudy, n_trials: int) -> int:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge, runs_through
-from pcam_automl.search.lineages import FINISHED, has_diverged, sign_of
+from pcam_automl.search.lineages import FINISHED, has_diverged, lineage_of, sign_of
 from pcam_automl.search.mirror import forget
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.patience import patient
@@ -72,18 +72,20 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     )
     study.sampler = sampler
     objective.clock = limits.clock
-    objective.begun = lambda slot, number, lineage: slots.started(slot, number, lineage)
+    claim = SlotOfTrial(slots)
+    objective.begun = claim.begun
     study.get_trials(deepcopy=False)  # into Optuna's cache, so that they are among what the collector leaves alone
     storage = rdb_of(study)
     storage.heartbeat_interval = heartbeat_seconds(opened.settings.grace_s)
     if isinstance(storage, RetryingStorage):
-        storage.owner, storage.begins_with = owner_of_this_process(), objective.notes_at_birth
+        storage.owner, storage.begins_with, storage.claim = owner_of_this_process(), objective.notes_at_birth, claim
     try:
         with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
-            return _run_trials(objective, study, slots, sampler, limits, finished)
+            return _run_trials(objective, study, claim, sampler, limits, finished)
     finally:
         if isinstance(storage, RetryingStorage):
-            storage.owner = storage.begins_with = None  # the study outlives the objective and its patches
+            # The study outlives the objective and its patches.
+            storage.owner = storage.begins_with = storage.claim = None
         objective.writer.flush()
 
 
@@ -112,12 +114,12 @@ def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol[Silent
 def _run_trials(
     objective: Objective,
     study: optuna.Study,
-    slots: Slots,
+    claim: SlotOfTrial,
     sampler: PerTrialSampler,
     limits: Limits,
     finished: Finished,
 ) -> SearchEnd:
-    opened = objective.opened
+    opened, slots = objective.opened, claim.slots
     began, n_finished, owner, waited = time.monotonic(), 0, owner_of_this_process(), False
     n_expected = n_expected_of(opened, limits.n_trials)
     if isinstance(study.pruner, SuccessiveHalving) and n_expected >= AUDITED_FROM:
@@ -149,13 +151,14 @@ def _run_trials(
         if isinstance(turn, str):
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
+        claim.hold(turn.slot)
         entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
         objective.origin = None if entry is None else entry.origin
         spent = turn.slot.number / n_expected if limits.clock is None else limits.clock.used_share()
         sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
         sampler.prescribed = {**prescribed(opened, turn.slot), **({} if entry is None else entry.params)}
         trial = _one_trial(study, objective)
-        n_finished += _settle_slot(slots, turn.slot, trial, objective)
+        n_finished += _settle_slot(claim, turn.slot, trial, objective)
         trials = study.get_trials(deepcopy=False)
         gone = keep_within(
             opened.checkpoints,
@@ -178,8 +181,10 @@ def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTr
     pruner = study.pruner
     # Of 5,000 rows every 1,000: there the look takes a second.
     every = max(AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1))
-    if not isinstance(pruner, SuccessiveHalving) or not trials or len(trials) % every:
+    n_looks = len(trials) // every  # rows that others made since count, too
+    if not isinstance(pruner, SuccessiveHalving) or n_looks in (0, pruner.n_looks):
         return
+    pruner.n_looks = n_looks
     settings = objective.opened.settings
     audit = audit_trials(trials, pruner.rungs, maximise=settings.goal.maximize, seed=settings.seed)
     first = first_to_judge(audit)
@@ -187,6 +192,47 @@ def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTr
         pruner.first_judged = first
         why = audit.rungs[first - 1].why if first else "the first rung's order holds after all"
         objective.watch.note(f"nothing ends before rung {first + 1} from here on: {why}")
+
+
+class SlotOfTrial:
+    """The slot of the running trial, noted and closed in the transactions that begin and end the trial's row.
+
+    Two transactions of a trial's nine fewer, and a process that is killed between the row and its slot leaves neither.
+
+    Attributes:
+        slots: of the study.
+        is_closed: whether the end of the row closed the slot.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self.is_closed = slots, False
+        self._slot: Slot | None = None
+        self._noted: dict[int, bool] = {}  # by the row's number: whether the slot was the worker's still
+        self._row: int | None = None
+
+    def hold(self, slot: Slot) -> None:
+        """The next row is for this slot."""
+        self._slot, self._row, self.is_closed = slot, None, False
+        self._noted.clear()
+
+    def begins(self, connection: sa.Connection, trial_id: int, number: int) -> None:
+        """See :class:`~pcam_automl.search.retrying_storage.Claim`."""
+        if self._slot is not None:
+            self._row = trial_id
+            lineage = self._slot.lineage or f"{number}"
+            self._noted[number] = self.slots.started(self._slot, number, lineage, inside=connection)
+
+    def begun(self, slot: Slot, number: int, lineage: str) -> bool:
+        """Whether the slot was the worker's when the row began; noted now for a row that somebody else enqueued."""
+        if number not in self._noted:
+            self._noted[number] = self.slots.started(slot, number, lineage)
+        return self._noted[number]
+
+    def ends(self, connection: sa.Connection, trial_id: int, state: TrialState) -> None:
+        """See :class:`~pcam_automl.search.retrying_storage.Claim`. A row that failed leaves its slot open, which is decided later."""
+        if self._slot is not None and trial_id == self._row and state in FINISHED:
+            self.slots.finish(self._slot, inside=connection)
+            self.is_closed = True
 
 
 # --- one trial -------------------------------------------------------------------------------------------------------
@@ -238,16 +284,18 @@ def _storage_fault_behind(fault: BaseException) -> BaseException | None:
     return at
 
 
-def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
+def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
     """Close or give back the slot; 1 if the trial counts."""
-    folder = objective.opened.checkpoints
+    slots, folder = claim.slots, objective.opened.checkpoints
     if trial.state not in FINISHED:
-        if objective.thawed_from is not None and not objective.goes_on:
+        counts = objective.thawed_from is not None or _counts(slot, objective.opened.study)
+        if counts and not objective.goes_on:
             slots.finish(slot)  # its lineage counts already
         else:
             slots.reopen(slot, keep_lineage=objective.goes_on)
         return 0
-    slots.finish(slot)
+    if not claim.is_closed:
+        slots.finish(slot)
     lineage = trial.user_attrs["lineage"]
     if trial.state == TrialState.COMPLETE or has_diverged(trial):
         try:
@@ -257,6 +305,12 @@ def _settle_slot(slots: Slots, slot: Slot, trial: FrozenTrial, objective: Object
     else:
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1
+
+
+def _counts(slot: Slot, study: optuna.Study) -> bool:
+    """Whether the slot's lineage has a finished row: it had been thawed, was interrupted, and was gone on with."""
+    rows = study.get_trials(deepcopy=False, states=FINISHED) if slot.lineage is not None else []
+    return any(lineage_of(row) == slot.lineage for row in rows)
 
 
 def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:

@@ -89,6 +89,19 @@ class Compute:
         """The images in the layout."""
         return images.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
+    def moved_to(self, device: torch.device) -> Compute:
+        """The same on another device, as far as that can: a trial that began on a CPU may go on on a GPU, and the other way round.
+
+        Routes are those of a CPU's library; a precision that the device does not compute in gives way to its usual one; what fits into one
+        device's memory, or was compiled for it, says nothing of another kind.
+        """
+        moved = replace(self, device=str(device), routed=self.routed and device.type == "cpu")
+        if not has_precision(device, self.precision):
+            moved = replace(moved, precision=fixed_variant(device).precision)
+        if device.type != torch.device(self.device).type:
+            moved = replace(moved, micro_batch=None, compiled=False, step_s=None)
+        return moved
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -153,6 +166,7 @@ def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) ->
         torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over all that is allocated
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose abilities are asked for without naming it
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("highest" if deterministic else "high")  # high: TF32 where float32 is left
     return device
@@ -272,11 +286,29 @@ def measure_compiled(
     return ready_s, step_s
 
 
+_OUT_OF_MEMORY = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(fault: BaseException) -> bool:
-    """CUDA's out-of-memory error, or the CPU allocator's (a plain RuntimeError)."""
-    return (
-        isinstance(fault, torch.OutOfMemoryError) or "not enough memory" in str(fault) or "out of memory" in str(fault)
-    )
+    """CUDA's out-of-memory error, that of its libraries, or the CPU allocator's (plain RuntimeErrors)."""
+    return isinstance(fault, torch.OutOfMemoryError) or any(words in str(fault) for words in _OUT_OF_MEMORY)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what this process has or could have: a training of its own does not count against it."""
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(free_bytes) + torch.cuda.memory_reserved(device)
+
+
+def peak_of_step(build: Callable[[], nn.Module], px: int, batch_size: int, compute: Compute) -> int:
+    """Bytes of a GPU's memory that training steps of this variant take at most, weights included."""
+    device = torch.device(compute.device)
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # the statistics of a device that nothing has used yet cannot be set back
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    with _rng_kept():
+        _step_seconds(compute, build(), px, batch_size, 0.0)
+    return torch.cuda.max_memory_allocated(device)
 
 
 @contextlib.contextmanager

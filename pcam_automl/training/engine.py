@@ -293,7 +293,7 @@ class Training:
         restore_optimizer(self.optimizer, parts["optim"])
         if self.average is not None:
             self.average.load(parts["ema"], ema_updates)
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and "scaler" in parts:  # else it went on from another precision
             held = {
                 "scale": float(parts["scaler"]["scale"]),
                 "_growth_tracker": int(parts["scaler"]["_growth_tracker"]),

@@ -194,8 +194,13 @@ def save(
     index: int,
     writer: CheckpointWriter | None = None,
     written: Callable[[Path], None] | None = None,
+    *,
+    by_clock: bool = False,
 ) -> None:
-    """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay. Of several ranks the first writes."""
+    """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay. Of several ranks the first writes.
+
+    ``by_clock``: the numbers are parts of a training that ends by the clock (pace.py) and not rungs.
+    """
     if not ranks().is_first:
         return
     parts = training.snapshot()
@@ -204,6 +209,7 @@ def save(
     state = {
         "rung": index,
         "views": training.views,
+        "by_clock": by_clock,
         "phase": training.phase,
         "best": None if training.best is None else training.best[0],
         "key": training.key,
@@ -233,13 +239,13 @@ def save(
         writer.submit(write)
 
 
-def resume(training: Training, root: Path | None, note: Callable[[str], None]) -> int:
-    """Take over the newest checkpoint of the same recipe, key and data; returns how many rungs it has behind it.
+def resume(training: Training, root: Path | None, note: Callable[[str], None], *, by_clock: bool = False) -> int:
+    """Take over the newest checkpoint of the same recipe, key, data and kind (see :func:`save`); returns how many rungs it has behind it.
 
     Raises:
         DataError: several ranks see different checkpoints.
     """
-    _take_over(training, root, note)
+    _take_over(training, root, note, by_clock)
     agreed = from_first(lambda: (training.n_resumed, training.views))
     if agreed != (training.n_resumed, training.views):
         raise DataError(
@@ -249,7 +255,7 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None]) -
     return training.n_resumed
 
 
-def _take_over(training: Training, root: Path | None, note: Callable[[str], None]) -> None:
+def _take_over(training: Training, root: Path | None, note: Callable[[str], None], by_clock: bool) -> None:
     found = newest_checkpoint(root, note=note) if root is not None else None
     if found is None:
         return
@@ -257,6 +263,10 @@ def _take_over(training: Training, root: Path | None, note: Callable[[str], None
     if (state["recipe"], state["key"], state.get("data")) != (training.recipe.hash, training.key, training.data_key):
         # with other rows, weights that saw the validation patches would be gone on from
         note(f"{folder} belongs to another recipe, seed, fold or data; training starts afresh")
+        return
+    if state.get("by_clock", by_clock) != by_clock:  # its place in the schedule means nothing in the other one
+        kinds = ("epochs", "the clock") if by_clock else ("the clock", "epochs")
+        note(f"{folder} belongs to a training that ended by {kinds[0]}, this one ends by {kinds[1]}; it starts afresh")
         return
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]

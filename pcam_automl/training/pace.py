@@ -73,7 +73,7 @@ def fit_paced(
     recipe = training.recipe
     assert recipe.schedule != "wsd"
     planned = recipe.n_views(len(train_rows))
-    resumed = resume(training, checkpoints, note)
+    resumed = resume(training, checkpoints, note, by_clock=True)
     yield from training.results
     rate, writer = pace.images_per_s, CheckpointWriter()
     stream, saved_at = ViewStream(training.key, train_rows, 0), from_first(time.monotonic)
@@ -96,7 +96,7 @@ def fit_paced(
         training.results.append(result)
         now = from_first(time.monotonic)
         if checkpoints is not None and now - saved_at >= pace.saved_every_s:
-            save(training, checkpoints, part, writer)
+            save(training, checkpoints, part, writer, by_clock=True)
             saved_at = now
         yield result
     writer.flush()

@@ -20,17 +20,21 @@ from pcam_automl.training.compute import (
     QUICK,
     THOROUGH,
     Compute,
+    available_bytes,
     cpu_name,
     device_name,
     fixed_variant,
     measure_compiled,
     measure_fitting,
+    peak_of_step,
 )
 
 PROBE_BATCH_CPU = THOROUGH.largest_batch
 """Images that a step's seconds are of on a CPU, at most; a GPU is measured at the recipe's own batch."""
 PROBE = "variants 2"
 """Part of every key: what an earlier release measured, among other variants, is measured again."""
+MORE_MEMORY = 1.2
+"""Of the memory in which a micro-batch was found: with so much there is another look."""
 COMPILE_FROM_S = 600.0
 """Trainings that are shorter by the measured step do not try `torch.compile`: it takes about a minute by itself."""
 
@@ -121,12 +125,12 @@ class SpeedBook:
         """What is known of the network, measured if that is not enough."""
         key = self._key(recipe, device)
         known = self._known.get(key)
-        if known is not None and (self.quick or not known.get("quick")):
-            return _without_quick(known)
+        if known is not None and (self.quick or not known.get("quick")) and not _was_short(known, device):
+            return _bare(known)
         if self.quick and (near := self._at_another_side(recipe, device)) is not None:
             return near
         self._note(key, self._measured(recipe, device))
-        return _without_quick(self._known[key])
+        return _bare(self._known[key])
 
     def _measured(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
         whole = batch = self.probe_batch(recipe, device)
@@ -138,7 +142,7 @@ class SpeedBook:
         assert compute.step_s is not None
         entry: dict[str, Any] = {name: getattr(compute, name) for name in ("precision", "channels_last", "routed")}
         entry["step_s"] = compute.step_s * whole / batch
-        entry |= {} if compute.micro_batch is None else {"micro_batch": compute.micro_batch}
+        entry |= {} if compute.micro_batch is None else _short_of_memory(compute.micro_batch, device)
         return entry | ({"quick": True} if self.quick else {})
 
     def _at_another_side(self, recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
@@ -155,14 +159,23 @@ class SpeedBook:
         if not sides:
             return None
         near = min(sides, key=lambda side: (abs(math.log(side / px)), side))
-        entry = _without_quick(self._known[f"{before}/{near}/{after}"])
+        entry = _bare(self._known[f"{before}/{near}/{after}"])
+        entry.pop(
+            "micro_batch", None
+        )  # another side takes another memory; a training that is short of it halves by itself
         return {**entry, "step_s": entry["step_s"] * (px / near) ** 2}
 
     def note_micro_batch(self, recipe: Recipe, device: torch.device, micro_batch: int) -> None:
         """Remember what fitted in the end, where a training needed more memory than the probe's bare steps had."""
         key = self._key(recipe, device)
         if key in self._known and micro_batch < (self._known[key].get("micro_batch") or recipe.batch_size):
-            self._note(key, {**self._known[key], "micro_batch": micro_batch})
+            self._note(key, {**self._known[key], **_short_of_memory(micro_batch, device)})
+
+    def peak_bytes(self, recipe: Recipe, device: torch.device) -> int:
+        """Of a GPU's memory, what training steps of the recipe take at most; measured now."""
+        compute = self.compute_for(recipe, device)
+        batch = compute.micro_batch or self.probe_batch(recipe, device)
+        return peak_of_step(_builder(recipe), recipe.network_px, batch, compute)
 
     def _note(self, key: str, entry: dict[str, Any]) -> None:
         self._read()  # another worker may have written meanwhile
@@ -192,8 +205,22 @@ class SpeedBook:
         return min(recipe.batch_size, PROBE_BATCH_CPU) if device.type == "cpu" else recipe.batch_size
 
 
-def _without_quick(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "quick"}
+def _bare(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a :class:`Compute` takes, and ``compiled``."""
+    return {name: value for name, value in entry.items() if name not in ("quick", "available_bytes")}
+
+
+def _short_of_memory(micro_batch: int, device: torch.device) -> dict[str, int]:
+    """A micro-batch, and on a GPU in how much memory it was found."""
+    return {"micro_batch": micro_batch} | (
+        {"available_bytes": available_bytes(device)} if device.type == "cuda" else {}
+    )
+
+
+def _was_short(entry: dict[str, Any], device: torch.device) -> bool:
+    """Whether a micro-batch was found while others held the GPU's memory, and there is clearly more of it now."""
+    before = entry.get("available_bytes")
+    return before is not None and available_bytes(device) >= MORE_MEMORY * before
 
 
 def _builder(recipe: Recipe) -> Callable[[], nn.Module]:

@@ -103,7 +103,10 @@ class PatchTask:
             norm.std,
             dtype=torch.float32,
         )
-        return images, self._label[torch.from_numpy(rows).to(self._label.device)]
+        index = torch.from_numpy(rows).to(
+            self._label.device, non_blocking=True
+        )  # else the host waits for the device here
+        return images, self._label[index]
 
     def score(self, network: nn.Module, stop: Callable[[], None]) -> tuple[Score, Scores]:
         rows = self.data.score_rows

@@ -168,7 +168,13 @@ def test_a_later_single_network_leaves_no_ensemble_behind_and_is_not_trained_aga
             "--compare needs slides that the final network has not seen.*--holdout 0.1",
         ),
         (FinalOptions(ensemble=4), "best", False, 9, "--ensemble must be at most --confirm, got 4 and 3"),
-        (FinalOptions(ensemble=2), "7", False, 9, "goes with --trial best, got 7"),
+        (
+            FinalOptions(ensemble=2),
+            "7",
+            False,
+            9,
+            r"goes with --trial best and --pick best, not with a single trial \(here 7\)",
+        ),
         (FinalOptions(ensemble=2), "best", True, 9, "--ensemble 2 belongs to task patch"),
         (FinalOptions(compare=True), "best", True, 9, "--compare belongs to task patch"),
         (FinalOptions(confirm=-1), "best", False, 9, "--confirm must be 0 or more"),
@@ -186,6 +192,7 @@ class Slides:
 
     def __init__(self, n: int) -> None:
         self.group = np.arange(n) // 2 % 20
+        self.group_names = tuple(map(str, range(20)))
 
 
 def confirmation(trial: int, prob: np.ndarray | None, label: np.ndarray, rows: np.ndarray) -> Confirmation:

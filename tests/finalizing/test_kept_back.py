@@ -17,8 +17,10 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, InputError
 from pcam_automl.finalizing.kept_back import final_rows, kept_back
 from pcam_automl.finalizing.result import FinalOptions, check_options
+from pcam_automl.goals import AUC
 from pcam_automl.metrics import auc
 from pcam_automl.search.study import OpenStudy
+from pcam_automl.training.engine import Rung
 
 
 def study_of(n_slides: int, per_slide: int, seed: int, holdout: float = 0.0) -> OpenStudy:
@@ -39,7 +41,8 @@ def study_of(n_slides: int, per_slide: int, seed: int, holdout: float = 0.0) -> 
         development_rows=lambda: np.arange(n),
     )
     held = cast(PatchStore, store)
-    return cast(OpenStudy, SimpleNamespace(store=held, split=make_split(held, seed=seed, holdout=holdout)))
+    split, settings_ = make_split(held, seed=seed, holdout=holdout), SimpleNamespace(goal=AUC)
+    return cast(OpenStudy, SimpleNamespace(store=held, split=split, rungs=(Rung(90, 90),), settings=settings_))
 
 
 @settings(max_examples=25, deadline=None)

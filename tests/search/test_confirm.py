@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -17,9 +19,12 @@ import torch
 
 from pcam_automl.data.splits import Split, make_split
 from pcam_automl.data.store import open_store
-from pcam_automl.errors import DataError, StudyError
+from pcam_automl.errors import DataError, StudyError, TrainingDiverged
+from pcam_automl.goals import goal_of
 from pcam_automl.metrics import auc
 from pcam_automl.recipe import Recipe
+from pcam_automl.search import confirm as confirm_module
+from pcam_automl.search.budget import set_budget
 from pcam_automl.search.confirm import ConfirmWatch, confirm, confirm_folds, expected_seconds, fresh_recipe, n_scored
 from pcam_automl.search.confirmations import (
     CARD,
@@ -145,15 +150,78 @@ def test_seeds_are_fresh_for_each_lineage_and_fold() -> None:
     assert fresh_recipe(recipe, 0, "0", 1) == fresh_recipe(recipe, 0, "0", 1)
 
 
+def study_over(split: Split, goal: str = "auc", **columns: np.ndarray) -> OpenStudy:
+    """As much of a study as a choice of folds reads."""
+    store, settings = SimpleNamespace(source={}, **columns), SimpleNamespace(goal=goal_of(goal))
+    return cast(OpenStudy, SimpleNamespace(split=split, store=store, settings=settings, rungs=(Rung(90, 90),)))
+
+
 def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_label(
     split: Split, easy_pack: Path
 ) -> None:
-    assert confirm_folds(split, 4) == (1, 2, 3, 4)
+    label, domain = np.asarray(open_store(easy_pack).label).copy(), np.zeros(len(split.fold), np.int16)
+    whole = study_over(split, label=label, domain=domain)
+    assert confirm_folds(whole, 4) == (1, 2, 3, 4)
     with pytest.raises(StudyError, match=r"--confirm-folds must be at most 4, got 5"):
-        confirm_folds(split, 5)
-    label = np.asarray(open_store(easy_pack).label).copy()
+        confirm_folds(whole, 5)
     label[split.fold == 1] = 0
-    assert confirm_folds(split, 2, label) == (2, 3)
+    assert confirm_folds(whole, 2) == (2, 3)
+
+
+def test_a_worst_domain_is_confirmed_only_where_two_domains_can_be_scored(split: Split, easy_pack: Path) -> None:
+    """Else every confirmation would have no value, and its time would be lost."""
+    label = np.asarray(open_store(easy_pack).label)
+    domain = np.zeros(len(label), np.int16)
+    for fold in range(2, 5):
+        for value in (0, 1):
+            domain[np.flatnonzero((split.fold == fold) & (label == value))[::2]] = 1
+    study = study_over(split, "worst_domain_auc", label=label, domain=domain)
+    assert confirm_folds(study, 2) == (2, 3)
+    with pytest.raises(StudyError, match=r"at most 3, got 4: .*not all others hold two domains that can be scored"):
+        confirm_folds(study, 4)
+    assert confirm_folds(study_over(split, label=label, domain=domain), 4) == (1, 2, 3, 4)
+    lone = study_over(split, "worst_domain_auc", label=label, domain=np.zeros(len(label), np.int16))
+    assert confirm_folds(lone, 1) == ()
+
+
+def test_spared_rows_are_not_scored(opened: OpenStudy) -> None:
+    """With two domains the fold that confirms is the one whose slides are kept back to judge the final network."""
+    spared = opened.split.score_rows(3)[::2]
+    (one,) = confirm(opened, top_candidates(opened.study, 1), folds=(3,), device=CPU, spared=spared)
+    assert one.scores is not None
+    assert set(one.scores.rows.tolist()) == set(opened.split.score_rows(3).tolist()) - set(spared.tolist())
+
+
+def test_a_confirmation_that_was_cut_short_says_nothing_of_the_next_ones_seconds(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that diverges at once would have made the next seem to take no time."""
+    paces: list[float] = []
+    whole = confirm_module._Runner._scores
+
+    def scores(self: Any, training: Any, job: Any) -> dict[str, Any]:
+        paces.append(self.pace)
+        if len(paces) == 1:
+            raise TrainingDiverged("the loss became NaN")
+        return whole(self, training, job)
+
+    monkeypatch.setattr(confirm_module._Runner, "_scores", scores)
+    monkeypatch.setattr(confirm_module, "folder_of", lambda folder, lineage, fold: folder / "other" / lineage / "fold4")
+    first, second = confirm(opened, top_candidates(opened.study, 2), folds=(4,), device=CPU)
+    assert (first.auc, second.diverged) == (None, None)
+    assert paces == [1.0, 1.0]
+
+
+def test_of_trials_that_did_not_complete_those_that_diverged_are_none() -> None:
+    study = optuna.create_study(direction="maximize")
+    set_budget(study, 60.0)
+    for value, reason in ((0.9, "diverged: NaN"), (0.7, "paused at rung 1 of 3")):
+        attrs = {"recipe": "{}", "reason": reason}
+        pruned = optuna.trial.TrialState.PRUNED
+        study.add_trial(
+            optuna.create_trial(state=pruned, value=value, user_attrs=attrs, intermediate_values={9: value})
+        )
+    assert [one.trial.number for one in top_candidates(study, 3)] == [1]
 
 
 def test_a_confirmation_takes_longer_with_more_to_score_and_a_slower_network() -> None:

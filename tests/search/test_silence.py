@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
 import pytest
+import sqlalchemy as sa
 import torch
 from optuna.trial import TrialState
 
@@ -351,3 +353,20 @@ def test_a_row_that_never_began_leaves_its_lineage_as_it_was(opened: OpenStudy) 
     after = {one.name: one for one in lineages_of(study.get_trials())}
     assert after["0"].rows == before["0"]
     assert objective.first_notes(late.number).items() > objective.notes_at_birth(late.number).items()
+
+
+def test_no_commit_shows_a_row_without_its_slot(opened: OpenStudy) -> None:
+    """Whenever a worker is killed, a running row is in its slot, and a row that counts has closed it."""
+    engine = engine_of(opened.study)
+    seen: set[tuple[str, str]] = set()
+    words = "SELECT t.state, s.state FROM trials t LEFT JOIN pcam_automl_slots s ON s.trial_number = t.number"
+
+    def look(_: sa.Connection) -> None:  # what the commits before this one show
+        with sqlite3.connect(str(engine.url.database)) as beside:
+            seen.update(beside.execute(words).fetchall())
+
+    sa.event.listen(engine, "commit", look)
+    run_worker(Objective(opened, torch.device("cpu")), Limits(4))
+    sa.event.remove(engine, "commit", look)
+    assert {("RUNNING", "claimed"), ("COMPLETE", "done")} <= seen
+    assert seen <= {("RUNNING", "claimed"), ("COMPLETE", "done"), ("PRUNED", "done")}

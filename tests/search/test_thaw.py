@@ -71,7 +71,7 @@ def test_paused_trials_go_on_until_the_time_is_over_and_nothing_is_trained_twice
     _, views_straight = run(straight, 3, None)
     opened = opened_in(tmp_path / "thawed", asked)
     end, views = run(opened, 3, told())
-    assert end == SearchEnd(3, "budget")  # nothing is left to thaw
+    assert end == SearchEnd(3, "done")  # nothing is left to thaw
     trials = opened.study.get_trials()
     lineages = lineages_of(trials)
     assert len(trials) > len(lineages) == n_finished_of(opened.study) == 3
@@ -142,14 +142,14 @@ def test_a_search_that_is_out_of_time_before_its_first_score_ends(tmp_path: Path
     assert (trial.state, trial.user_attrs["reason"][:12]) == (TrialState.FAIL, "interrupted:")
     with pytest.raises(StudyError, match="no complete trial yet"):
         finalize(opened, device=CPU)
-    assert run(opened, 1, told())[0] == SearchEnd(1, "budget")  # with more time the same lineage goes on in its slot
+    assert run(opened, 1, told())[0] == SearchEnd(1, "done")  # with more time the same lineage goes on in its slot
     assert [t.user_attrs["lineage"] for t in opened.study.get_trials()] == ["0", "0"]
 
 
 def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, asked)
     end = run_worker(Objective(opened, CPU), Limits(3, clock=told(), quota_bytes=0))
-    assert end == SearchEnd(3, "budget")
+    assert end == SearchEnd(3, "done")
     assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
     assert list(opened.checkpoints.iterdir()) == []
 

@@ -91,7 +91,7 @@ def test_checkpoints_are_left_after_so_many_seconds(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_every_s: float, expected: list[int]
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(pace_module, "save", lambda training, root, part, writer: saved.append(part))
+    monkeypatch.setattr(pace_module, "save", lambda training, root, part, writer, *, by_clock: saved.append(part))
     fake, pace = Fake(clock, lambda now: 0.01), Pace(100.0, 100.0, saved_every_s=saved_every_s)
     list(fit_paced(fake, np.arange(200), pace, checkpoints=tmp_path))  # type: ignore[arg-type]
     assert saved == expected
