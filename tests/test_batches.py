@@ -87,3 +87,13 @@ def test_trainings_from_resident_and_streamed_patches_end_in_the_same_weights(mi
     )
     assert one[1] == two[1]
     assert all(torch.equal(one[0][key], two[0][key]) for key in one[0])
+
+
+def test_faults_in_a_row_leave_the_staging_buffers_whole(images: Tensor) -> None:
+    """Memory that is short now and then, hundreds of trials apart, must not end every trial after it."""
+    streamed = StreamedPatches(images, CPU)
+    for _ in range(3):
+        with pytest.raises((IndexError, RuntimeError), match="index"):
+            streamed.gather(np.array([40]))
+    assert len(streamed._staging) == 2
+    assert torch.equal(streamed.gather(np.arange(5)), ResidentPatches(images, CPU).gather(np.arange(5)))

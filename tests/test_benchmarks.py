@@ -199,7 +199,10 @@ def test_the_roofline_counts_a_step() -> None:
     conv = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
     step = roofline.step_of_image(torch.nn.Sequential(conv, torch.nn.ReLU()), 8, Compute("cpu"))
     assert step["flops"] == 2 * 2 * (3 * 4 * 9 * 8 * 8)  # forward, and the weights' gradient; the image needs none
-    assert step["bytes"] >= 2 * 4 * (3 + 4) * 8 * 8  # float32 input and output, once there and once back
+    assert step["bytes"] == 2 * 4 * (3 + 4) * 8 * 8  # float32 input and output, once there and once back
+    half = roofline.step_of_image(torch.nn.Sequential(conv, torch.nn.ReLU()), 8, Compute("cpu", "bf16"))
+    # Input and output in bf16, and the loss's float32 copy of the output; the weights' copy in bf16 is none of an image's bytes.
+    assert half["bytes"] == 2 * (2 * (3 + 4) + 4 * 4) * 8 * 8
     assert roofline.ceilings(step, 2 * step["flops"], 3 * step["bytes"]) == {"by_arithmetic": 2.0, "by_memory": 3.0}
 
 

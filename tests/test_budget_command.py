@@ -11,8 +11,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+import pcam_automl.finalize as finalize_module
 import pcam_automl.search.budget as budget_module
 import pcam_automl.search.plan as plan_module
+from pcam_automl.errors import Interrupted
 from pcam_automl.search.budget import budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.overview import overview
@@ -149,3 +151,24 @@ def test_a_budget_that_start_up_uses_up_is_refused_with_a_longer_one(run: Any, e
     assert code == 2
     assert "are spent before the first trial, which leaves it no time; give --budget 2m or more" in err
     assert load_study("pcam")[0].get_trials() == []
+
+
+def test_a_finalize_that_is_cut_off_has_spent_its_seconds(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--budget", "20s")
+    assert run("search", *options)[0] == 0
+    before = spent_s(load_study("pcam")[0])
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        assert spent_s(load_study("pcam")[0]) > before, (
+            "each part of the training was noted: a SIGKILL here loses none of them"
+        )
+        raise Interrupted("interrupted", 2)
+
+    monkeypatch.setattr(finalize_module, "finish_patches", cut_off)
+    code, _, err = run("finalize", "--no-report")
+    assert code == 130, err
+    study, _ = load_study("pcam")
+    assert [one.command for one in intervals_of(study)] == ["search", "finalize"]
+    assert spent_s(study) > before

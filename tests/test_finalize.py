@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from warm_processes import run_warm
 
 from pcam_automl import cli
+from pcam_automl.bundle import load_bundle
+from pcam_automl.commands.final_card import final_card, holdout_scores
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError, StudyError
@@ -255,3 +257,38 @@ def test_best_is_the_cheapest_trial_that_the_best_does_not_beat(easy_pack: Path,
     (tmp_path / "trials" / "0" / "scores.csv").unlink()
     assert settle_ties(opened, "best", said.append) == "best"
     assert said[-1].startswith("ties are not looked for: no interval can be drawn")
+
+
+def test_a_longer_training_is_not_taken_for_done_and_a_shorter_one_is(opened: OpenStudy) -> None:
+    """A larger budget, or none: recipe and patches are the same, and the network has seen too few images."""
+    trained, notes = list[int](), list[str]()
+    train = TrainWatch(begins=lambda recipe, compute, views: trained.append(views), note=notes.append)
+    watch = FinalWatch(train=train)
+
+    def within(seconds: float | None) -> None:
+        options = FinalOptions(confirm=0, seconds=seconds, keep_back=0.0)
+        finalize(opened, device=CPU, watch=watch, options=options)
+
+    within(1.0)
+    within(0.5)
+    assert len(trained) == 1, "what is there has seen more than would fit now"
+    within(20.0)
+    assert len(trained) == 2
+    assert any("are planned now: it is trained anew" in note for note in notes)
+    within(None)
+    within(0.5)
+    assert len(trained) == 2, "the recipe's own epochs are fewer images than it has seen"
+
+
+def test_scores_of_an_earlier_network_do_not_outlive_it(opened: OpenStudy) -> None:
+    """They are of slides that the later one has seen."""
+    first = finalize(opened, epochs=1.0, device=CPU, options=FinalOptions(confirm=0, keep_back=0.2))
+    bundle = load_bundle(first.out / "model")
+    assert holdout_scores(first.out / "model", final_card(first.out / "model", bundle), opened.store) is not None
+    second = finalize(opened, epochs=1.0, device=CPU, options=FinalOptions(confirm=0))
+    assert second.out == first.out
+    assert not (second.out / "scores.csv").exists()
+    card = final_card(second.out / "model", load_bundle(second.out / "model"))
+    (second.out / "scores.csv").write_text("of an older version that left it")
+    assert card["n_held"] == 0
+    assert holdout_scores(second.out / "model", card, opened.store) is None

@@ -11,6 +11,8 @@ from scipy.stats import t as scipy_t
 from benchmarks.intervals import coverage
 from pcam_automl.intervals import auc_bounds, score_interval, student_t
 from pcam_automl.metrics import auc_interval
+from pcam_automl.paired import auc_gain
+from pcam_automl.search.ranking import rank
 
 FEW_SLIDES = ((4, 50, 3.0, 0.7), (10, 30, 3.0, 0.7), (10, 30, 5.0, 0.5))
 
@@ -58,3 +60,19 @@ def test_the_quantile_of_students_t_is_scipys(freedom: int) -> None:
 def test_one_slide_or_no_draw_leaves_everything_open(n_slides: int, area: float) -> None:
     draws = np.full(10, area) if n_slides < 2 else np.full(10, np.nan)
     assert auc_bounds(draws, area, n_slides=n_slides, n_positive=5, n_negative=5) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("lone", [0, 1])
+def test_a_label_that_lies_in_one_slide_leaves_everything_open(lone: int) -> None:
+    """However many slides hold the other one: every draw has the very same patches of it, or none, so the draws hardly differ."""
+    label, rng = np.arange(200) % 2, np.random.default_rng(0)
+    slide = np.where(label == lone, 0, 1 + np.arange(200) % 9)
+    prob = label + rng.normal(size=200)
+    assert auc_interval(label, prob, slide) == (0.0, 1.0)
+    assert auc_gain(label, prob, prob + label, slide).interval is None
+    (best, _) = rank(
+        label, np.stack([prob, prob + label]), slide, numbers=[0, 1], values=[0.6, 0.9], images_per_s=[1.0, 1.0]
+    )
+    assert (best.number, np.isnan(best.interval).all()) == (1, True)
+    spread = np.arange(200) // 2 % 10
+    assert auc_interval(label, prob, spread)[0] > 0.0

@@ -49,7 +49,7 @@ def ranking_blocks(ranking: Ranking | None, names: Mapping[int, str]) -> Iterato
     notes = f" ({first_few(ranking.notes)})" if ranking.notes else ""
     yield Text(
         f"Trial {ranking.trials[0].number} has the highest AUC of {ranking.n_complete} complete trials. {against}"
-        f"finalize takes trial {ranking.picked}: {ranking.why}{notes}. The highest of many values is too high by luck, which no "
+        f"Without a confirmation finalize takes trial {ranking.picked}: {ranking.why}{notes}. The highest of many values is too high by luck, which no "
         "interval here shows; new slides do."
     )
 
@@ -83,7 +83,7 @@ def forest_figure(ranking: Ranking, names: Mapping[int, str]) -> Picture:
         f"{len(ranking.unbeaten)} others are not beaten by it",
         caption=f"Intervals by drawing {ranking.n_clusters:,} slides anew a thousand times (patches, where no slide is known). On the "
         "right every trial is compared with the best on the same draws: where the line crosses 0, the best does not beat it. The "
-        "triangle marks the trial that finalize takes.",
+        "triangle marks the trial that finalize takes where it confirms none.",
     )
 
 

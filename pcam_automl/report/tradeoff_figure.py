@@ -55,7 +55,7 @@ def tradeoff_figure(found: Sequence[tuple[Tradeoff, str, float]], goal: Goal) ->
         f"its knee is trial {knee.number} with {timed.costs[timed.knee]:.2f} ms",
         caption="Each dot is a finished training. No other one is both better and quicker than those on the line. The diamond "
         "is the line's knee: beyond it, more time buys little (`finalize --pick knee` takes that of the left panel; the "
-        f"triangle is the best, which finalize takes by default).{on}{left}",
+        f"triangle is the best, from which finalize starts by default).{on}{left}",
     )
 
 

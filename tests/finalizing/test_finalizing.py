@@ -251,3 +251,23 @@ def test_networks_that_were_scored_on_other_rows_are_not_blended() -> None:
     found = [confirmation(0, probs[0], label, np.arange(800)), confirmation(1, probs[1], label, np.arange(2, 802))]
     made = decide(candidates(2), found, Slides(802), most_members=2)  # type: ignore[arg-type]
     assert [member.lineage for member in made.members] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "speeds", "taken"), [(0.0, (1.0, 3.0), "1"), (0.0, (3.0, 1.0), "0"), (1.0, (1.0, 3.0), "0")]
+)
+def test_of_confirmed_trials_that_tie_the_cheapest_is_taken(
+    gap: float, speeds: tuple[float, float], taken: str
+) -> None:
+    label, (prob,) = predictions(800, (0.7,))
+    other = prob - gap * prob * (np.arange(800) % 3 == 0)
+    found = [
+        replace(confirmation(k, one, label, np.arange(800)), images_per_s=speed)
+        for k, (one, speed) in enumerate(zip((prob, other), speeds, strict=True))
+    ]
+    made = decide(candidates(2), found, Slides(800))  # type: ignore[arg-type]
+    assert [member.lineage for member in made.members] == [taken]
+    assert made.confirmed[0].lineage == "0"
+    assert (made.tie is None) == (taken == "0")
+    assert made.tie is None or "takes 3.0 times as long" in made.tie
+    assert made.to_json()["tie"] == made.tie

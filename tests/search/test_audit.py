@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from optuna.trial import TrialState, create_trial
 from planted_study import STEPS, pruned_by_thirds, rung_values, settings_of, study_with, trials_of
 from scipy.stats import kendalltau, pearsonr
 
+from pcam_automl.search import worker as worker_module
 from pcam_automl.search.audit import (
     AUDIT_MOST,
     LEAST_LINEAGES,
@@ -25,6 +28,7 @@ from pcam_automl.search.audit import (
     tau_draws,
     unrestricted_tau,
 )
+from pcam_automl.search.pruner import SuccessiveHalving
 
 PLAN = tuple((step, step) for step in STEPS)
 FAITHFUL, NOISE_FIRST, NOISE = (0.2, 0.1, 0.0), (9.0, 0.2, 0.0), (9.0, 9.0, 9.0)
@@ -184,3 +188,18 @@ def test_few_lineages_run_through_and_by_their_names_alone() -> None:
     assert others != through
     share = np.mean([runs_through(name, seed=4) for name in names])
     assert share == pytest.approx(1 / 12, abs=0.035)
+
+
+def test_the_audit_is_looked_at_whenever_ten_rows_are_new_whoever_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several workers sees every third number of rows or so, and a new one begins at any."""
+    looks: list[int] = []
+
+    monkeypatch.setattr(worker_module, "audit_trials", lambda trials, *_, **__: looks.append(len(trials)))
+    monkeypatch.setattr(worker_module, "first_to_judge", lambda audit: 0)
+    pruner = SuccessiveHalving([1, 3, 9])
+    study: Any = SimpleNamespace(pruner=pruner)
+    settings = SimpleNamespace(goal=SimpleNamespace(maximize=True), seed=0)
+    objective: Any = SimpleNamespace(opened=SimpleNamespace(settings=settings))
+    for n in (0, 4, 9, 13, 16, 19, 22, 25, 31):
+        worker_module._heed_audit(objective, study, [None] * n)  # type: ignore[list-item]
+    assert looks == [13, 22, 31]

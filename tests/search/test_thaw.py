@@ -22,12 +22,13 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import keep_within
+from pcam_automl.search.pruner import SuccessiveHalving
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
-from pcam_automl.search.slots import Slots
+from pcam_automl.search.slots import Slot, Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.turns import Limits
+from pcam_automl.search.turns import Limits, Turn, next_turn
 from pcam_automl.search.worker import SearchEnd, run_worker
 
 CPU = torch.device("cpu")
@@ -205,3 +206,34 @@ def test_sizes_are_read_as_people_write_them(text: str, want: int) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--checkpoint-quota must be a size like 5GB"):
         parse_bytes(text)
+
+
+def test_the_first_trial_runs_through_whatever_others_reached_until_one_is_complete(
+    tmp_path: Path, asked: Asked
+) -> None:
+    """A search needs a winner, and has one once any trial is complete."""
+    opened = opened_in(tmp_path, asked)
+    objective, judged = Objective(opened, CPU), list[bool]()
+
+    def pruned(self: object, study: object, trial: object) -> bool:
+        judged.append(True)
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SuccessiveHalving, "prune", pruned)
+        run_worker(objective, Limits(2, clock=told(left=-1.0), thaws=False))
+        assert opened.study.get_trials()[0].state == TrialState.COMPLETE
+        assert judged == []
+        objective.slot = Slot(0, "claimed", "0", None, "x", 2, 0)
+        objective.clock = told()
+        assert not objective._is_needed(), "one is complete: thawed or begun again it has no privilege"
+
+
+def test_a_lineage_that_diverged_is_no_winner(tmp_path: Path, asked: Asked) -> None:
+    opened = opened_in(tmp_path, asked)
+    row = optuna.create_trial(state=TrialState.PRUNED, user_attrs={"lineage": "0", "reason": "diverged: NaN"})
+    opened.study.add_trial(row)
+    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=0.0)
+    assert isinstance(next_turn(opened, slots, opened.study.get_trials(), Limits(9, clock=clock), "me"), Turn)
+    opened.study.add_trial(optuna.create_trial(value=0.7, user_attrs={"lineage": "1"}))
+    assert next_turn(opened, slots, opened.study.get_trials(), Limits(9, clock=clock), "me") == "budget"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import joblib
 import pytest
@@ -16,6 +17,7 @@ from pcam_automl.training.compute import (
     Compute,
     fixed_variant,
     has_precision,
+    is_out_of_memory,
     measure,
     measure_compiled,
     measure_fitting,
@@ -119,3 +121,25 @@ def test_deterministic_mode_is_torchs_own() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+def test_a_variant_that_moves_to_another_device_keeps_what_that_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that began on a CPU goes on on a GPU: with routes for oneDNN each of its layers failed there."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    cpu = Compute("cpu", "bf16", True, step_s=0.1, micro_batch=8, compiled=True, routed=True)
+    assert cpu.moved_to(torch.device("cuda:1")) == Compute("cuda:1", "fp16", True)
+    gpu = Compute("cuda:0", "bf16", True, step_s=0.1, micro_batch=8)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert gpu.moved_to(torch.device("cuda:1")) == replace(gpu, device="cuda:1")
+    plain = Compute("cpu", "fp32", True, step_s=0.1, routed=True)
+    assert plain.moved_to(CPU) == plain
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert gpu.moved_to(CPU) == Compute("cpu", "fp32", True)
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDNN_STATUS_ALLOC_FAILED"]
+)
+def test_a_full_memory_is_known_by_its_words(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(f"error: {words}"))
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"))

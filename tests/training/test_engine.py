@@ -23,7 +23,7 @@ from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute, is_out_of_memory
 from pcam_automl.training.engine import Rung, RungResult, Training
-from pcam_automl.training.fit import best_result, fit, stable_views, total_views
+from pcam_automl.training.fit import best_result, fit, resume, save, stable_views, total_views
 from pcam_automl.training.schedule import Rates, rates_at
 from pcam_automl.training.scoring import Views, inference_precision
 from pcam_automl.training.task import PatchTask, TrainingData
@@ -484,3 +484,25 @@ def test_a_compiled_training_learns_scores_and_resumes_as_a_plain_one_does(data:
     results = list(fitted(again, rungs, checkpoints=tmp_path))
     assert results[-1].auc == pytest.approx(plain.results[-1].auc, abs=0.02)
     assert again.averaged_state().keys() == plain.averaged_state().keys()
+
+
+def test_a_checkpoint_of_a_training_by_the_clock_is_not_gone_on_with_by_epochs(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    """Part 13 of 20 is no 13th epoch: with fewer epochs nothing would be trained any more, with more the schedule would jump."""
+    by_clock, notes = start(RECIPE, data), list[str]()
+    save(by_clock, tmp_path, 12, by_clock=True)
+    assert resume(start(RECIPE, data), tmp_path, notes.append) == 0
+    assert "belongs to a training that ended by the clock, this one ends by epochs" in notes[0]
+    assert resume(start(RECIPE, data), tmp_path, notes.append, by_clock=True) == 13
+    save(by_clock, tmp_path, 13)
+    assert resume(start(RECIPE, data), tmp_path, notes.append, by_clock=True) == 0
+    assert len(notes) == 2
+
+
+def test_a_training_goes_on_on_a_device_of_another_precision(data: TrainingData) -> None:
+    """A checkpoint of a CPU holds no state of the scaler that fp16 needs."""
+    parts, training = start(RECIPE, data).snapshot(), start(RECIPE, data)
+    training.scaler = torch.amp.GradScaler("cpu")
+    training.restore(parts, views=0, ema_updates=0)
+    assert training.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()

@@ -111,3 +111,24 @@ def test_a_thorough_book_measures_what_was_measured_quickly(calls: list[str], tm
     assert len(calls) == 2
     assert SpeedBook(tmp_path / "speed.json", quick=True).knows(RECIPE, CPU)
     assert len(calls) == 2
+
+
+def test_a_micro_batch_of_a_moment_without_memory_is_looked_at_again(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process held the GPU's memory then."""
+    free, gpu = [1_000], torch.device("cuda:0")
+    monkeypatch.setattr(speed_module, "available_bytes", lambda device: free[0])
+    monkeypatch.setattr(speed_module, "device_name", lambda device: "a GPU")
+    book = SpeedBook(tmp_path / "speed.json")
+    book.compute_for(RECIPE, gpu)
+    book.note_micro_batch(RECIPE, gpu, 8)
+    free[0] = 1_100
+    assert book.compute_for(RECIPE, gpu).micro_batch == 8
+    assert len(calls) == 1
+    free[0] = 1_300
+    assert book.compute_for(RECIPE, gpu).micro_batch is None
+    assert len(calls) == 2
+    book.note_micro_batch(RECIPE, gpu, 8)
+    larger = RECIPE.model_copy(update={"crop_size": 64})
+    assert SpeedBook(tmp_path / "speed.json", quick=True).compute_for(larger, gpu).micro_batch is None
