@@ -133,8 +133,8 @@ def finalize(
     for number, member in enumerate(decision.members):
         pace = None
         if options.seconds is not None and epochs is None:
-            left_s = options.seconds - (time.perf_counter() - began)
-            pace = _pace(opened, member, rows, left_s, len(decision.members) - number, device)
+            until = began + options.seconds
+            pace = _pace(opened, member, rows, until, len(decision.members) - number, device)
         _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick)
     if not part().is_first:
         raise Assisted
@@ -253,12 +253,18 @@ def _n_shown(opened: OpenStudy, rows: FinalRows) -> int:
 
 
 def _pace(
-    opened: OpenStudy, member: Candidate, rows: FinalRows, left_s: float, n_left: int, device: torch.device
+    opened: OpenStudy, member: Candidate, rows: FinalRows, until: float, n_left: int, device: torch.device
 ) -> Pace:
-    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction fit into ``left_s``."""
+    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction are over by ``until``, by
+    ``time.perf_counter``. How quickly the network judges is measured: of three minutes on a slow machine a guess cost a fifth.
+    """
     recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
     rate = from_first(lambda: images_per_s(opened, member, recipe, device))
-    predict_s = OVERHEAD * _n_shown(opened, rows) / (EVAL_SPEEDUP * rate)  # of each network
+    judged = EVAL_SPEEDUP * rate
+    if recipe.task == "patch":
+        judged = from_first(lambda: opened.speed_book.judged_per_s(recipe, device))
+    predict_s = OVERHEAD * _n_shown(opened, rows) / judged  # of each network
+    left_s = until - time.perf_counter()
     return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
 
 

@@ -167,7 +167,10 @@ def test_a_finalize_that_is_cut_off_has_spent_its_seconds(
         raise Interrupted("interrupted", 2)
 
     monkeypatch.setattr(finalize_module, "finish_patches", cut_off)
-    code, _, err = run("finalize", "--no-report")
+    code, _, err = run("finalize", "--no-report", "--trial", "99")
+    assert code == 2
+    assert spent_s(load_study("pcam")[0]) == before, "a command that is refused has spent nothing"
+    code, _, err = run("finalize", "--no-report", "--confirm", 0)
     assert code == 130, err
     study, _ = load_study("pcam")
     assert [one.command for one in intervals_of(study)] == ["search", "finalize"]

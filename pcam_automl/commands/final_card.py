@@ -26,7 +26,8 @@ def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
     except (OSError, ValueError) as fault:
         raise DataError(f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` writes it anew") from None
     same = isinstance(card, dict) and card.get("recipe") == bundle.recipe.model_dump(mode="json")
-    return card if same else {}  # a finalize that was cut off leaves an older trial's beside the new model
+    same = same and all(card.get(name) == bundle.provenance.get(name) for name in ("data_key", "train_s"))
+    return card if same else {}  # a finalize that was cut off leaves an older network's beside the new model
 
 
 def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:
@@ -66,6 +67,8 @@ def final_figures(card: dict[str, Any]) -> FinalFigures:
 def _final_notes(card: dict[str, Any]) -> list[str]:
     """The blend's judgement and what the temperature changed, a sentence each."""
     notes = []
+    if tie := card.get("tie"):
+        notes.append(f"Trial {card['members'][0]} is taken: {tie}.")
     if blend := card.get("ensemble"):
         parts = zip(card["weights"], card["members"], strict=True)
         shares = " + ".join(f"{weight:.2f} x trial {number}" for weight, number in parts)

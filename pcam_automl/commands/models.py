@@ -72,8 +72,8 @@ def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iter
 def _final_watch(
     opened: OpenStudy, stop: Callable[[], None], spent: Callable[[], None], *, paced: bool
 ) -> Iterator[FinalWatch]:
-    """Bars and lines of a finalize; ``paced``: its training ends by the clock. After each confirmation and epoch, or part, ``spent`` is
-    called, so that a kill does not give its seconds back.
+    """Bars and lines of a finalize; ``paced``: its training ends by the clock. When a confirmation or a training begins, and
+    after each confirmation and epoch, or part, ``spent`` is called, so that a kill does not give its seconds back.
     """
 
     def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
@@ -88,8 +88,12 @@ def _final_watch(
             train.epoch(result)
             spent()
 
+        def begins(recipe: Recipe, compute: Compute, views: int) -> None:
+            train.begins(recipe, compute, views)
+            spent()
+
         yield FinalWatch(
-            replace(train, epoch=epoch),
+            replace(train, begins=begins, epoch=epoch),
             plan,
             lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
             lambda n: bars.step(task, n),
@@ -140,7 +144,7 @@ def finalize_study(
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
         ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None and ranks().is_first)
-        at_end.callback(ledger.note)  # however it ends: an interrupted one has spent, too
+        at_end.callback(ledger.close)  # however it ends: an interrupted one has spent, too
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))
         paced = options.seconds is not None and epochs is None
@@ -224,11 +228,12 @@ def check_pick(pick: str, which: str) -> Pick:
 
 
 def _confirm_watch(train: TrainWatch, spent: Callable[[], None]) -> ConfirmWatch:
-    """The training's bar, and one line a confirmation, after which ``spent`` is called."""
+    """The training's bar, and one line a confirmation; ``spent`` is called when it begins and ends."""
 
     def begins(candidate: Candidate, fold: int, training: Training, views: int) -> None:
         terminal.say(f"confirming trial {candidate.trial.number} with a fresh seed; scored on fold {fold}")
         train.begins(training.recipe, training.compute, views)
+        spent()
 
     def done(confirmation: Confirmation) -> None:
         say_confirmed(confirmation)

@@ -214,7 +214,7 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     done = n_finished_of(opened.study)
     terminal.say(f"study {opened.name}: {done}{of} trials finished; data {opened.store.root}")
     if clock is not None:
-        _print_budget(clock, plan.get("budget"), len(settings.rungs))
+        _print_budget(clock, plan.get("budget"), len(settings.rungs), n_trials)
     terminal.say(
         f"  split: {plan['n_train']:,} patches train, {plan['n_valid']:,} validate ({settings.n_score:,} of them at each rung)"
         + (f", holdout {settings.holdout:.0%}" if settings.holdout else "")
@@ -238,7 +238,7 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
         terminal.say(f"  left out: {name}, {why}")
 
 
-def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int) -> None:
+def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int, n_trials: int | None) -> None:
     """How the budget is split, and what the search's part should do; of a study that was planned by it."""
     from pcam_automl.search.budget import CONFIRM_SHARE
     from pcam_automl.search.plan import ETA
@@ -253,6 +253,10 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
     )
     if clock.short is not None:
         n = clock.short.n_trials
+        if n_trials is not None and n_trials > n:
+            terminal.say(
+                f"  --trials {n_trials} are more than this budget has time for; a larger one, or --sampler tpe, searches"
+            )
         terminal.say(
             f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
         )

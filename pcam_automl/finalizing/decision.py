@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ class Decision:
     """What will be trained on all the data.
 
     Attributes:
-        members: the networks, the best confirmed one first.
+        members: the networks, first the one that would be taken alone: the best confirmed, or the cheapest that ties with it.
         weights: one each, positive, summing to 1.
         confirmed: every confirmed lineage, the best first; empty where none was.
         tie: why another than the best confirmed one is taken; None where it is not.
@@ -86,7 +85,8 @@ def decide(
     value_of: ValueOf = auc_of,
     maximise: bool = True,
 ) -> Decision:
-    """The best confirmed lineage, or a blend of several if it helps; the search's best where nothing was confirmed.
+    """The best confirmed lineage or the cheapest that ties with it, or a blend of several if it helps; the search's best where nothing was
+    confirmed.
 
     Args:
         candidates: the best of the search first, at least one.
@@ -139,39 +139,31 @@ def _cheapest_tied(
 ) -> tuple[Confirmed, str | None]:
     """Of the lineages that the best confirmed one does not beat the cheapest, and why it is not the best one itself.
 
-    As the search's own ties are settled (:func:`~pcam_automl.search.ranking.choose_cheapest_tied`), on the folds that confirmed.
+    As the search's own ties are settled (:func:`~pcam_automl.search.ranking.choose_cheapest_tied`), where one fold confirmed. Of several
+    the mean decides alone: their networks are different ones, so that draws over all of their patches would be of another figure.
     """
-    folds, speeds = complete_folds(confirmations), _speeds(confirmations)
-    views = {(one.lineage, one.fold): one.one_view for one in confirmations}
-    best = confirmed[0]
-    first = [scores for fold in folds if (scores := views[best.lineage, fold]) is not None]
-    if len(first) < len(folds):
+    best, folds = confirmed[0], complete_folds(confirmations)
+    held = {one.lineage: one for one in confirmations if one.fold == folds[0]}
+    first = held[best.lineage].one_view
+    if len(folds) > 1 or first is None:
         return best, None
-    rows, label, _ = _shared(first)
-    alike, probs = list[Confirmed](), list[NDArray[np.float64]]()
-    for one in confirmed:
-        parts = [scores for fold in folds if (scores := views[one.lineage, fold]) is not None]
-        if len(parts) == len(folds) and np.array_equal(_shared(parts)[0], rows):
-            alike.append(one)
-            probs.append(np.concatenate([part.prob for part in parts]))
+    alike = [
+        (one, scores)
+        for one in confirmed
+        if (scores := held[one.lineage].one_view) is not None and np.array_equal(scores.rows, first.rows)
+    ]
     ranks = rank(
-        label,
-        np.stack(probs),
-        clusters_of_rows(store, rows),
-        numbers=[one.trial for one in alike],
-        values=[one.mean for one in alike],
-        images_per_s=[speeds[one.lineage] for one in alike],
+        first.label,
+        np.stack([scores.prob for _, scores in alike]),
+        clusters_of_rows(store, first.rows),
+        numbers=[one.trial for one, _ in alike],
+        values=[one.mean for one, _ in alike],
+        images_per_s=[held[one.lineage].images_per_s or None for one, _ in alike],
     )
     number, why = choose_cheapest_tied(ranks)
-    return (best, None) if number == best.trial else (next(one for one in alike if one.trial == number), why)
-
-
-def _speeds(confirmations: Sequence[Confirmation]) -> dict[str, float | None]:
-    """Lineage to the training images a second of its confirmations, the median; None where one has none."""
-    rates: dict[str, list[float]] = {}
-    for one in confirmations:
-        rates.setdefault(one.lineage, []).append(one.images_per_s)
-    return {name: statistics.median(found) if min(found) > 0 else None for name, found in rates.items()}
+    if number in (best.trial, ranks[0].number):  # of equal values the search's better one is the best
+        return best, None
+    return next(one for one, _ in alike if one.trial == number), why
 
 
 def _out_of_fold(confirmations: Sequence[Confirmation], lineages: Sequence[str]) -> dict[str, list[Scores]]:

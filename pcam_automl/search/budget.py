@@ -46,8 +46,8 @@ ROW_S = 2.0
 HARD_SHARE = 0.05
 """A rung that was estimated too short may run over the search's end by so much of the budget."""
 FIRST_SHARE = 0.7
-"""Of the budget: until then the first trial may begin and run, however little start-up has left of the search's part, since without
-a complete trial there is nothing to finalize."""
+"""Of the budget: until then the first trial may begin and run while none is complete, however little start-up has left of the search's
+part, since without a complete trial there is nothing to finalize."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
 
 
@@ -189,6 +189,7 @@ class Ledger:
         self.began_at = time.time() - age_s
         self._began = time.monotonic() - age_s
         self._key = f"{RUN_KEY}{uuid.uuid4().hex}"
+        self._begun = False
 
     @property
     def seconds(self) -> float:
@@ -198,8 +199,14 @@ class Ledger:
         """Write how long it has lasted so far; a killed process loses what it spent since."""
         if not self.kept:
             return
+        self._begun = True
         entry = {"command": self.command, "began": round(self.began_at, 3), "seconds": round(self.seconds, 3)}
         self.study.set_user_attr(self._key, json.dumps(entry))
+
+    def close(self) -> None:
+        """Write how long it has lasted, if anything was written before: a command that was refused has spent nothing."""
+        if self._begun:
+            self.note()
 
 
 @dataclass(frozen=True)

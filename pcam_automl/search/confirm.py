@@ -61,8 +61,8 @@ class ConfirmWatch:
 def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
     """The first ``n`` folds that did not validate the search and on which the study's objective has a value.
 
-    A fold may be a whole domain, and hold one label only; of a rare domain it may hold too few patches for a worst one. Where the
-    objective has no value on any of them nothing can be confirmed: none is given.
+    A fold may be a whole domain, and hold one label only; of a rare domain it may hold too few patches for a worst one. Where no fold
+    can tell a worst domain nothing can be confirmed: none is given. Of a dense task every fold will do.
 
     Args:
         opened: the study; its split.
@@ -71,25 +71,30 @@ def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
     Raises:
         StudyError: there are some, and fewer.
     """
-    split, store = opened.split, opened.store
+    split, rows = opened.split, n_scored(opened.rungs[-1].views)
     others = [fold for fold in range(int(split.fold.max()) + 1) if fold != VALIDATION_FOLD]
-    usable, why = others, ""
-    if store.source.get("kind") != "dense":
-        label, domain, rows = np.asarray(store.label), np.asarray(store.domain), n_scored(opened.rungs[-1].views)
-        scored = {fold: split.score_rows(fold, rows) for fold in others}
-        usable = [fold for fold in others if len(np.unique(label[scored[fold]])) == 2]
-        why = "" if usable == others else " and not all others hold both labels"
-        if opened.settings.goal.name == "worst_domain_auc":
-            usable = [fold for fold in usable if len(scorable_domains(label[scored[fold]], domain[scored[fold]])) >= 2]
-            why = "" if usable == others else " and not all others hold two domains that can be scored"
-            if not usable:
-                return ()
+    usable = [fold for fold in others if has_value_on(opened, split.score_rows(fold, rows))]
+    of_domains = opened.settings.goal.name == "worst_domain_auc"
+    if of_domains and not usable:
+        return ()
+    held = "two domains that can be scored" if of_domains else "both labels"
+    why = "" if usable == others else f" and not all others hold {held}"
     if n > len(usable):
         raise StudyError(
             f"--confirm-folds must be at most {len(usable)}, got {n}: of the split's {len(others) + 1} folds one validated"
             f" the search{why}; --confirm 0 goes without"
         )
     return tuple(usable[:n])
+
+
+def has_value_on(opened: OpenStudy, rows: np.ndarray) -> bool:
+    """Whether the study's objective has a value on these store rows: both labels; of a worst domain two that can be scored."""
+    if opened.start.task == "dense":
+        return len(rows) > 0
+    label = np.asarray(opened.store.label)[rows]
+    if opened.settings.goal.name == "worst_domain_auc":
+        return len(scorable_domains(label, np.asarray(opened.store.domain)[rows])) >= 2
+    return len(np.unique(label)) == 2
 
 
 def n_scored(views: int) -> int:
@@ -178,6 +183,7 @@ class _Runner:
         self.pace = 1.0  # measured by expected seconds of the last training
         self._patches: Patches | None = None
         self._masks: Patches | None = None
+        self._said: set[int] = set()
 
     def run(
         self, candidates: Sequence[Candidate], folds: Sequence[int], seconds: float | None, began: float
@@ -214,9 +220,7 @@ class _Runner:
         opened = self.opened
         recipe = fresh_recipe(candidate.recipe, opened.settings.seed, candidate.lineage, fold)
         split = opened.split
-        scored = split.score_rows(fold)
-        scored = scored[~np.isin(scored, self.spared)][: self.n]
-        rows = choose_rows(opened.store, recipe, split.train_order(fold), scored)
+        rows = choose_rows(opened.store, recipe, split.train_order(fold), self._scored(fold))
         planned = opened.rungs
         rungs = scaled(planned, recipe.n_views(len(rows.train)) / planned[-1].views)
         parts = [recipe.hash, data_key(opened.store, rows), str(opened.weights), [[r.views, r.subset] for r in rungs]]
@@ -229,6 +233,19 @@ class _Runner:
             sha256_of_json(parts),
             folder_of(opened.folder, candidate.lineage, fold),
         )
+
+    def _scored(self, fold: int) -> np.ndarray:
+        """Rows of the fold to score on, without those to be spared; with them where the rest has no value of the objective."""
+        whole = self.opened.split.score_rows(fold)
+        rest = whole[~np.isin(whole, self.spared)][: self.n]
+        if has_value_on(self.opened, rest):
+            return rest
+        if fold not in self._said:
+            self.watch.note(
+                f"fold {fold} cannot be scored without the slides kept back: they confirm, too, which flatters the final AUC a little"
+            )
+            self._said.add(fold)
+        return whole[: self.n]
 
     def _expected(self, candidate: Candidate, job: _Job) -> float:
         rate = images_per_s(self.opened, candidate, job.recipe, self.device)

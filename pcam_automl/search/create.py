@@ -19,7 +19,7 @@ from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
-from pcam_automl.models.factory import backbone_fault, check_runs
+from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, scratch_warning
 from pcam_automl.recipe_files import merge_fields
@@ -42,9 +42,8 @@ from pcam_automl.search.plan import (
     SLOWEST_SHARE,
     Plan,
     first_backbone,
+    first_that_runs,
     make_plan,
-    planned_recipe,
-    planned_side,
     trial_seconds,
 )
 from pcam_automl.search.priors import NONE
@@ -276,9 +275,7 @@ def _planned(
     speed = SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True)
     budget = None
     if asked.budget_s is not None:
-        fields = common.model_dump()
-        first = planned_recipe(fields, first_backbone(common, space.choices("backbone")), planned_side(fields, space))
-        check_runs(first)
+        first = first_that_runs(common, space)
         rate, n_final = speed.images_per_s(first, device), len(data.split.order)
         budget = plan_budget(
             asked.budget_s,
@@ -301,7 +298,7 @@ def _planned(
     )
     if budget is None:
         return plan, None
-    rate = plan.images_per_s[first_backbone(start, tuple(plan.images_per_s))]
+    rate = plan.images_per_s[first_backbone(start, [name for name in plan.images_per_s if name not in plan.dropped])]
     return plan, budget.with_trial(min(trial_seconds(start, plan.rungs, plan.n_score, rate), plan.cap_s or math.inf))
 
 

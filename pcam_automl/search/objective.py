@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.budget import BudgetClock
-from pcam_automl.search.lineages import LINEAGE, THAWED_FROM
+from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged
 from pcam_automl.search.plan import scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
@@ -118,10 +119,10 @@ class Objective:
         if not self.begun(self.slot, trial.number, lineage):
             end_with(trial, reason=SLOT_LOST)
             raise SearchFailed(f"trial {trial.number}: its slot was given to another worker meanwhile")
-        self._release()  # of a trial before that was pruned: until here its error's traceback held it
         began, self._network, self._runs_through = time.perf_counter(), {}, self._is_needed()
         if not notes.items() <= trial.user_attrs.items():  # a row that somebody has enqueued, or of another storage
             set_user_attrs(trial, **notes)
+        self._release()  # of a trial before that was pruned: until here its error's traceback held it
         reason = "complete"
         try:
             return self._train(trial, lineage)
@@ -239,10 +240,16 @@ class Objective:
             self.clock.check(first=self._runs_through)
 
     def _is_needed(self) -> bool:
-        """Whether the running trial is the first of a budget that has no complete one yet: a search needs a winner."""
-        if self.clock is None or self.slot is None or self.slot.number > 0:
+        """Whether the running trial is the first of a budget that has no complete one yet: a search needs a winner. Where the first
+        diverged it is the second, and so on.
+        """
+        if self.clock is None or self.slot is None:
             return False
-        return not any(row.state == TrialState.COMPLETE for row in self.opened.study.get_trials(deepcopy=False))
+        trials = self.opened.study.get_trials(deepcopy=False)
+        if any(row.state == TrialState.COMPLETE for row in trials):
+            return False
+        diverged = {row.user_attrs.get("slot") for row in trials if row.state in FINISHED and has_diverged(row)}
+        return self.slot.number == next(number for number in itertools.count() if number not in diverged)
 
     def _judge(self, trial: Trial, training: Training, rungs: tuple[Rung, ...], result: RungResult) -> None:
         """Whether the trial goes on behind a rung.

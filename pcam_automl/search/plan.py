@@ -187,6 +187,21 @@ def first_backbone(default: Recipe, names: Sequence[str]) -> str:
     return default.backbone if default.backbone in names or not names else names[0]
 
 
+def first_that_runs(common: Recipe, space: SearchSpace) -> Recipe:
+    """The recipe that times the backbone that the search starts with, or where that cannot run the first one of the space that can.
+
+    Args:
+        common: the recipe with what the space fixes.
+        space: the study's.
+
+    Raises:
+        RecipeError: none can.
+    """
+    fields = common.model_dump()
+    recipes, _ = _recipes_that_run(fields, space, planned_side(fields, space))
+    return recipes[first_backbone(common, tuple(recipes))]
+
+
 def _speeds(
     recipes: dict[str, Recipe], first: str, device: torch.device, speed: SpeedBook, progress: Callable[[str], None]
 ) -> tuple[dict[str, float], tuple[str, ...]]:

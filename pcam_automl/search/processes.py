@@ -226,6 +226,7 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: li
     """A worker process. ``pack`` is emptied: the process itself keeps its arguments, and a shared tensor must end before it does."""
     code = _run(task, number, device, pipe, pack)
     pipe.close()
+    pack.clear()
     gc.collect()  # the last reference to the shared pack: else the first process keeps its memory for ever
     os._exit(code)  # threads of a storage must not keep it
 

@@ -96,7 +96,7 @@ def _give_back(study: optuna.Study, slots: Slots, slot: Slot, max_retries: int) 
 
 
 def _end_orphans(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> list[int]:
-    """End the running rows whose worker died before it noted them in their slot; nothing was trained in them."""
+    """End the running rows whose worker died before it noted them in their slot, of a thaw; nothing was trained in them."""
     orphans = [
         trial
         for trial in trials

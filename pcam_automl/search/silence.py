@@ -42,7 +42,7 @@ class Silent:
 
     Attributes:
         slots: claims as they were read.
-        rows: numbers of RUNNING trials that no slot holds: killed between Optuna's ask and our note, or made by others.
+        rows: numbers of RUNNING trials that no slot holds: thaws that were killed between Optuna's ask and our note, or rows made by others.
     """
 
     slots: tuple[Slot, ...] = ()

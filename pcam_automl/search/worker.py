@@ -197,7 +197,9 @@ def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTr
 class SlotOfTrial:
     """The slot of the running trial, noted and closed in the transactions that begin and end the trial's row.
 
-    Two transactions of a trial's nine fewer, and a process that is killed between the row and its slot leaves neither.
+    Two transactions of a trial's nine fewer, and of a new lineage a process that is killed between the row and its slot leaves neither.
+    The slot of a lineage that has other rows goes on naming its last one until the new row has the lineage's name (``begun``): no
+    slot would hold the paused row in between, and it would be given one of its own.
 
     Attributes:
         slots: of the study.
@@ -217,13 +219,12 @@ class SlotOfTrial:
 
     def begins(self, connection: sa.Connection, trial_id: int, number: int) -> None:
         """See :class:`~pcam_automl.search.retrying_storage.Claim`."""
-        if self._slot is not None:
-            self._row = trial_id
-            lineage = self._slot.lineage or f"{number}"
-            self._noted[number] = self.slots.started(self._slot, number, lineage, inside=connection)
+        self._row = trial_id
+        if self._slot is not None and self._slot.lineage is None:
+            self._noted[number] = self.slots.started(self._slot, number, f"{number}", inside=connection)
 
     def begun(self, slot: Slot, number: int, lineage: str) -> bool:
-        """Whether the slot was the worker's when the row began; noted now for a row that somebody else enqueued."""
+        """Whether the slot was the worker's when the row began; noted now where it was not then."""
         if number not in self._noted:
             self._noted[number] = self.slots.started(slot, number, lineage)
         return self._noted[number]

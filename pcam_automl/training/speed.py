@@ -24,6 +24,7 @@ from pcam_automl.training.compute import (
     cpu_name,
     device_name,
     fixed_variant,
+    forward_seconds,
     measure_compiled,
     measure_fitting,
     peak_of_step,
@@ -171,6 +172,18 @@ class SpeedBook:
         if key in self._known and micro_batch < (self._known[key].get("micro_batch") or recipe.batch_size):
             self._note(key, {**self._known[key], **_short_of_memory(micro_batch, device)})
 
+    def judged_per_s(self, recipe: Recipe, device: torch.device) -> float:
+        """Images that the network judges in a second, in float32, which a prediction may fall back to; measured once and kept."""
+        compute = replace(self.compute_for(recipe, device), precision="fp32", compiled=False)
+        key, batch = self._key(recipe, device), compute.micro_batch or self.probe_batch(recipe, device)
+        known = self._known.get(key, {})
+        if "forward_s" not in known:
+            seconds = forward_seconds(_builder(recipe), recipe.network_px, batch, compute)
+            if not known:  # deterministic, or by another side's measurement: nothing is kept of it
+                return batch / seconds
+            self._note(key, {**known, "forward_s": seconds / batch})
+        return 1.0 / float(self._known[key]["forward_s"])
+
     def peak_bytes(self, recipe: Recipe, device: torch.device) -> int:
         """Of a GPU's memory, what training steps of the recipe take at most; measured now."""
         compute = self.compute_for(recipe, device)
@@ -207,7 +220,7 @@ class SpeedBook:
 
 def _bare(entry: dict[str, Any]) -> dict[str, Any]:
     """What a :class:`Compute` takes, and ``compiled``."""
-    return {name: value for name, value in entry.items() if name not in ("quick", "available_bytes")}
+    return {name: value for name, value in entry.items() if name not in ("quick", "available_bytes", "forward_s")}
 
 
 def _short_of_memory(micro_batch: int, device: torch.device) -> dict[str, int]:

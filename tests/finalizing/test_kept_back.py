@@ -19,6 +19,7 @@ from pcam_automl.finalizing.kept_back import final_rows, kept_back
 from pcam_automl.finalizing.result import FinalOptions, check_options
 from pcam_automl.goals import AUC
 from pcam_automl.metrics import auc
+from pcam_automl.recipe import Recipe
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.engine import Rung
 
@@ -42,7 +43,8 @@ def study_of(n_slides: int, per_slide: int, seed: int, holdout: float = 0.0) -> 
     )
     held = cast(PatchStore, store)
     split, settings_ = make_split(held, seed=seed, holdout=holdout), SimpleNamespace(goal=AUC)
-    return cast(OpenStudy, SimpleNamespace(store=held, split=split, rungs=(Rung(90, 90),), settings=settings_))
+    words = {"store": held, "split": split, "settings": settings_}
+    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=Recipe()))
 
 
 @settings(max_examples=25, deadline=None)

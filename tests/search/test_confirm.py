@@ -153,7 +153,8 @@ def test_seeds_are_fresh_for_each_lineage_and_fold() -> None:
 def study_over(split: Split, goal: str = "auc", **columns: np.ndarray) -> OpenStudy:
     """As much of a study as a choice of folds reads."""
     store, settings = SimpleNamespace(source={}, **columns), SimpleNamespace(goal=goal_of(goal))
-    return cast(OpenStudy, SimpleNamespace(split=split, store=store, settings=settings, rungs=(Rung(90, 90),)))
+    words = {"split": split, "store": store, "settings": settings}
+    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=Recipe()))
 
 
 def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_label(
@@ -190,6 +191,17 @@ def test_spared_rows_are_not_scored(opened: OpenStudy) -> None:
     (one,) = confirm(opened, top_candidates(opened.study, 1), folds=(3,), device=CPU, spared=spared)
     assert one.scores is not None
     assert set(one.scores.rows.tolist()) == set(opened.split.score_rows(3).tolist()) - set(spared.tolist())
+
+
+def test_rows_are_not_spared_where_the_rest_of_a_fold_cannot_be_scored(opened: OpenStudy) -> None:
+    """Else the confirmation would end in an error after its training."""
+    rows, notes = opened.split.score_rows(2), list[str]()
+    tumour = rows[np.asarray(opened.store.label)[rows] == 1]
+    watch = ConfirmWatch(note=notes.append)
+    (one,) = confirm(opened, top_candidates(opened.study, 1), folds=(2,), device=CPU, spared=tumour, watch=watch)
+    assert one.scores is not None
+    assert set(one.scores.rows.tolist()) == set(rows.tolist())
+    assert sum("cannot be scored without the slides kept back" in note for note in notes) == 1
 
 
 def test_a_confirmation_that_was_cut_short_says_nothing_of_the_next_ones_seconds(

@@ -26,7 +26,7 @@ from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.storage import engine_of, open_storage, rdb_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits, prescribed
-from pcam_automl.search.worker import run_worker
+from pcam_automl.search.worker import SlotOfTrial, run_worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ELSEWHERE = "elsewhere/4026531836:17:boot-1"
@@ -356,7 +356,7 @@ def test_a_row_that_never_began_leaves_its_lineage_as_it_was(opened: OpenStudy) 
 
 
 def test_no_commit_shows_a_row_without_its_slot(opened: OpenStudy) -> None:
-    """Whenever a worker is killed, a running row is in its slot, and a row that counts has closed it."""
+    """Whenever a worker is killed, a running row of a new lineage is in its slot, and a row that counts has closed it."""
     engine = engine_of(opened.study)
     seen: set[tuple[str, str]] = set()
     words = "SELECT t.state, s.state FROM trials t LEFT JOIN pcam_automl_slots s ON s.trial_number = t.number"
@@ -370,3 +370,23 @@ def test_no_commit_shows_a_row_without_its_slot(opened: OpenStudy) -> None:
     sa.event.remove(engine, "commit", look)
     assert {("RUNNING", "claimed"), ("COMPLETE", "done")} <= seen
     assert seen <= {("RUNNING", "claimed"), ("COMPLETE", "done"), ("PRUNED", "done")}
+
+
+def test_a_thaw_that_is_killed_while_it_asks_leaves_its_slot_alone(opened: OpenStudy, tmp_path: Path) -> None:
+    """Its slot goes on naming the paused row, which another process would else take for one that has none."""
+    study, storage = opened.study, rdb_of(opened.study)
+    run_worker(Objective(opened, torch.device("cpu")), Limits(1))
+    dead = f"{owner_of_this_process().partition(':')[0]}:999999999:x"
+    slots = Slots(engine_of(study), opened.name)
+    assert isinstance(storage, RetryingStorage)
+    slot, claim = slots.thaw("0", dead), SlotOfTrial(slots)
+    assert slot is not None
+    claim.hold(slot)
+    storage.owner, storage.claim = dead, claim
+    late = study.ask()  # and dies
+    storage.owner = storage.claim = None
+    fresh = Slots(engine_of(study), opened.name)
+    settle_lost(study, fresh, study.get_trials(), checkpoints=tmp_path)
+    (only,) = fresh.all()
+    assert (only.state, only.lineage, only.trial_number) == ("done", "0", 0)
+    assert study.get_trials()[late.number].state == TrialState.FAIL

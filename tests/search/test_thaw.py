@@ -15,7 +15,7 @@ import torch
 from optuna.trial import TrialState
 
 from pcam_automl.config import parse_bytes
-from pcam_automl.errors import InputError, OutOfTime, StudyError
+from pcam_automl.errors import InputError, OutOfTime, StudyError, TrainingDiverged
 from pcam_automl.finalize import finalize
 from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.create import create_or_open_study
@@ -229,11 +229,30 @@ def test_the_first_trial_runs_through_whatever_others_reached_until_one_is_compl
         assert not objective._is_needed(), "one is complete: thawed or begun again it has no privilege"
 
 
-def test_a_lineage_that_diverged_is_no_winner(tmp_path: Path, asked: Asked) -> None:
+def test_a_lineage_that_diverged_is_no_winner_and_the_next_one_runs_through(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the search's end, too, and in one row: an ending row a step would use up the time."""
+    opened, whole = opened_in(tmp_path, asked), Objective._train
+
+    def first_diverges(self: Objective, trial: optuna.Trial, lineage: str) -> float:
+        if lineage == "0":
+            raise TrainingDiverged("the loss became NaN")
+        return whole(self, trial, lineage)
+
+    monkeypatch.setattr(Objective, "_train", first_diverges)
+    clock = told(left=-30.0)  # beyond the 5 % by which a rung may be late, before 70 % of the budget
+    clock.reserve_s = 70.0
+    end, _ = run(opened, 9, clock)
+    assert end == SearchEnd(2, "budget")
+    rows = opened.study.get_trials()
+    assert [row.state for row in rows] == [TrialState.PRUNED, TrialState.COMPLETE]
+    assert [row.user_attrs["slot"] for row in rows] == [0, 1]
+
+
+def test_past_its_end_a_search_begins_nothing_beside_the_trial_that_it_waits_for(tmp_path: Path, asked: Asked) -> None:
     opened = opened_in(tmp_path, asked)
-    row = optuna.create_trial(state=TrialState.PRUNED, user_attrs={"lineage": "0", "reason": "diverged: NaN"})
-    opened.study.add_trial(row)
-    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=0.0)
-    assert isinstance(next_turn(opened, slots, opened.study.get_trials(), Limits(9, clock=clock), "me"), Turn)
-    opened.study.add_trial(optuna.create_trial(value=0.7, user_attrs={"lineage": "1"}))
-    assert next_turn(opened, slots, opened.study.get_trials(), Limits(9, clock=clock), "me") == "budget"
+    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=-1.0)
+    running = optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"})  # another worker's
+    assert next_turn(opened, slots, [running], Limits(9, clock=clock), "me") == "budget"
+    assert isinstance(next_turn(opened, slots, [], Limits(9, clock=clock), "me"), Turn)

@@ -132,3 +132,22 @@ def test_a_micro_batch_of_a_moment_without_memory_is_looked_at_again(
     book.note_micro_batch(RECIPE, gpu, 8)
     larger = RECIPE.model_copy(update={"crop_size": 64})
     assert SpeedBook(tmp_path / "speed.json", quick=True).compute_for(larger, gpu).micro_batch is None
+
+
+def test_how_quickly_a_network_judges_is_measured_once_in_float32(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Compute] = []
+
+    def seconds(build: object, px: int, batch: int, compute: Compute) -> float:
+        timed.append(compute)
+        return batch / 400.0
+
+    monkeypatch.setattr(speed_module, "forward_seconds", seconds)
+    for _ in range(2):
+        book = SpeedBook(tmp_path / "speed.json")
+        assert book.judged_per_s(RECIPE, CPU) == pytest.approx(400.0)
+        assert book.compute_for(RECIPE, CPU) == Compute("cpu", "bf16", True, 0.5)
+    assert [(one.precision, one.channels_last) for one in timed] == [("fp32", True)]
+    assert SpeedBook(tmp_path / "none.json", deterministic=True).judged_per_s(RECIPE, CPU) == pytest.approx(400.0)
+    assert not (tmp_path / "none.json").exists()
