@@ -320,3 +320,18 @@ def test_both_sides_of_a_growing_study_finish_their_trials(
     made = optuna.load_study(study_name="s", storage=storage).get_trials()[12:]
     assert [trial.state for trial in made] == [TrialState.COMPLETE] * 2
     storage.engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("fpu sse2 avx2", "AVX2"),
+        ("avx2 avx512f avx512_bf16 amx_bf16", "AVX512, AMX bf16"),
+        ("avx2 avx512f avx512_bf16", "AVX512, bf16"),
+        ("fpu", ""),
+    ],
+)
+def test_the_instructions_that_decide_the_speed_are_named(flags: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
+    assert settings.instructions(tmp_path / "cpuinfo") == said
+    assert settings.instructions(tmp_path / "none") == ""

@@ -103,6 +103,8 @@ def test_time_to_the_peers_figure_names_the_least_budget_that_reaches_it() -> No
         ["given", ABSENT, ABSENT, ABSENT],
     ]
     assert sooner_rows(latest(found[:2]))[1][0] == ["none", "0.9700 (fastai)", "not reached", "-"]
+    quick = record_of("ours", 0.99, minutes=3.0, machine={"cores": 2, "cpu": "x", "instructions": "AVX512, bf16"})
+    assert sooner_rows(latest([found[0], quick]))[1][0] == ["none", ABSENT, ABSENT, ABSENT]
 
 
 def test_calibration_counts_intervals_and_optimism() -> None:

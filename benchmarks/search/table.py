@@ -78,24 +78,37 @@ def accuracy_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tuple[R
 def sooner_rows(records: dict[Cell, Record], data: str = "colon96", last: float = 15.0) -> tuple[Row, list[Row]]:
     """By weights: the best peer's median after ``last`` minutes, and the least of our budgets that reaches it.
 
-    Only budgets that were run can answer, so the ratio is a lower bound: what 3 minutes reach is 5x sooner than 15.
+    Only budgets that were run can answer, so the ratio is a lower bound: what 3 minutes reach is 5x sooner than 15. Ours are runs on the
+    peer's kind of machine: minutes on another are worth another number of images.
     """
     rows = []
     for weights in ("none", "given"):
         peers = {n: statistics.median(v) for n in OUTSIDE if (v := figures(records, (data, weights, last), n))}
+        best = max(peers, key=peers.__getitem__, default="")
+        there = {
+            _machine(r)
+            for c, r in records.items()
+            if (c.system, c.data, c.weights, c.minutes) == (best, data, weights, last)
+        }
+        alike = {cell: record for cell, record in records.items() if _machine(record) in there}
         ours = {
             minutes: statistics.median(values)
             for minutes in sorted({cell.minutes for cell in records})
-            if (values := figures(records, (data, weights, minutes), "ours"))
+            if (values := figures(alike, (data, weights, minutes), "ours"))
         }
         if not peers or not ours:
             rows.append([weights, ABSENT, ABSENT, ABSENT])
             continue
-        best = max(peers, key=peers.__getitem__)
         reached = [minutes for minutes, value in ours.items() if value >= peers[best]]
         sooner = [f"{reached[0]:g}", f"at least {last / reached[0]:.1f}x"] if reached else ["not reached", "-"]
         rows.append([weights, f"{peers[best]:.4f} ({SYSTEMS[best].title})", *sooner])
     return ["weights", f"best peer after {last:g} minutes", "ours, minutes", "sooner"], rows
+
+
+def _machine(record: Record) -> tuple[object, ...]:
+    """Cores, CPU and its instructions, as far as they were noted."""
+    of = record.get("machine", {})
+    return of.get("cores"), of.get("cpu"), of.get("instructions")
 
 
 def calibration_rows(records: dict[Cell, Record], cells: Sequence[Cell]) -> tuple[Row, list[Row]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,21 @@ class _Ending:
     networks: tuple[Predictor, ...]
     patches: Patches
     watch: FinalWatch
+    found: dict[str, np.ndarray] = field(default_factory=dict)
 
     def logits(self, rows: np.ndarray, what: str, judge: Judge | None = None) -> np.ndarray:
-        """Logits (n,) float64, not calibrated, with a bar."""
+        """Logits (n,) float64, not calibrated, with a bar; those of all networks together are found once for each ``what``."""
+        alone = judge is None or (len(self.networks) == 1 and judge is self.networks[0])
+        if alone and what in self.found:
+            return self.found[what]
         asked = judge or self.judge
         n_networks = len(self.networks) if judge is None else 1
         self.watch.predicting(len(rows) * n_networks, what)
         stop, progress = self.watch.train.stop, self.watch.predicted
-        return asked.row_logits(self.patches, rows, stop=stop, progress=progress).astype(np.float64)
+        found = asked.row_logits(self.patches, rows, stop=stop, progress=progress).astype(np.float64)
+        if alone:
+            self.found[what] = found
+        return found
 
 
 def finish_patches(
@@ -243,8 +250,8 @@ def _operating(decision: Decision, scores: Scores | None) -> tuple[Operating, ..
 
 def _write_tables(out: Path, operating: Sequence[Operating]) -> None:
     """``thresholds.csv`` and ``reject.csv``; an empty cell is a figure that does not exist."""
-    for name, field in ((THRESHOLDS, "points"), (REJECTS, "rejects")):
-        lines = [{"on": one.on, **asdict(point)} for one in operating for point in getattr(one, field)]
+    for name, what in ((THRESHOLDS, "points"), (REJECTS, "rejects")):
+        lines = [{"on": one.on, **asdict(point)} for one in operating for point in getattr(one, what)]
         if not lines:
             (out / name).unlink(missing_ok=True)  # of an earlier run that had some
             continue
