@@ -80,7 +80,7 @@ def test_a_result_says_when_and_where(tmp_path: Path) -> None:
     settings.write_result(tmp_path / "new" / "one.json", {"rounds": 3})
     kept = json.loads((tmp_path / "new" / "one.json").read_text())
     assert set(kept) == {"date", "machine", "rounds"}
-    assert set(kept["machine"]) == {"cpu", "cores", "python"}
+    assert set(kept["machine"]) == {"cpu", "cores", "python", "instructions"}
 
 
 def test_a_variant_is_named_by_what_is_on() -> None:
