@@ -185,16 +185,27 @@ def test_a_worst_domain_is_confirmed_only_where_two_domains_can_be_scored(split:
     assert confirm_folds(lone, 1) == ()
 
 
-def test_spared_rows_are_not_scored(opened: OpenStudy) -> None:
+def in_a_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Confirmations of a test that other tests' do not meet."""
+    monkeypatch.setattr(
+        confirm_module, "folder_of", lambda folder, lineage, fold: folder / name / lineage / f"fold{fold}"
+    )
+
+
+def test_spared_rows_are_not_scored(opened: OpenStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two domains the fold that confirms is the one whose slides are kept back to judge the final network."""
+    in_a_folder("spared", monkeypatch)
     spared = opened.split.score_rows(3)[::2]
     (one,) = confirm(opened, top_candidates(opened.study, 1), folds=(3,), device=CPU, spared=spared)
     assert one.scores is not None
     assert set(one.scores.rows.tolist()) == set(opened.split.score_rows(3).tolist()) - set(spared.tolist())
 
 
-def test_rows_are_not_spared_where_the_rest_of_a_fold_cannot_be_scored(opened: OpenStudy) -> None:
+def test_rows_are_not_spared_where_the_rest_of_a_fold_cannot_be_scored(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the confirmation would end in an error after its training."""
+    in_a_folder("not spared", monkeypatch)
     rows, notes = opened.split.score_rows(2), list[str]()
     tumour = rows[np.asarray(opened.store.label)[rows] == 1]
     watch = ConfirmWatch(note=notes.append)
@@ -218,7 +229,7 @@ def test_a_confirmation_that_was_cut_short_says_nothing_of_the_next_ones_seconds
         return whole(self, training, job)
 
     monkeypatch.setattr(confirm_module._Runner, "_scores", scores)
-    monkeypatch.setattr(confirm_module, "folder_of", lambda folder, lineage, fold: folder / "other" / lineage / "fold4")
+    in_a_folder("cut short", monkeypatch)
     first, second = confirm(opened, top_candidates(opened.study, 2), folds=(4,), device=CPU)
     assert (first.auc, second.diverged) == (None, None)
     assert paces == [1.0, 1.0]
