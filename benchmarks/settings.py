@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pcam_automl.cpu import cpu_model, usable_cores
+from pcam_automl.cpu import cpu_instructions, cpu_model, usable_cores
 
 RESULTS = Path(os.environ.get("PCAM_BENCH_RESULTS") or Path(__file__).parent / "results")
 """Where results go; trials of a benchmark name another folder, so that the committed figures stay."""
@@ -32,20 +32,8 @@ def numbers(name: str, default: str) -> list[int]:
 
 def host() -> dict[str, Any]:
     """CPU, its instructions and usable cores; `common.machine` adds what torch says."""
-    known = {"cpu": cpu_model(), "cores": usable_cores(), "python": platform.python_version()}
-    return known | {"instructions": instructions()}
-
-
-def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Those of the CPU that decide a training's speed, e.g. ``AVX2`` or ``AVX512, bf16``; empty where Linux does not tell."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    flags = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-    wide = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
-    low = "AMX bf16" if "amx_bf16" in flags else "bf16" if "avx512_bf16" in flags else ""
-    return ", ".join(filter(None, (wide, low)))
+    known = {"cpu": cpu_model(), "instructions": cpu_instructions(), "cores": usable_cores()}
+    return known | {"python": platform.python_version()}
 
 
 def write_result(file: Path, found: dict[str, Any]) -> None:

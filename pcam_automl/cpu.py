@@ -7,16 +7,30 @@ import os
 import platform
 from pathlib import Path
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @functools.cache
 def cpu_model() -> str:
     """``AMD EPYC 9R45``: the model's name on Linux, elsewhere what Python knows."""
+    return _first("model name") or platform.processor() or platform.machine()
+
+
+def cpu_instructions() -> str:
+    """Those that decide a training's speed, e.g. ``AVX2`` or ``AVX512, bf16``, without torch; empty where Linux does not tell."""
+    flags = set(_first("flags").split())
+    wide = "AVX512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
+    low = "AMX bf16" if "amx_bf16" in flags else "bf16" if "avx512_bf16" in flags else ""
+    return ", ".join(filter(None, (wide, low)))
+
+
+def _first(field: str) -> str:
+    """The field's value for the first core; empty where there is none."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def usable_cores() -> int:

@@ -239,31 +239,33 @@ def _most_members(
     """As many final trainings, and predictions of the test patches, as fit the seconds left; at least one."""
     if wanted == 1 or left is None:
         return wanted
-    n_shown, slowest = _n_shown(opened, rows), 0.0
+    slowest = 0.0
     for candidate in candidates:
         recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
-        steps = recipe.n_views(n_train) + n_shown / EVAL_SPEEDUP
-        slowest = max(slowest, OVERHEAD * steps / images_per_s(opened, candidate, recipe, device))
+        rate = images_per_s(opened, candidate, recipe, device)
+        steps_s = OVERHEAD * recipe.n_views(n_train) / rate
+        slowest = max(slowest, steps_s + _predict_seconds(opened, recipe, rows, rate, device))
     return max(1, min(wanted, int(left / slowest)))
 
 
-def _n_shown(opened: OpenStudy, rows: FinalRows) -> int:
-    """Views that each final network is shown at the end, eight of a patch."""
-    return 8 * (len(opened.store.test_rows()) + len(rows.held))
+def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device) -> float:
+    """Of one final network, eight views of each patch. How quickly it judges is measured: of three minutes on a slow machine a guess
+    cost a fifth; of a dense network it is guessed from its training's ``rate``.
+    """
+    n_shown = 8 * (len(opened.store.test_rows()) + len(rows.held))
+    judged = EVAL_SPEEDUP * rate if recipe.task == "dense" else opened.speed_book.judged_per_s(recipe, device)
+    return OVERHEAD * n_shown / judged
 
 
 def _pace(
     opened: OpenStudy, member: Candidate, rows: FinalRows, until: float, n_left: int, device: torch.device
 ) -> Pace:
     """When the next of ``n_left`` final trainings ends, so that all of them and the prediction are over by ``until``, by
-    ``time.perf_counter``. How quickly the network judges is measured: of three minutes on a slow machine a guess cost a fifth.
+    ``time.perf_counter``.
     """
     recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
     rate = from_first(lambda: images_per_s(opened, member, recipe, device))
-    judged = EVAL_SPEEDUP * rate
-    if recipe.task == "patch":
-        judged = from_first(lambda: opened.speed_book.judged_per_s(recipe, device))
-    predict_s = OVERHEAD * _n_shown(opened, rows) / judged  # of each network
+    predict_s = from_first(lambda: _predict_seconds(opened, recipe, rows, rate, device))
     left_s = until - time.perf_counter()
     return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
 
@@ -286,7 +288,11 @@ def _train_member(
     recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     watch.plan(trial, recipe, n_train, folder)
     planned = recipe.n_views(n_train) if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
-    done = from_first(lambda: _is_done(folder, recipe, opened, rows.train, planned, pace is not None, watch.train.note))
+    done = from_first(
+        lambda: _is_done(
+            folder, recipe, opened, rows.train, planned=planned, by_clock=pace is not None, note=watch.train.note
+        )
+    )
     if not done:
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
@@ -351,6 +357,7 @@ def _is_done(
     recipe: Recipe,
     opened: OpenStudy,
     rows: np.ndarray,
+    *,
     planned: int,
     by_clock: bool,
     note: Callable[[str], None],

@@ -30,6 +30,7 @@ from benchmarks import (
     training,
     workers,
 )
+from pcam_automl import cpu
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import PcamError
 from pcam_automl.models.factory import build_network
@@ -331,7 +332,11 @@ def test_both_sides_of_a_growing_study_finish_their_trials(
         ("fpu", ""),
     ],
 )
-def test_the_instructions_that_decide_the_speed_are_named(flags: str, said: str, tmp_path: Path) -> None:
+def test_the_instructions_that_decide_the_speed_are_named(
+    flags: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor: 0\nflags\t\t: {flags}\n")
-    assert settings.instructions(tmp_path / "cpuinfo") == said
-    assert settings.instructions(tmp_path / "none") == ""
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.cpu_instructions() == said
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
+    assert cpu.cpu_instructions() == ""

@@ -15,11 +15,12 @@ import pcam_automl.finalize as finalize_module
 import pcam_automl.search.budget as budget_module
 import pcam_automl.search.plan as plan_module
 from pcam_automl.errors import Interrupted
-from pcam_automl.search.budget import budget_of, intervals_of, set_budget, spent_s
+from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.overview import overview
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.storage import engine_of
+from pcam_automl.training.pace import N_PARTS
 
 SPACE = """\
 base: {batch_size: 16, crop_size: 32}
@@ -158,14 +159,18 @@ def test_a_finalize_that_is_cut_off_has_spent_its_seconds(
 ) -> None:
     options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--budget", "20s")
     assert run("search", *options)[0] == 0
-    before = spent_s(load_study("pcam")[0])
+    before, noted, note = spent_s(load_study("pcam")[0]), list[float](), Ledger.note
+
+    def counted(self: Ledger) -> None:
+        note(self)
+        noted.append(spent_s(load_study("pcam")[0]))
 
     def cut_off(*_: Any, **__: Any) -> None:
-        assert spent_s(load_study("pcam")[0]) > before, (
-            "each part of the training was noted: a SIGKILL here loses none of them"
-        )
+        assert len(noted) == 1 + N_PARTS, "its beginning and each part: a SIGKILL here loses none of them"
+        assert noted == sorted(noted)
         raise Interrupted("interrupted", 2)
 
+    monkeypatch.setattr(Ledger, "note", counted)
     monkeypatch.setattr(finalize_module, "finish_patches", cut_off)
     code, _, err = run("finalize", "--no-report", "--trial", "99")
     assert code == 2

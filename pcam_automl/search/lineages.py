@@ -73,6 +73,11 @@ def lineage_of(trial: FrozenTrial) -> str:
     return f"trial {trial.number}" if name is None else str(name)
 
 
+def counts_in(trials: Iterable[FrozenTrial], lineage: str | None) -> bool:
+    """Whether the lineage has a complete or pruned row among these; False for None, a lineage that has no row yet."""
+    return any(trial.state in FINISHED and lineage_of(trial) == lineage for trial in trials)
+
+
 def lineages_of(trials: Iterable[FrozenTrial]) -> list[Lineage]:
     """The lineages, in the order of their first rows."""
     rows: dict[str, list[FrozenTrial]] = {}

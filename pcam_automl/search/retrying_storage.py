@@ -121,9 +121,8 @@ class RetryingStorage(RDBStorage):
                 intermediate_values={},
             )
 
-        return retry_transient(
-            call
-        )  # of a row that was made twice the slot names the later one; the other is ended as lost
+        # Of a row that was made twice the slot names the later one; the other is ended as lost.
+        return retry_transient(call)
 
     def _write_held(self, trial_id: int) -> None:
         if trial_id in self._unwritten:

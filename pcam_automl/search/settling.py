@@ -10,7 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.defaults import MAX_RETRIES
-from pcam_automl.search.lineages import FINISHED, lineage_of
+from pcam_automl.search.lineages import FINISHED, counts_in, lineage_of
 from pcam_automl.search.mirror import Mirror, forget
 from pcam_automl.search.retrying_storage import OWNER
 from pcam_automl.search.silence import Silent
@@ -87,8 +87,7 @@ def _give_back(study: optuna.Study, slots: Slots, slot: Slot, max_retries: int) 
         slots.finish(slot)
         return False
     given_up = n_lost(study, slot.lineage) > max_retries
-    counts = any(one.state in FINISHED and lineage_of(one) == slot.lineage for one in rows)
-    if given_up and counts:  # it had been thawed, and stays paused where it was
+    if given_up and counts_in(rows, slot.lineage):  # it had been thawed, and stays paused where it was
         slots.finish(slot)
     else:
         slots.reopen(slot, keep_lineage=not given_up)

@@ -84,10 +84,9 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
-    wanted = not clock.is_over_for_first and not any(map(may_win, trials))  # a search needs a winner,
-    wanted &= left_s > 0 or not any(
-        row.state == TrialState.RUNNING for row in trials
-    )  # and past its end one that runs for it
+    wanted = not clock.is_over_for_first and not any(map(may_win, trials))  # a search needs a winner
+    if left_s <= 0 and any(row.state == TrialState.RUNNING for row in trials):  # past its end one trial is enough
+        wanted = False
     needed_s, n_trials = whole_trial_s(opened, lineages), limits.n_trials
     if clock.short is not None:
         needed_s *= 0.5  # each of its trials is wanted; one that does not end is paused at its last rung

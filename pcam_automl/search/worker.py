@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge, runs_through
-from pcam_automl.search.lineages import FINISHED, has_diverged, lineage_of, sign_of
+from pcam_automl.search.lineages import FINISHED, counts_in, has_diverged, sign_of
 from pcam_automl.search.mirror import forget
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.patience import patient
@@ -289,9 +289,9 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
     """Close or give back the slot; 1 if the trial counts."""
     slots, folder = claim.slots, objective.opened.checkpoints
     if trial.state not in FINISHED:
-        counts = objective.thawed_from is not None or _counts(slot, objective.opened.study)
-        if counts and not objective.goes_on:
-            slots.finish(slot)  # its lineage counts already
+        rows = objective.opened.study.get_trials(deepcopy=False)
+        if not objective.goes_on and counts_in(rows, slot.lineage):
+            slots.finish(slot)  # it had been thawed
         else:
             slots.reopen(slot, keep_lineage=objective.goes_on)
         return 0
@@ -306,12 +306,6 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
     else:
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1
-
-
-def _counts(slot: Slot, study: optuna.Study) -> bool:
-    """Whether the slot's lineage has a finished row: it had been thawed, was interrupted, and was gone on with."""
-    rows = study.get_trials(deepcopy=False, states=FINISHED) if slot.lineage is not None else []
-    return any(lineage_of(row) == slot.lineage for row in rows)
 
 
 def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:

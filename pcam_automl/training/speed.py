@@ -161,9 +161,7 @@ class SpeedBook:
             return None
         near = min(sides, key=lambda side: (abs(math.log(side / px)), side))
         entry = _bare(self._known[f"{before}/{near}/{after}"])
-        entry.pop(
-            "micro_batch", None
-        )  # another side takes another memory; a training that is short of it halves by itself
+        entry.pop("micro_batch", None)  # of another side's memory; a training that is short of it halves its own
         return {**entry, "step_s": entry["step_s"] * (px / near) ** 2}
 
     def note_micro_batch(self, recipe: Recipe, device: torch.device, micro_batch: int) -> None:

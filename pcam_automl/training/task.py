@@ -103,9 +103,8 @@ class PatchTask:
             norm.std,
             dtype=torch.float32,
         )
-        index = torch.from_numpy(rows).to(
-            self._label.device, non_blocking=True
-        )  # else the host waits for the device here
+        # Blocking, the host would wait here for the device in every batch.
+        index = torch.from_numpy(rows).to(self._label.device, non_blocking=True)
         return images, self._label[index]
 
     def score(self, network: nn.Module, stop: Callable[[], None]) -> tuple[Score, Scores]:
