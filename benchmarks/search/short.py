@@ -1,6 +1,7 @@
-"""What a training of seconds to minutes from scratch comes to by crop, batch and length, on grouped folds of a training part.
+"""What a training of seconds to minutes comes to by crop, batch and length, on grouped folds of a training part.
 
     OMP_NUM_THREADS=1 python -m benchmarks.search.short --data colon96 --fold 1 --views 26000 --set crop_size=96 --set batch_size=32
+    python -m benchmarks.search.short --weights given --views 12000 --set backbone=tf_efficientnet_lite0 --set crop_size=96
     python -m benchmarks.search.short --table
 
 A line is one training of the recipe `default`, one cycle over so many views of four folds, judged on the fifth with eight views;
@@ -24,6 +25,7 @@ import torch
 import yaml
 
 from benchmarks.search.data import cache, data_folder
+from benchmarks.search.run import weights_folder
 from benchmarks.settings import host
 from pcam_automl.batches import open_patches
 from pcam_automl.calibration import probs_at
@@ -46,20 +48,25 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "short.jsonl"
 
 
-def measure(data: str, fold: int, views: int, pins: dict[str, Any]) -> dict[str, Any]:
-    """Train and judge; the line for the results."""
+def measure(data: str, fold: int, views: int, pins: dict[str, Any], weights: str = "none") -> dict[str, Any]:
+    """Train and judge; the line for the results.
+
+    Raises:
+        InputError: a wrong field, or ``PCAM_WEIGHTS_DIR`` is wanted and not set.
+    """
+    start = Weights("none") if weights == "none" else Weights("folder", weights_folder())
     device = use_device("cpu")
     store = find_pack(data_folder(data), cache() / "packs")
     split = make_split(store, seed=0)
     base = load_recipe(find_config("recipes", "default")).model_dump()
-    recipe = build_recipe(merge_fields(base, {"pretrained": False, "epochs": None, "views": views, **pins}))
+    recipe = build_recipe(merge_fields(base, {"pretrained": start.pretrained, "epochs": None, "views": views, **pins}))
     rows = choose_rows(store, recipe, split.train_order(fold), split.score_rows(fold, len(split.order)))
     training = start_training(
         recipe,
         store,
         rows,
         patches=open_patches(store, device),
-        weights=Weights("none"),
+        weights=start,
         compute=fixed_variant(device),
         key=key_of(recipe.seed, "views"),
     )
@@ -74,6 +81,7 @@ def measure(data: str, fold: int, views: int, pins: dict[str, Any]) -> dict[str,
         "fold": fold,
         "views": views,
         "set": pins,
+        "weights": weights,
         "auc": float(auc(label, probs)),
         "log_loss": float(log_loss(label, probs)),
         "train_loss": result.train_loss,
@@ -86,15 +94,18 @@ def measure(data: str, fold: int, views: int, pins: dict[str, Any]) -> dict[str,
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
     """Folds side by side: error (1 - AUC) and log-loss of each (views, set), and their medians."""
-    by_what: dict[tuple[int, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    by_what: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        by_what[line["views"], ", ".join(f"{k}={v}" for k, v in line["set"].items())][line["fold"]] = line
-    text = [f"{'views':>7}  {'set':<48} {'error':>8} {'log-loss':>9}   folds: error"]
-    for (views, what), folds in sorted(by_what.items()):
+        what = ", ".join(f"{k}={v}" for k, v in line["set"].items())
+        by_what[line.get("weights", "none"), line["views"], what][line["fold"]] = line
+    text = [f"{'weights':<7} {'views':>7}  {'set':<56} {'error':>8} {'log-loss':>9} {'seconds':>7}   folds: error"]
+    for (weights, views, what), folds in sorted(by_what.items()):
         errors = {fold: 1.0 - line["auc"] for fold, line in sorted(folds.items())}
         loss = statistics.median(line["log_loss"] for line in folds.values())
         each = ", ".join(f"{fold}: {error:.4f}" for fold, error in errors.items())
-        text.append(f"{views:>7,}  {what:<48} {statistics.median(errors.values()):>8.4f} {loss:>9.4f}   {each}")
+        took = statistics.median(line["seconds"] for line in folds.values())
+        middle = f"{statistics.median(errors.values()):>8.4f} {loss:>9.4f} {took:>7.0f}"
+        text.append(f"{weights:<7} {views:>7,}  {what:<56} {middle}   {each}")
     return text
 
 
@@ -104,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", default="colon96")
     parser.add_argument("--fold", type=int, default=0, choices=range(5))
     parser.add_argument("--views", type=int, default=13_000)
+    parser.add_argument("--weights", default="none", choices=("none", "given"))
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
@@ -116,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         pins = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-        line = measure(args.data, args.fold, args.views, pins)
+        line = measure(args.data, args.fold, args.views, pins, args.weights)
     except InputError as fault:
         print(fault, file=sys.stderr)
         return 2

@@ -52,7 +52,7 @@ from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import LEAST_VIEWS_SHARE, start_list, with_steps_enough
+from pcam_automl.search.start import LEAST_VIEWS_SHARE, at_largest_crop, start_list, with_steps_enough
 from pcam_automl.search.start_sources import asked_entries, probed_entries, shipped_recipes
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
 from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
@@ -136,7 +136,7 @@ def _decide(
     say(text)
     space = _with_weights(around_recipe(space, asked), asked, weights, say)
     data = _data_of(path, asked, folder, say, pack_call)
-    start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    start, own = _start_of(asked, space)
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
     _check_common(common, data, say)
@@ -145,8 +145,9 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
-    if asked.recipe is None and not common.pretrained:
+    if asked.recipe is None:
         start = with_steps_enough(start, space, plan)
+        own = None if own is None else with_steps_enough(own, space, plan)
     probe = None
     if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic):
         limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
@@ -156,15 +157,16 @@ def _decide(
     if data.goal.name == "worst_domain_auc":
         scored = _search_rows(data.split)[1][: plan.n_score]
         check_domains(data.store, without_excluded(data.store, common, scored), common)
-    asked_for = [*asked_entries(asked, url, space, data.store, data.split, say), *probed_entries(probe)]
     is_short = budget is not None and budget.short
     first = start_list(
         space,
         start,
-        asked_for,
+        asked_entries(asked, url, space, data.store, data.split, say),
         shipped_recipes(),
         plan,
         name=asked.recipe or DEFAULT_RECIPE,
+        probed=probed_entries(probe),
+        own=own,
         least_share=SLOWEST_SHARE if is_short else LEAST_VIEWS_SHARE,
     )
     if budget is not None and budget.short:
@@ -202,6 +204,13 @@ def _decide(
         enqueued=first.entries,
     )
     return settings, data.split, data.domains
+
+
+def _start_of(asked: Asked, space: SearchSpace) -> tuple[Recipe, Recipe | None]:
+    """The recipe of trial 0, and where it has the largest crop instead of its own what it is without."""
+    recipe = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    whole = at_largest_crop(recipe, space) if asked.recipe is None and recipe.pretrained else None
+    return (recipe, None) if whole is None else (whole, recipe)
 
 
 def _asked_settings(asked: Asked) -> dict[str, Any]:

@@ -220,10 +220,14 @@ def _speeds(
 
 
 def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:
-    """Side in px at which networks are timed: fixed, or 64 where the crop is searched."""
+    """Side in px at which networks are timed: what the space fixes, else that of the recipe that the search starts from, at least 64.
+
+    A trial's seconds are planned for that side, so that the start and all that shows fewer pixels train on equally many views.
+    """
     if fields["task"] == "dense":
         return int(fields["tile_size"])
-    return int(fields["input_size"] or (64 if "crop_size" in space.parameters else fields["crop_size"]))
+    least = 64 if "crop_size" in space.parameters else 0
+    return int(fields["input_size"] or max(least, fields["crop_size"]))
 
 
 def planned_recipe(fields: dict[str, Any], backbone: str, px: int) -> Recipe:
