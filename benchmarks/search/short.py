@@ -5,7 +5,7 @@
     python -m benchmarks.search.short --table
 
 A line is one training of the recipe `default`, one cycle over so many views of four folds, judged on the fifth with eight views;
-it is appended to `short.jsonl`. The test part is not read. Views and not seconds are set, so that other processes may run
+it is appended to `short.jsonl`. The test part is not read. Seconds include the prediction. Views and not seconds are set, so that other processes may run
 beside; seconds are kept, on as many threads as the line says.
 """
 
@@ -48,8 +48,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "short.jsonl"
 
 
-def measure(data: str, fold: int, views: int, pins: dict[str, Any], weights: str = "none") -> dict[str, Any]:
-    """Train and judge; the line for the results.
+def measure(
+    data: str, fold: int, views: int, pins: dict[str, Any], weights: str = "none", networks: int = 1
+) -> dict[str, Any]:
+    """Train so many networks of so many views each, judge the average of their logits; the line for the results.
 
     Raises:
         InputError: a wrong field, or ``PCAM_WEIGHTS_DIR`` is wanted and not set.
@@ -61,30 +63,35 @@ def measure(data: str, fold: int, views: int, pins: dict[str, Any], weights: str
     base = load_recipe(find_config("recipes", "default")).model_dump()
     recipe = build_recipe(merge_fields(base, {"pretrained": start.pretrained, "epochs": None, "views": views, **pins}))
     rows = choose_rows(store, recipe, split.train_order(fold), split.score_rows(fold, len(split.order)))
-    training = start_training(
-        recipe,
-        store,
-        rows,
-        patches=open_patches(store, device),
-        weights=start,
-        compute=fixed_variant(device),
-        key=key_of(recipe.seed, "views"),
-    )
-    began = time.perf_counter()
-    (result,) = fit(training, rows.train, (Rung(views, len(rows.train)),), scored=False)
+    began, logits, losses = time.perf_counter(), [], []
+    for number in range(networks):
+        training = start_training(
+            recipe.model_copy(update={"seed": recipe.seed + number}),
+            store,
+            rows,
+            patches=open_patches(store, device),
+            weights=start,
+            compute=fixed_variant(device),
+            key=key_of(recipe.seed, "views", number) if number else key_of(recipe.seed, "views"),
+        )
+        (result,) = fit(training, rows.train, (Rung(views, len(rows.train)),), scored=False)
+        losses.append(result.train_loss)
+        shown = Views(recipe, training.task.data.normalisation, "dihedral")
+        with training.averaged() as network:
+            patches = training.task.data.patches
+            logits.append(logits_of_rows(network, patches, rows.score, shown, training.compute))
     seconds, label = time.perf_counter() - began, store.label[rows.score].astype(np.int64)
-    shown = Views(recipe, training.task.data.normalisation, "dihedral")
-    with training.averaged() as network:
-        probs = probs_at(logits_of_rows(network, training.task.data.patches, rows.score, shown, training.compute))
+    probs = probs_at(np.mean([np.asarray(one) for one in logits], axis=0))
     return {
         "data": data,
         "fold": fold,
         "views": views,
         "set": pins,
         "weights": weights,
+        "networks": networks,
         "auc": float(auc(label, probs)),
         "log_loss": float(log_loss(label, probs)),
-        "train_loss": result.train_loss,
+        "train_loss": statistics.fmean(losses),
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
@@ -97,6 +104,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     by_what: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
         what = ", ".join(f"{k}={v}" for k, v in line["set"].items())
+        what += f" x {line['networks']}" if line.get("networks", 1) > 1 else ""
         by_what[line.get("weights", "none"), line["views"], what][line["fold"]] = line
     text = [f"{'weights':<7} {'views':>7}  {'set':<56} {'error':>8} {'log-loss':>9} {'seconds':>7}   folds: error"]
     for (weights, views, what), folds in sorted(by_what.items()):
@@ -116,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fold", type=int, default=0, choices=range(5))
     parser.add_argument("--views", type=int, default=13_000)
     parser.add_argument("--weights", default="none", choices=("none", "given"))
+    parser.add_argument(
+        "--networks", type=int, default=1, help="the logits of so many, each of its own seed, are averaged"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
@@ -128,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         pins = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-        line = measure(args.data, args.fold, args.views, pins, args.weights)
+        line = measure(args.data, args.fold, args.views, pins, args.weights, args.networks)
     except InputError as fault:
         print(fault, file=sys.stderr)
         return 2

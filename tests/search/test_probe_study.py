@@ -70,6 +70,27 @@ def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path:
         create_or_open_study("s", url_of(tmp_path), replace(asked, probe="off"), say=said.append)
 
 
+def test_a_fine_tuning_begins_at_the_largest_crop_in_batches_small_enough(
+    easy_pack: Path, tmp_path: Path, folder: Path
+) -> None:
+    """Where somebody names the recipe it begins at that one's own."""
+    space = tmp_path / "fine.yaml"
+    space.write_text(
+        "base: {backbone: test_resnet}\nparameters:\n  crop_size: {int: [32, 96], step: 32}\n  batch_size: {choice: [32, 64]}\n"
+    )
+    asked = Asked(data=easy_pack, space=str(space), weights=str(folder), views=192, device="cpu", probe="off")
+
+    def begun(name: str, asked: Asked) -> list[tuple[str, object, object]]:
+        opened = create_or_open_study(name, url_of(tmp_path), asked, say=lambda text: None)
+        assert (opened.start.crop_size, opened.start.batch_size) == tuple(opened.settings.enqueued[0].params.values())
+        return [(one.origin, *one.params.values()) for one in opened.settings.enqueued[:2]]
+
+    assert begun("fine", asked) == [("recipe default at 96 px", 96, 32), ("recipe default", 64, 32)]
+    scratch = begun("scratch", replace(asked, weights="none"))
+    assert scratch == [("recipe default", 64, 32), ("recipe default at 96 px", 96, 32)]
+    assert begun("named", replace(asked, recipe="default"))[0] == ("recipe default", 64, 64)
+
+
 def test_a_study_that_measures_nothing_has_no_probe(asked: Asked, tmp_path: Path) -> None:
     opened = create_or_open_study("s", url_of(tmp_path), replace(asked, deterministic=True), say=lambda text: None)
     assert opened.settings.plan["probe"] is None

@@ -8,10 +8,17 @@ import pytest
 
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.plan import Plan, build_rungs, trial_seconds
+from pcam_automl.search.plan import Plan, build_rungs, planned_side, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import MOST_ENTRIES, enqueued_for, n_prescribed, start_list, with_steps_enough
+from pcam_automl.search.start import (
+    MOST_ENTRIES,
+    at_largest_crop,
+    enqueued_for,
+    n_prescribed,
+    start_list,
+    with_steps_enough,
+)
 from pcam_automl.search.start_sources import shipped_recipes
 from pcam_automl.search.study import start_recipe
 
@@ -186,6 +193,31 @@ def test_a_short_search_compares_the_crops_also_where_the_larger_sees_few_views(
     assert origins == ["recipe default"]
     short = start_list(space, recipe, (), {}, plan, name="default", least_share=0.2)
     assert [entry.origin for entry in short.entries] == ["recipe default", "recipe default at 96 px"]
+
+
+def test_a_fine_tuning_starts_at_the_largest_crop_and_tries_its_own_before_what_a_probe_says() -> None:
+    space = space_of("default", True)
+    own = start_recipe("default", True)
+    start = at_largest_crop(own, space)
+    assert start is not None
+    assert (start.crop_size, start.input_size) == (96, None)
+    asked, probed = (Enqueued(origin=name, params={"lr": lr}) for name, lr in (("asked", 1e-3), ("probed", 2e-3)))
+    found = start_list(space, start, [asked], {}, plan_for(space), name="default", probed=[probed], own=own).entries
+    assert [entry.origin for entry in found] == ["recipe default at 96 px", "asked", "recipe default", "probed"]
+    assert [entry.params.get("crop_size") for entry in found] == [96, None, 64, None]
+    assert at_largest_crop(start, space) is None
+    assert at_largest_crop(own, space.pinned({"crop_size": 80})) is None
+
+
+@pytest.mark.parametrize(("crop", "px"), [(32, 64), (64, 64), (96, 96)])
+def test_trials_are_planned_for_the_side_of_the_start_and_of_64_px_at_least_where_the_crop_is_searched(
+    crop: int, px: int
+) -> None:
+    space = space_of("default", True)
+    fields = start_recipe("default", True).model_copy(update={"crop_size": crop}).model_dump()
+    assert planned_side(fields, space) == px
+    assert planned_side(fields, space.pinned({"crop_size": crop})) == crop
+    assert planned_side({**fields, "input_size": 128}, space) == 128
 
 
 def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
