@@ -47,12 +47,21 @@ from pcam_automl.search.plan import (
     trial_seconds,
 )
 from pcam_automl.search.priors import NONE
+from pcam_automl.search.probe_decisions import LEAST_LEFT
 from pcam_automl.search.probe_study import LIMIT_S, check_mode, probe_study
 from pcam_automl.search.pruner import build_pruner
 from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
-from pcam_automl.search.start import LEAST_VIEWS_SHARE, at_largest_crop, start_list, with_steps_enough
+from pcam_automl.search.start import (
+    FIRST,
+    LEAST_VIEWS_SHARE,
+    MOST_ENTRIES,
+    at_largest_crop,
+    n_prescribed,
+    start_list,
+    with_steps_enough,
+)
 from pcam_automl.search.start_sources import asked_entries, probed_entries, shipped_recipes
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental
 from pcam_automl.search.storage_url import normalised_url, safe_url, sqlite_path
@@ -149,7 +158,9 @@ def _decide(
         start = with_steps_enough(start, space, plan)
         own = None if own is None else with_steps_enough(own, space, plan)
     probe = None
-    if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic):
+    if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic) and (
+        asked.probe == "on" or _may_be_followed(space, budget)
+    ):
         limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
         space, probe = probe_study(
             space, common, plan, store=data.store, rows=rows, weights=weights, device=device, say=say, seconds=limit_s
@@ -211,6 +222,12 @@ def _start_of(asked: Asked, space: SearchSpace) -> tuple[Recipe, Recipe | None]:
     recipe = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
     whole = at_largest_crop(recipe, space) if asked.recipe is None and recipe.pretrained else None
     return (recipe, None) if whole is None else (whole, recipe)
+
+
+def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None) -> bool:
+    """Whether a probe's ranking could begin a trial behind those that are prescribed in any case, or leave a backbone out."""
+    begins = budget is None or n_prescribed(MOST_ENTRIES, budget.n_started) > FIRST
+    return begins or len(space.choices("backbone")) > LEAST_LEFT
 
 
 def _asked_settings(asked: Asked) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pcam_automl.errors import RecipeError, StudyError
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import build_recipe
 from pcam_automl.search import probe_study as module
-from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.budget import plan_budget
+from pcam_automl.search.create import _may_be_followed, create_or_open_study
 from pcam_automl.search.plan import Plan
 from pcam_automl.search.probe_decisions import ProbeResult
 from pcam_automl.search.probe_study import Cell, check_mode, following_cells, probe_study, values_of, views_of
@@ -89,6 +90,20 @@ def test_a_fine_tuning_begins_at_the_largest_crop_in_batches_small_enough(
     scratch = begun("scratch", replace(asked, weights="none"))
     assert scratch == [("recipe default", 64, 32), ("recipe default at 96 px", 96, 32)]
     assert begun("named", replace(asked, recipe="default"))[0] == ("recipe default", 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("n_started", "n_backbones", "followed"), [(None, 1, True), (11, 3, False), (12, 1, True), (11, 4, True)]
+)
+def test_a_budget_whose_trials_could_not_follow_a_probe_is_not_spent_on_one(
+    n_started: int | None, n_backbones: int, followed: bool
+) -> None:
+    names = ["test_resnet", "test_vit", "resnet18", "resnet34"][:n_backbones]
+    space = parse_space(
+        {"parameters": {"backbone": {"choice": names}, "crop_size": {"int": [32, 96], "step": 16}}}, "here"
+    )
+    budget = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started)
+    assert _may_be_followed(space, budget) is followed
 
 
 def test_a_study_that_measures_nothing_has_no_probe(asked: Asked, tmp_path: Path) -> None:
