@@ -99,9 +99,8 @@ def test_a_budget_whose_trials_could_not_follow_a_probe_is_not_spent_on_one(
     n_started: int | None, n_backbones: int, followed: bool
 ) -> None:
     names = ["test_resnet", "test_vit", "resnet18", "resnet34"][:n_backbones]
-    space = parse_space(
-        {"parameters": {"backbone": {"choice": names}, "crop_size": {"int": [32, 96], "step": 16}}}, "here"
-    )
+    text = f"parameters:\n  backbone: {{choice: [{', '.join(names)}]}}\n  crop_size: {{int: [32, 96], step: 16}}\n"
+    space = parse_space(text, "here")
     budget = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started)
     assert _may_be_followed(space, budget) is followed
 
