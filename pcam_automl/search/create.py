@@ -57,7 +57,6 @@ from pcam_automl.search.start import (
     FIRST,
     LEAST_VIEWS_SHARE,
     MOST_ENTRIES,
-    at_largest_crop,
     n_prescribed,
     start_list,
     with_steps_enough,
@@ -145,7 +144,7 @@ def _decide(
     say(text)
     space = _with_weights(around_recipe(space, asked), asked, weights, say)
     data = _data_of(path, asked, folder, say, pack_call)
-    start, own = _start_of(asked, space)
+    start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
     _check_common(common, data, say)
@@ -156,7 +155,6 @@ def _decide(
         space = space.without_choices("backbone", list(plan.dropped))
     if asked.recipe is None:
         start = with_steps_enough(start, space, plan)
-        own = None if own is None else with_steps_enough(own, space, plan)
     probe = None
     if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic) and (
         asked.probe == "on" or _may_be_followed(space, budget)
@@ -168,7 +166,6 @@ def _decide(
     if data.goal.name == "worst_domain_auc":
         scored = _search_rows(data.split)[1][: plan.n_score]
         check_domains(data.store, without_excluded(data.store, common, scored), common)
-    is_short = budget is not None and budget.short
     first = start_list(
         space,
         start,
@@ -177,8 +174,7 @@ def _decide(
         plan,
         name=asked.recipe or DEFAULT_RECIPE,
         probed=probed_entries(probe),
-        own=own,
-        least_share=SLOWEST_SHARE if is_short else LEAST_VIEWS_SHARE,
+        least_share=LEAST_VIEWS_SHARE if budget is None else SLOWEST_SHARE,
     )
     if budget is not None and budget.short:
         budget = budget.with_trial(budget.whole_s, n_short=min(N_SHORT, len(first.entries)))
@@ -217,17 +213,12 @@ def _decide(
     return settings, data.split, data.domains
 
 
-def _start_of(asked: Asked, space: SearchSpace) -> tuple[Recipe, Recipe | None]:
-    """The recipe of trial 0, and where it has the largest crop instead of its own what it is without."""
-    recipe = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
-    whole = at_largest_crop(recipe, space) if asked.recipe is None and recipe.pretrained else None
-    return (recipe, None) if whole is None else (whole, recipe)
-
-
 def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None) -> bool:
     """Whether a probe's ranking could begin a trial behind those that are prescribed in any case, or leave a backbone out."""
-    begins = budget is None or n_prescribed(MOST_ENTRIES, budget.n_started) > FIRST
-    return begins or len(space.choices("backbone")) > LEAST_LEFT
+    if budget is None:
+        return True
+    begins = n_prescribed(MOST_ENTRIES, budget.n_started) > FIRST
+    return begins or (not budget.short and len(space.choices("backbone")) > LEAST_LEFT)
 
 
 def _asked_settings(asked: Asked) -> dict[str, Any]:
@@ -308,7 +299,7 @@ def _planned(
             used_s=process_age_s(),
             images_per_s=rate,
             n_final=n_final,
-            may_be_short=not common.pretrained and not _wants_search(asked),
+            may_be_short=not _wants_search(asked),
         )
     plan = make_plan(
         space,

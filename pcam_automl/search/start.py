@@ -49,10 +49,9 @@ def start_list(
     *,
     name: str,
     probed: Iterable[Enqueued] = (),
-    own: Recipe | None = None,
     least_share: float = LEAST_VIEWS_SHARE,
 ) -> Start:
-    """Slot 0 is the recipe that the search starts from; then what was asked for, the same recipe at another crop, recipes that fit.
+    """Slot 0 is the recipe that the search starts from; then what was asked for, the same recipe at the largest crop, recipes that fit.
 
     What a user asked for (a warm start, a prior) goes before what nobody named: of 12 trials only 3 are prescribed. How much
     of the patch decides its label differs by data set more than anything else, and no sampler finds that out in a dozen
@@ -66,23 +65,21 @@ def start_list(
         plan: the speeds of the space's backbones.
         name: of ``start``.
         probed: what a probe of frozen features would begin with.
-        own: what ``start`` is at its own crop, where :func:`at_largest_crop` changed it.
         least_share: of the views that ``start`` must see at the largest crop.
     """
     left_out: list[str] = []
-    other = largest_that_fits(start, space, plan, least_share) if own is None else own
-    listed = [Enqueued(origin=_said(name, start, own), params=space.params_of(start)), *asked_for]
-    if other is not None:
-        listed.append(Enqueued(origin=_said(name, other, own or start), params=space.params_of(other)))
+    listed = [Enqueued(origin=f"recipe {name}", params=space.params_of(start)), *asked_for]
+    if (whole := at_largest_crop(start, space, plan, least_share)) is not None:
+        listed.append(Enqueued(origin=f"recipe {name} at {whole.crop_size} px", params=space.params_of(whole)))
     listed += probed
-    for shipped, recipe in recipes.items():
-        if shipped == name:
+    for own, recipe in recipes.items():
+        if own == name:
             continue
         fitted, said = fitting(recipe, space, plan)
         if fitted is None:
-            left_out.append(f"recipe {shipped}: {said}")
+            left_out.append(f"recipe {own}: {said}")
         else:
-            origin = f"recipe {shipped}" + (f" ({said})" if said else "")
+            origin = f"recipe {own}" + (f" ({said})" if said else "")
             listed.append(Enqueued(origin=origin, params=space.params_of(fitted)))
     entries: list[Enqueued] = []
     for entry in listed:
@@ -102,31 +99,18 @@ def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
     return recipe.model_copy(update={"batch_size": max(enough, default=min(sizes))}) if sizes else recipe
 
 
-def _said(name: str, recipe: Recipe, own: Recipe | None) -> str:
-    at = "" if own is None or recipe.crop_size == own.crop_size else f" at {recipe.crop_size} px"
-    return f"recipe {name}{at}"
-
-
-def at_largest_crop(recipe: Recipe, space: SearchSpace) -> Recipe | None:
-    """The recipe with the largest crop of the space, at the same scale; None where that is its own or is not searched.
-
-    A fine-tuning starts there: at equal seconds, from a few on, it has a third of the error of 64 px (docs/performance.md).
-    """
+def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> Recipe | None:
+    """The recipe with the largest crop of the space, at the same scale; None where that is its own, is not searched, or is too slow."""
     crop = space.parameters.get("crop_size")
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
     if not isinstance(largest, int) or largest <= recipe.crop_size:
         return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
-    return recipe.model_copy(update={"crop_size": largest, "input_size": size})
-
-
-def largest_that_fits(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> Recipe | None:
-    """:func:`at_largest_crop`, unless it would see less than that share of the planned views within a trial's seconds."""
-    if (whole := at_largest_crop(recipe, space)) is None:
-        return None
-    pixels = (whole.network_px / plan.planned_px) ** 2
+    pixels = ((size or largest) / plan.planned_px) ** 2
     backbone = str(space.base.get("backbone", recipe.backbone))  # pinned by --set
-    return whole if views_share(recipe, backbone, plan, pixels=pixels) >= least_share else None
+    if views_share(recipe, backbone, plan, pixels=pixels) < least_share:
+        return None
+    return recipe.model_copy(update={"crop_size": largest, "input_size": size})
 
 
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:

@@ -71,10 +71,8 @@ def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path:
         create_or_open_study("s", url_of(tmp_path), replace(asked, probe="off"), say=said.append)
 
 
-def test_a_fine_tuning_begins_at_the_largest_crop_in_batches_small_enough(
-    easy_pack: Path, tmp_path: Path, folder: Path
-) -> None:
-    """Where somebody names the recipe it begins at that one's own."""
+def test_a_fine_tuning_too_begins_in_batches_small_enough(easy_pack: Path, tmp_path: Path, folder: Path) -> None:
+    """Where somebody names the recipe it begins with that one's own."""
     space = tmp_path / "fine.yaml"
     space.write_text(
         "base: {backbone: test_resnet}\nparameters:\n  crop_size: {int: [32, 96], step: 32}\n  batch_size: {choice: [32, 64]}\n"
@@ -86,22 +84,23 @@ def test_a_fine_tuning_begins_at_the_largest_crop_in_batches_small_enough(
         assert (opened.start.crop_size, opened.start.batch_size) == tuple(opened.settings.enqueued[0].params.values())
         return [(one.origin, *one.params.values()) for one in opened.settings.enqueued[:2]]
 
-    assert begun("fine", asked) == [("recipe default at 96 px", 96, 32), ("recipe default", 64, 32)]
-    scratch = begun("scratch", replace(asked, weights="none"))
-    assert scratch == [("recipe default", 64, 32), ("recipe default at 96 px", 96, 32)]
+    both = [("recipe default", 64, 32), ("recipe default at 96 px", 96, 32)]
+    assert begun("fine", asked) == both
+    assert begun("scratch", replace(asked, weights="none")) == both
     assert begun("named", replace(asked, recipe="default"))[0] == ("recipe default", 64, 64)
 
 
 @pytest.mark.parametrize(
-    ("n_started", "n_backbones", "followed"), [(None, 1, True), (11, 3, False), (12, 1, True), (11, 4, True)]
+    ("n_started", "n_backbones", "short", "followed"),
+    [(None, 1, False, True), (11, 3, False, False), (12, 1, False, True), (11, 4, False, True), (2, 4, True, False)],
 )
 def test_a_budget_whose_trials_could_not_follow_a_probe_is_not_spent_on_one(
-    n_started: int | None, n_backbones: int, followed: bool
+    n_started: int | None, n_backbones: int, short: bool, followed: bool
 ) -> None:
     names = ["test_resnet", "test_vit", "resnet18", "resnet34"][:n_backbones]
     text = f"parameters:\n  backbone: {{choice: [{', '.join(names)}]}}\n  crop_size: {{int: [32, 96], step: 16}}\n"
     space = parse_space(text, "here")
-    budget = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started)
+    budget = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started, short=short)
     assert _may_be_followed(space, budget) is followed
 
 

@@ -13,7 +13,6 @@ from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import (
     MOST_ENTRIES,
-    at_largest_crop,
     enqueued_for,
     n_prescribed,
     start_list,
@@ -195,18 +194,12 @@ def test_a_short_search_compares_the_crops_also_where_the_larger_sees_few_views(
     assert [entry.origin for entry in short.entries] == ["recipe default", "recipe default at 96 px"]
 
 
-def test_a_fine_tuning_starts_at_the_largest_crop_and_tries_its_own_before_what_a_probe_says() -> None:
-    space = space_of("default", True)
-    own = start_recipe("default", True)
-    start = at_largest_crop(own, space)
-    assert start is not None
-    assert (start.crop_size, start.input_size) == (96, None)
+def test_what_was_asked_for_goes_before_the_largest_crop_and_a_probe_s_ranking_behind_it() -> None:
+    space, start = space_of("default", True), start_recipe("default", True)
     asked, probed = (Enqueued(origin=name, params={"lr": lr}) for name, lr in (("asked", 1e-3), ("probed", 2e-3)))
-    found = start_list(space, start, [asked], {}, plan_for(space), name="default", probed=[probed], own=own).entries
-    assert [entry.origin for entry in found] == ["recipe default at 96 px", "asked", "recipe default", "probed"]
-    assert [entry.params.get("crop_size") for entry in found] == [96, None, 64, None]
-    assert at_largest_crop(start, space) is None
-    assert at_largest_crop(own, space.pinned({"crop_size": 80})) is None
+    found = start_list(space, start, [asked], {}, plan_for(space), name="default", probed=[probed]).entries
+    assert [entry.origin for entry in found] == ["recipe default", "asked", "recipe default at 96 px", "probed"]
+    assert [entry.params.get("crop_size") for entry in found] == [64, None, 96, None]
 
 
 @pytest.mark.parametrize(("crop", "px"), [(32, 64), (64, 64), (96, 96)])
