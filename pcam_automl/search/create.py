@@ -153,6 +153,9 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
+    # The recipe's own network may lack weights: trial 0 and its neighbours take the same one in its place.
+    left = [name for name in plan.images_per_s if name not in plan.dropped]
+    start = start.model_copy(update={"backbone": first_backbone(start, left)})
     if asked.recipe is None:
         start = with_steps_enough(start, space, plan)
     probe = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.search.dimension import is_number
-from pcam_automl.search.plan import Plan, trial_seconds
+from pcam_automl.search.plan import Plan, first_backbone, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace
 
@@ -107,7 +107,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
         return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
     pixels = ((size or largest) / plan.planned_px) ** 2
-    backbone = str(space.base.get("backbone", recipe.backbone))  # pinned by --set
+    backbone = first_backbone(recipe, [name for name in plan.images_per_s if name not in plan.dropped])
     if views_share(recipe, backbone, plan, pixels=pixels) < least_share:
         return None
     return recipe.model_copy(update={"crop_size": largest, "input_size": size})

@@ -62,6 +62,7 @@ def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path:
     assert {"crop_size", "lr"} <= set(record["starts"][0])
     enqueued = opened.settings.enqueued
     assert enqueued[0].origin == "recipe default"
+    assert enqueued[0].params["backbone"] == "test_resnet"  # the recipe's own is not in the space
     assert any(one.origin.startswith("probe") and one.params in record["starts"] for one in enqueued[1:])
     assert any(line.startswith("probe of frozen features") for line in said)
     assert opened.space.choices("backbone") == ("test_resnet", "test_vit")  # three stay at least

@@ -213,6 +213,14 @@ def test_trials_are_planned_for_the_side_of_the_start_and_of_64_px_at_least_wher
     assert planned_side({**fields, "input_size": 128}, space) == 128
 
 
+def test_a_network_in_place_of_the_recipe_s_own_is_tried_at_the_largest_crop_too() -> None:
+    """Weights may be given for others only."""
+    space = space_of("default", True)
+    left = space.without_choices("backbone", [one for one in space.choices("backbone") if one != "efficientnet_b0"])
+    assert origins(left, plan_for(left))[:2] == ["recipe default", "recipe default at 96 px"]
+    assert origins(left, plan_for(left, rate=100.0))[:2] == ["recipe default"]
+
+
 def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
     space = space_of("default", False).pinned({"backbone": "resnet18d"})
     entries = start_list(space, start_recipe("default", False), (), {}, plan_for(space), name="default").entries
