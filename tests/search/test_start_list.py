@@ -53,7 +53,7 @@ def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[
             ],
         ),
         ("quick", False, ["recipe default"]),
-        ("cnn", False, ["recipe default", "recipe keras_cnn_1", "recipe keras_cnn_2"]),
+        ("cnn", False, ["recipe default", "recipe default at 96 px", "recipe keras_cnn_1", "recipe keras_cnn_2"]),
     ],
 )
 def test_the_notebooks_recipes_that_fit_follow_the_default(space: str, pretrained: bool, expected: list[str]) -> None:
@@ -128,6 +128,7 @@ def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() 
     assert origins(space, plan_for(space), asked=asked) == [
         "recipe default",
         "warm start other, trial 3",
+        "recipe default at 96 px",
         "recipe keras_cnn_1",
         "recipe keras_cnn_2",
     ]
