@@ -21,8 +21,11 @@ def check_threshold(threshold: float | None) -> None:
 
 
 def write_probabilities(file: Path, ids: Sequence[str], probs: np.ndarray, *, threshold: float | None = None) -> None:
-    """Write ``id,label`` with probabilities; with a threshold a column ``predicted`` of 0/1 beside them."""
-    table = pd.DataFrame({"id": list(ids), "label": np.round(probs.astype(np.float64), 9)})
+    """Write ``id,label`` with probabilities, all digits; with a threshold a column ``predicted`` of 0/1 beside them.
+
+    Rounded ones near 0 and 1 would tie, and the AUC counts their order.
+    """
+    table = pd.DataFrame({"id": list(ids), "label": probs.astype(np.float64)})
     if threshold is not None:
         table["predicted"] = (probs >= threshold).astype(int)
     with written_whole(file) as partial:

@@ -26,6 +26,14 @@ def test_ids_that_the_test_part_shares_stand_for_training_rows(tmp_path: Path) -
         assert read.on == "2 validation images"
 
 
+def test_the_order_of_probabilities_near_one_survives(tmp_path: Path) -> None:
+    """Which rounding to eight digits made ties of: 143 of 566 patches of a fine-tuned network on colon96."""
+    prob = np.sort(np.concatenate([1.0 - np.logspace(-15, -7, 20), np.logspace(-30, -20, 20), [1.0, 0.0, 1 / 3]]))
+    ids = np.array([f"{number}" for number in range(len(prob))])
+    write_scores(tmp_path / "scores.csv", Scores(np.arange(len(prob)), np.arange(len(prob)) % 2, prob, "x"), ids)
+    assert read_scores(tmp_path / "scores.csv", ids).prob.tolist() == prob.tolist()
+
+
 def test_ids_of_test_rows_alone_are_refused(tmp_path: Path) -> None:
     ids = np.array(["a", "b"])
     write_scores(tmp_path / "scores.csv", Scores(np.array([1]), np.array([1]), np.array([0.9]), "x"), ids)

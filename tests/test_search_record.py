@@ -80,7 +80,7 @@ def test_a_short_training_is_a_line_and_the_table_puts_folds_side_by_side(
     capsys.readouterr()
     assert short.main(["--table", "--results", str(file)]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["weights", "views", "set"]
+    assert head.split()[:4] == ["data", "weights", "views", "set"]
     assert "backbone=test_resnet, crop_size=32, batch_size=16" in row
     assert f"3: {1 - lines[1]['auc']:.4f}" in row
     assert short.main(["--set", "crop_size=7", "--results", str(file)]) == 2

@@ -48,6 +48,13 @@ def test_thresholds_are_probabilities() -> None:
         check_threshold(1.5)
 
 
+def test_the_order_of_probabilities_near_one_survives(tmp_path: Path) -> None:
+    probs = 1.0 - np.logspace(-15, -7, 20)
+    write_probabilities(tmp_path / "p.csv", [f"{number}" for number in range(20)], probs)
+    found = [float(line.split(",")[1]) for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
+    assert found == probs.tolist()
+
+
 def test_labels_stand_beside_probabilities(tmp_path: Path) -> None:
     write_probabilities(tmp_path / "p.csv", ["x", "y"], np.array([0.2, 0.8]), threshold=0.5)
     assert (tmp_path / "p.csv").read_text() == "id,label,predicted\nx,0.2,0\ny,0.8,1\n"

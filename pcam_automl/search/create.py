@@ -54,10 +54,11 @@ from pcam_automl.search.reading import SETTINGS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import (
-    FIRST,
     LEAST_VIEWS_SHARE,
     MOST_ENTRIES,
+    at_largest_crop,
     n_prescribed,
+    on_another,
     start_list,
     with_steps_enough,
 )
@@ -153,14 +154,21 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
-    # The recipe's own network may lack weights: trial 0 and its neighbours take the same one in its place.
-    left = [name for name in plan.images_per_s if name not in plan.dropped]
-    start = start.model_copy(update={"backbone": first_backbone(start, left)})
+    on = ""
+    if (
+        "backbone" not in space.base
+    ):  # the recipe's own may lack weights: trial 0, its neighbours and the probe take the same one
+        on = on_another(start.backbone, first_backbone(start, plan.left))
+        start = start.model_copy(update={"backbone": first_backbone(start, plan.left)})
     if asked.recipe is None:
         start = with_steps_enough(start, space, plan)
+    common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
+    least_share = LEAST_VIEWS_SHARE if budget is None else SLOWEST_SHARE
+    asked_for = asked_entries(asked, url, space, data.store, data.split, say)
+    n_ahead = 1 + len(asked_for) + (at_largest_crop(start, space, plan, least_share) is not None)
     probe = None
     if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic) and (
-        asked.probe == "on" or _may_be_followed(space, budget)
+        asked.probe == "on" or _may_be_followed(space, budget, n_ahead)
     ):
         limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
         space, probe = probe_study(
@@ -172,12 +180,13 @@ def _decide(
     first = start_list(
         space,
         start,
-        asked_entries(asked, url, space, data.store, data.split, say),
+        asked_for,
         shipped_recipes(),
         plan,
         name=asked.recipe or DEFAULT_RECIPE,
+        on=on,
         probed=probed_entries(probe),
-        least_share=LEAST_VIEWS_SHARE if budget is None else SLOWEST_SHARE,
+        least_share=least_share,
     )
     if budget is not None and budget.short:
         budget = budget.with_trial(budget.whole_s, n_short=min(N_SHORT, len(first.entries)))
@@ -216,11 +225,11 @@ def _decide(
     return settings, data.split, data.domains
 
 
-def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None) -> bool:
-    """Whether a probe's ranking could begin a trial behind those that are prescribed in any case, or leave a backbone out."""
+def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None, n_ahead: int) -> bool:
+    """Whether a probe's ranking could begin a trial behind ``n_ahead`` prescribed ones, or leave a backbone out."""
     if budget is None:
         return True
-    begins = n_prescribed(MOST_ENTRIES, budget.n_started) > FIRST
+    begins = n_prescribed(MOST_ENTRIES, budget.n_started) > n_ahead
     return begins or (not budget.short and len(space.choices("backbone")) > LEAST_LEFT)
 
 
@@ -318,13 +327,17 @@ def _planned(
     )
     if budget is None:
         return plan, None
-    rate = plan.images_per_s[first_backbone(start, [name for name in plan.images_per_s if name not in plan.dropped])]
+    rate = plan.images_per_s[first_backbone(start, plan.left)]
     return plan, budget.with_trial(min(trial_seconds(start, plan.rungs, plan.n_score, rate), plan.cap_s or math.inf))
 
 
 def _wants_search(asked: Asked) -> bool:
     """Whether somebody named what is searched, or how."""
-    return asked.cost_aware or any(word is not None for word in (asked.space, asked.sampler, asked.pruner))
+    return (
+        asked.cost_aware
+        or asked.probe == "on"
+        or any(word is not None for word in (asked.space, asked.sampler, asked.pruner))
+    )
 
 
 def _full(path: Path | None) -> str | None:

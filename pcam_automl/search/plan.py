@@ -38,6 +38,8 @@ EVAL_SPEEDUP = 2.5
 MOST_EPOCHS = 20
 LEAST_VIEWS = 1_800
 SCORE_LIMIT = {"cpu": 4_000, "cuda": 20_000}
+STAND_INS = {"densenet169": "densenet121", "resnetv2_101": "resnet50"}
+"""A notebook's network to the largest of its family in the default space, which takes the notebook's values."""
 SCORE_SHARE = 0.06
 """Share of a typical trial that the scoring of one rung may take."""
 
@@ -66,6 +68,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The backbones that were not left out, in the space's order."""
+        return tuple(name for name in self.images_per_s if name not in self.dropped)
 
 
 def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_per_s: float) -> float:
@@ -182,9 +189,19 @@ def _recipes_that_run(
     return recipes, dropped
 
 
+def stand_in(backbone: str, names: Sequence[str]) -> str | None:
+    """That one, the same with other weights, or the largest of its family among the names; None where there is none."""
+    family = backbone.partition(".")[0]
+    return next((one for one in (backbone, family, STAND_INS.get(family)) if one in names), None)
+
+
 def first_backbone(default: Recipe, names: Sequence[str]) -> str:
-    """The backbone that the search starts with: that of the recipe, else (its weights are missing, say) the first of the space."""
-    return default.backbone if default.backbone in names or not names else names[0]
+    """The backbone that the search starts with: that of the recipe or its stand-in, else (its weights are missing, say) the first of
+    the space.
+    """
+    if not names:
+        return default.backbone
+    return stand_in(default.backbone, names) or names[0]
 
 
 def first_that_runs(common: Recipe, space: SearchSpace) -> Recipe:
@@ -226,8 +243,10 @@ def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:
     """
     if fields["task"] == "dense":
         return int(fields["tile_size"])
-    least = 64 if "crop_size" in space.parameters else 0
-    return int(fields["input_size"] or max(least, fields["crop_size"]))
+    if fields["input_size"] or (crop := space.parameters.get("crop_size")) is None:
+        return int(fields["input_size"] or fields["crop_size"])
+    shown = crop.nearest(fields["crop_size"])  # as trial 0 shows it; None of a choice without numbers
+    return max(64, shown) if isinstance(shown, int) else 64
 
 
 def planned_recipe(fields: dict[str, Any], backbone: str, px: int) -> Recipe:

@@ -34,7 +34,7 @@ MOST_ROWS_READ = 400_000
 """Rows of all files of scores together, about 1 s: of a dense study's 200,000 pixels the two best are compared."""
 FEW_SLIDES = 10
 SAME_VALUE = 5e-4
-"""A trial's value and the AUC of its stored probabilities, which have eight digits, agree to this."""
+"""A trial's value and the AUC of its stored probabilities, which had eight digits until 2026-11-28, agree to this."""
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,11 @@ class SearchSpace:
             return recipe
         return build_recipe({**fields, "input_size": least_px + least_px % 2}, where="trial")
 
+    def is_whole(self, params: Mapping[str, Any]) -> bool:
+        """Whether the parameters leave the sampler nothing to fill in."""
+        fields = {**self.base, **params}
+        return all(name in params for name, parameter in self.parameters.items() if parameter.active(fields))
+
     def params_of(self, recipe: Recipe) -> dict[str, Any]:
         """The trial parameters that reproduce a recipe as nearly as the space allows.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.search.dimension import is_number
-from pcam_automl.search.plan import Plan, first_backbone, trial_seconds
+from pcam_automl.search.plan import Plan, stand_in, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace
 
@@ -26,10 +26,8 @@ LEAST_VIEWS_SHARE = 0.5
 """A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
 LEAST_BATCH = 32
 LEAST_STEPS = 200
-"""Of a whole trial of the default recipe. From scratch half the batch, so twice the steps, took a quarter to two thirds off the error of
-trainings of 13,000 to 26,000 views, for a tenth less views a second (docs/performance.md)."""
-STAND_INS = {"densenet169": "densenet121", "resnetv2_101": "resnet50"}
-"""A notebook's network to the largest of its family in the default space, which takes the notebook's values."""
+"""Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
+scratch of 13,000 to 26,000 views and of fine-tunings of 1,300 to 4,000, for a tenth less views a second (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ def start_list(
     plan: Plan,
     *,
     name: str,
+    on: str = "",
     probed: Iterable[Enqueued] = (),
     least_share: float = LEAST_VIEWS_SHARE,
 ) -> Start:
@@ -64,13 +63,15 @@ def start_list(
         recipes: shipped recipes by name.
         plan: the speeds of the space's backbones.
         name: of ``start``.
+        on: a word on the network that stands in for its own, from :func:`on_another`.
         probed: what a probe of frozen features would begin with.
         least_share: of the views that ``start`` must see at the largest crop.
     """
     left_out: list[str] = []
-    listed = [Enqueued(origin=f"recipe {name}", params=space.params_of(start)), *asked_for]
+    on = f" ({on})" if on else ""
+    listed = [Enqueued(origin=f"recipe {name}{on}", params=space.params_of(start)), *asked_for]
     if (whole := at_largest_crop(start, space, plan, least_share)) is not None:
-        listed.append(Enqueued(origin=f"recipe {name} at {whole.crop_size} px", params=space.params_of(whole)))
+        listed.append(Enqueued(origin=f"recipe {name} at {whole.crop_size} px{on}", params=space.params_of(whole)))
     listed += probed
     for own, recipe in recipes.items():
         if own == name:
@@ -100,17 +101,19 @@ def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
 
 
 def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> Recipe | None:
-    """The recipe with the largest crop of the space, at the same scale; None where that is its own, is not searched, or is too slow."""
+    """The recipe with the largest crop of the space, at the same scale; None where that is its own, is not searched, or is too slow, or
+    where the sampler would fill in values that the recipe lacks: two such trials would not compare crops.
+    """
     crop = space.parameters.get("crop_size")
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
     if not isinstance(largest, int) or largest <= recipe.crop_size:
         return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
     pixels = ((size or largest) / plan.planned_px) ** 2
-    backbone = first_backbone(recipe, [name for name in plan.images_per_s if name not in plan.dropped])
-    if views_share(recipe, backbone, plan, pixels=pixels) < least_share:
+    if views_share(recipe, str(space.base.get("backbone", recipe.backbone)), plan, pixels=pixels) < least_share:
         return None
-    return recipe.model_copy(update={"crop_size": largest, "input_size": size})
+    whole = recipe.model_copy(update={"crop_size": largest, "input_size": size})
+    return whole if space.is_whole(space.params_of(whole)) else None
 
 
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:
@@ -124,9 +127,7 @@ def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | No
         return None, f"its task is {recipe.task}, the search's {tasks[0]}"
     if recipe.pretrained and True not in space.choices("pretrained"):
         return None, "it starts from pretrained weights, the search from scratch"
-    known, family = space.choices("backbone"), recipe.backbone.partition(".")[0]
-    found = next((one for one in (recipe.backbone, family, STAND_INS.get(family)) if one in known), None)
-    if found is None:
+    if (found := stand_in(recipe.backbone, space.choices("backbone"))) is None:
         return None, f"{recipe.backbone} is not in the space"
     share = views_share(recipe, found, plan)
     if share < LEAST_VIEWS_SHARE:
@@ -137,7 +138,12 @@ def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | No
         frozen = sum(stage.share for stage in recipe.stages if stage.trainable == 0.0)
         decay = recipe.weight_decay if last.weight_decay is None else last.weight_decay
         changes |= {"stages": (), "lr": last.lr, "weight_decay": decay, "frozen": frozen}
-    return recipe.model_copy(update=changes), "" if found in (recipe.backbone, family) else f"on {found}"
+    return recipe.model_copy(update=changes), on_another(recipe.backbone, found)
+
+
+def on_another(backbone: str, found: str) -> str:
+    """A word on the network that stands in for a recipe's; empty where it is that one, if with other weights."""
+    return "" if found in (backbone, backbone.partition(".")[0]) else f"on {found}"
 
 
 def views_share(recipe: Recipe, backbone: str, plan: Plan, *, pixels: float = 1.0) -> float:

@@ -16,6 +16,7 @@ from pcam_automl.data.store import open_store
 from pcam_automl.errors import RecipeError, StudyError
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import build_recipe
+from pcam_automl.search import budget, plan
 from pcam_automl.search import probe_study as module
 from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.create import _may_be_followed, create_or_open_study
@@ -58,10 +59,16 @@ def test_a_study_with_weights_is_probed_and_remembers_it(asked: Asked, tmp_path:
     record = opened.settings.plan["probe"]
     cells = {(r["backbone"], r["crop_size"]) for r in record["results"]}
     assert cells == {(name, crop) for name in ("test_resnet", "test_vit") for crop in (32, 48)}
-    assert record["starts"][0]["backbone"] == max(record["results"], key=lambda r: r["auc"])["backbone"]
+    ranked = sorted(record["results"], key=lambda r: -r["auc"])
+    first, *others = [
+        (one["backbone"], one["crop_size"]) for one in [opened.settings.enqueued[0].params, *record["starts"]]
+    ]
+    best = (ranked[0]["backbone"], ranked[0]["crop_size"])
+    assert best in (first, others[0])
+    assert first not in others
     assert {"crop_size", "lr"} <= set(record["starts"][0])
     enqueued = opened.settings.enqueued
-    assert enqueued[0].origin == "recipe default"
+    assert enqueued[0].origin == "recipe default (on test_resnet)"
     assert enqueued[0].params["backbone"] == "test_resnet"  # the recipe's own is not in the space
     assert any(one.origin.startswith("probe") and one.params in record["starts"] for one in enqueued[1:])
     assert any(line.startswith("probe of frozen features") for line in said)
@@ -92,17 +99,66 @@ def test_a_fine_tuning_too_begins_in_batches_small_enough(easy_pack: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("n_started", "n_backbones", "short", "followed"),
-    [(None, 1, False, True), (11, 3, False, False), (12, 1, False, True), (11, 4, False, True), (2, 4, True, False)],
+    ("n_started", "n_ahead", "n_backbones", "short", "followed"),
+    [
+        (None, 2, 1, False, True),
+        (11, 2, 3, False, False),
+        (11, 1, 3, False, True),  # no largest crop is listed
+        (12, 2, 1, False, True),
+        (12, 3, 1, False, False),  # a warm start is
+        (11, 2, 4, False, True),
+        (2, 2, 4, True, False),
+    ],
 )
 def test_a_budget_whose_trials_could_not_follow_a_probe_is_not_spent_on_one(
-    n_started: int | None, n_backbones: int, short: bool, followed: bool
+    n_started: int | None, n_ahead: int, n_backbones: int, short: bool, followed: bool
 ) -> None:
     names = ["test_resnet", "test_vit", "resnet18", "resnet34"][:n_backbones]
     text = f"parameters:\n  backbone: {{choice: [{', '.join(names)}]}}\n  crop_size: {{int: [32, 96], step: 16}}\n"
     space = parse_space(text, "here")
-    budget = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started, short=short)
-    assert _may_be_followed(space, budget) is followed
+    planned = None if n_started is None else replace(plan_budget(360, used_s=20), n_started=n_started, short=short)
+    assert _may_be_followed(space, planned, n_ahead) is followed
+
+
+def test_a_short_fine_tuning_is_two_whole_trials_unless_somebody_wants_it_searched(
+    easy_pack: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "FEW", 10**6)
+    monkeypatch.setattr(budget, "MOST_FINAL_EPOCHS", 1e6)
+    monkeypatch.setattr(plan, "LEAST_VIEWS", 90)
+    monkeypatch.setattr(plan, "MOST_EPOCHS", 1)
+    pins = {"backbone": "test_resnet", "batch_size": 32}
+    asked = Asked(data=easy_pack, weights=str(folder), device="cpu", budget_s=60, pins=pins)
+
+    def made(name: str, asked: Asked) -> tuple[bool, bool, list[str]]:
+        settings = create_or_open_study(name, url_of(tmp_path), asked, say=lambda text: None).settings
+        of = settings.plan["budget"]
+        return of["short"], settings.plan["probe"] is not None, [one.origin for one in settings.enqueued[:2]]
+
+    crops = ["recipe default", "recipe default at 96 px"]
+    assert made("short", asked) == (True, False, crops)
+    assert made("probed", replace(asked, probe="on")) == (False, True, crops)
+    assert made("named", replace(asked, sampler="tpe"))[::2] == (False, crops)
+
+
+def test_the_network_in_place_of_the_recipe_s_own_stays_whatever_a_probe_says(
+    easy_pack: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the probe begins with has trial 0's batches."""
+    monkeypatch.setattr(
+        module, "hopeless_backbones", lambda results, keep: {"test_vit": "bad"} if "test_vit" not in keep else {}
+    )
+    (tmp_path / "two.yaml").write_text(
+        "parameters:\n  backbone: {choice: [test_vit, test_resnet]}\n  crop_size: {int: [48, 64], step: 16}\n"
+        "  batch_size: {choice: [32, 64]}\n"
+    )
+    asked = Asked(data=easy_pack, space=str(tmp_path / "two.yaml"), weights=str(folder), views=192, device="cpu")
+    opened = create_or_open_study("s", url_of(tmp_path), asked, say=lambda text: None)
+    assert opened.space.choices("backbone") == ("test_vit", "test_resnet")
+    assert opened.settings.enqueued[0].params == {"backbone": "test_vit", "crop_size": 64, "batch_size": 32}
+    starts = opened.settings.plan["probe"]["starts"]
+    assert starts
+    assert all(start["batch_size"] == 32 for start in starts)
 
 
 def test_a_study_that_measures_nothing_has_no_probe(asked: Asked, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.plan import Plan, build_rungs, planned_side, trial_seconds
+from pcam_automl.search.plan import Plan, build_rungs, first_backbone, planned_side, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import (
@@ -53,7 +53,8 @@ def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[
             ],
         ),
         ("quick", False, ["recipe default"]),
-        ("cnn", False, ["recipe default", "recipe default at 96 px", "recipe keras_cnn_1", "recipe keras_cnn_2"]),
+        # What the default has not, the blocks of small networks, the sampler fills in: two such trials compare no crops.
+        ("cnn", False, ["recipe default", "recipe keras_cnn_1", "recipe keras_cnn_2"]),
     ],
 )
 def test_the_notebooks_recipes_that_fit_follow_the_default(space: str, pretrained: bool, expected: list[str]) -> None:
@@ -128,7 +129,6 @@ def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() 
     assert origins(space, plan_for(space), asked=asked) == [
         "recipe default",
         "warm start other, trial 3",
-        "recipe default at 96 px",
         "recipe keras_cnn_1",
         "recipe keras_cnn_2",
     ]
@@ -212,14 +212,40 @@ def test_trials_are_planned_for_the_side_of_the_start_and_of_64_px_at_least_wher
     assert planned_side(fields, space) == px
     assert planned_side(fields, space.pinned({"crop_size": crop})) == crop
     assert planned_side({**fields, "input_size": 128}, space) == 128
+    smaller = replace(space.parameters["crop_size"], high=80)
+    known = replace(space, parameters={**space.parameters, "crop_size": smaller})
+    assert planned_side(fields, known) == min(px, 80), "as trial 0 can show it"
 
 
 def test_a_network_in_place_of_the_recipe_s_own_is_tried_at_the_largest_crop_too() -> None:
     """Weights may be given for others only."""
     space = space_of("default", True)
     left = space.without_choices("backbone", [one for one in space.choices("backbone") if one != "efficientnet_b0"])
-    assert origins(left, plan_for(left))[:2] == ["recipe default", "recipe default at 96 px"]
-    assert origins(left, plan_for(left, rate=100.0))[:2] == ["recipe default"]
+    start = start_recipe("default", True).model_copy(update={"backbone": "efficientnet_b0"})
+
+    def listed(start: Recipe, rate: float) -> list[str]:
+        plan, on = plan_for(left, rate=rate), "on efficientnet_b0"
+        return [one.origin for one in start_list(left, start, (), {}, plan, name="default", on=on).entries]
+
+    both = ["recipe default (on efficientnet_b0)", "recipe default at 96 px (on efficientnet_b0)"]
+    assert listed(start, 1000.0) == both
+    assert listed(start, 100.0) == both[:1]
+    assert listed(start_recipe("default", True), 1000.0) == both[:1], "any network, drawn twice"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "names", "found"),
+    [
+        ("densenet169.tv_in1k", ("resnet18d", "densenet121"), "densenet121"),
+        ("densenet169.tv_in1k", ("densenet121", "densenet169"), "densenet169"),
+        ("resnet10t", ("vit_tiny_patch16_224", "resnet18d"), "vit_tiny_patch16_224"),
+        ("resnet10t", (), "resnet10t"),
+    ],
+)
+def test_a_recipe_s_network_is_replaced_by_one_of_its_family_else_by_the_first(
+    backbone: str, names: tuple[str, ...], found: str
+) -> None:
+    assert first_backbone(Recipe(backbone=backbone), names) == found
 
 
 def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
