@@ -27,7 +27,7 @@ CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
 MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
 FEW = 12
-"""Lineages, a bracket and what is prescribed. A search from scratch that would start fewer can choose nothing by its rungs: it is cut
+"""Lineages, a bracket and what is prescribed. A search that would start fewer can choose nothing by its rungs: it is cut
 down to ``N_SHORT`` whole trials, of which the better is taken unconfirmed. With more, six minutes on two cores, the small network of
 the start has learnt in half the final training what it can, and the rest is better spent on choosing."""
 N_SHORT = 2
@@ -117,7 +117,7 @@ def plan_budget(
         used_s: what start-up and packing have taken of the search's part already.
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
         n_final: patches of the final training.
-        may_be_short: whether a search of few lineages is cut down, ``FEW``; a fine-tuning gains more from its recipe than from time.
+        may_be_short: whether a search of few lineages is cut down, ``FEW``; not where somebody named what is searched, or how.
     """
     confirm_s, final_s = CONFIRM_SHARE * total_s, final_seconds(total_s, images_per_s, n_final)
     search_s = total_s - confirm_s - final_s
