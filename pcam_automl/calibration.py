@@ -15,8 +15,8 @@ from pcam_automl.metrics import log_loss
 COLDEST, HOTTEST = 0.1, 20.0
 """Bounds of a temperature; a fit that runs into one of them says that the logits carry no scale to speak of."""
 N_BINS = 10
-_LEAST_PROB = 1e-7
-"""As in :func:`pcam_automl.metrics.log_loss`: a probability that was rounded to 1 keeps a finite logit, 16.1."""
+_LEAST_PROB, _MOST_PROB = float(np.finfo(np.float64).tiny), 1.0 - 2.0**-53
+"""The nearest to 0 and 1 that have a logit: -708 and 36.7."""
 
 Floats = NDArray[np.float64]
 
@@ -116,8 +116,8 @@ def probs_at(logits: ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def logits_of(probs: ArrayLike) -> Floats:
-    """Logits of probabilities (N,), which are kept 1e-7 off 0 and 1."""
-    kept = np.asarray(probs, np.float64).clip(_LEAST_PROB, 1 - _LEAST_PROB)
+    """Logits of probabilities (N,), which are kept off 0 and 1 as little as float64 can: their order counts."""
+    kept = np.asarray(probs, np.float64).clip(_LEAST_PROB, _MOST_PROB)
     return np.asarray(np.log(kept) - np.log1p(-kept))
 
 

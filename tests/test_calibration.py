@@ -65,6 +65,8 @@ def test_logits_and_probabilities_are_each_others_inverse_and_stay_finite() -> N
     logits = np.linspace(-15, 15, 61)
     assert np.allclose(logits_of(probs_at(logits, 1.0)), logits)
     assert np.isfinite(logits_of(np.array([0.0, 1.0]))).all()
+    near = np.array([1e-300, 1e-20, 1 - 1e-9, 1 - 1e-12, 1 - 1e-15, 1.0])
+    assert (np.diff(logits_of(near)) > 0).all()
     assert probs_at(np.array([-1e4, 1e4]), 1.0).tolist() == [0.0, 1.0]
 
 

@@ -204,7 +204,7 @@ class _Runner:
                     if whole:  # else it says nothing of the next one
                         self.pace = stored.seconds / expected
                     write_confirmation(job.folder, stored, self.opened.store)
-                    # As the next run will read it, rounded seconds and all.
+                    # As the next run will read it.
                     stored = read_confirmation(job.folder, self.opened.store, job.key) or stored
                     shutil.rmtree(job.checkpoints, ignore_errors=True)
                 done.append(stored)

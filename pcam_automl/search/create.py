@@ -56,7 +56,6 @@ from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import (
     LEAST_VIEWS_SHARE,
     MOST_ENTRIES,
-    at_largest_crop,
     n_prescribed,
     on_another,
     start_list,
@@ -165,14 +164,23 @@ def _decide(
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     least_share = LEAST_VIEWS_SHARE if budget is None else SLOWEST_SHARE
     asked_for = asked_entries(asked, url, space, data.store, data.split, say)
-    n_ahead = 1 + len(asked_for) + (at_largest_crop(start, space, plan, least_share) is not None)
+    n_ahead = len(start_list(space, start, asked_for, {}, plan, name="", least_share=least_share).entries)
     probe = None
     if check_mode(asked.probe or "auto", weights, deterministic=asked.deterministic) and (
         asked.probe == "on" or _may_be_followed(space, budget, n_ahead)
     ):
         limit_s = LIMIT_S if budget is None else min(LIMIT_S, 2.0 * budget.trial_s)
         space, probe = probe_study(
-            space, common, plan, store=data.store, rows=rows, weights=weights, device=device, say=say, seconds=limit_s
+            space,
+            common,
+            plan,
+            store=data.store,
+            rows=rows,
+            weights=weights,
+            device=device,
+            say=say,
+            seconds=limit_s,
+            keep=[str(one.params["backbone"]) for one in asked_for if "backbone" in one.params],
         )
     if data.goal.name == "worst_domain_auc":
         scored = _search_rows(data.split)[1][: plan.n_score]
@@ -229,8 +237,9 @@ def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None, n_ahead: int
     """Whether a probe's ranking could begin a trial behind ``n_ahead`` prescribed ones, or leave a backbone out."""
     if budget is None:
         return True
-    begins = n_prescribed(MOST_ENTRIES, budget.n_started) > n_ahead
-    return begins or (not budget.short and len(space.choices("backbone")) > LEAST_LEFT)
+    if budget.short:  # its seconds are its trials'
+        return False
+    return n_prescribed(MOST_ENTRIES, budget.n_started) > n_ahead or len(space.choices("backbone")) > LEAST_LEFT
 
 
 def _asked_settings(asked: Asked) -> dict[str, Any]:

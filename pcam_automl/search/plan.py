@@ -245,8 +245,7 @@ def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:
         return int(fields["tile_size"])
     if fields["input_size"] or (crop := space.parameters.get("crop_size")) is None:
         return int(fields["input_size"] or fields["crop_size"])
-    shown = crop.nearest(fields["crop_size"])  # as trial 0 shows it; None of a choice without numbers
-    return max(64, shown) if isinstance(shown, int) else 64
+    return max(64, int(crop.nearest(fields["crop_size"])))  # as trial 0 shows it
 
 
 def planned_recipe(fields: dict[str, Any], backbone: str, px: int) -> Recipe:

@@ -88,6 +88,7 @@ def probe_study(
     device: torch.device,
     say: Say,
     seconds: float = LIMIT_S,
+    keep: Sequence[str] = (),
 ) -> tuple[SearchSpace, dict[str, Any] | None]:
     """Probe, leave out what is hopeless, and say with what to begin.
 
@@ -101,6 +102,7 @@ def probe_study(
         device: where the trials run.
         say: told what was found, a line each.
         seconds: limit of the whole probe.
+        keep: backbones that stay, too: whole trainings have spoken for them.
 
     Returns:
         The space without hopeless backbones, and the record for ``settings.plan["probe"]``: ``results``, ``skipped``,
@@ -118,7 +120,7 @@ def probe_study(
         ranking.add(cell)
     for cell in following_cells(ranking.results, views):
         ranking.add(cell)
-    dropped = hopeless_backbones(ranking.results, keep=(start.backbone,))
+    dropped = hopeless_backbones(ranking.results, keep=(start.backbone, *keep))
     if dropped:
         space = space.without_choices("backbone", list(dropped))
     left = [one for one in ranking.results if one.backbone not in dropped]

@@ -139,9 +139,10 @@ class SearchSpace:
             return recipe
         return build_recipe({**fields, "input_size": least_px + least_px % 2}, where="trial")
 
-    def is_whole(self, params: Mapping[str, Any]) -> bool:
-        """Whether the parameters leave the sampler nothing to fill in."""
-        fields = {**self.base, **params}
+    def is_whole(self, recipe: Recipe) -> bool:
+        """Whether :meth:`params_of` the recipe leaves the sampler nothing to fill in."""
+        params = self.params_of(recipe)
+        fields = {**recipe.model_dump(), **self.base, **params}
         return all(name in params for name, parameter in self.parameters.items() if parameter.active(fields))
 
     def params_of(self, recipe: Recipe) -> dict[str, Any]:

@@ -27,7 +27,8 @@ LEAST_VIEWS_SHARE = 0.5
 LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
-scratch of 13,000 to 26,000 views and of fine-tunings of 1,300 to 4,000, for a tenth less views a second (docs/performance.md)."""
+scratch of 13,000 to 26,000 views and of fine-tunings of 1,300 to 4,000 at 96 px, for a tenth less views a second
+(docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
     if views_share(recipe, str(space.base.get("backbone", recipe.backbone)), plan, pixels=pixels) < least_share:
         return None
     whole = recipe.model_copy(update={"crop_size": largest, "input_size": size})
-    return whole if space.is_whole(space.params_of(whole)) else None
+    return whole if space.is_whole(whole) else None
 
 
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:

@@ -11,12 +11,13 @@ import torch
 from easy_set import TINY
 from probe_weights import write_probe_weights
 
+from pcam_automl.config import Enqueued
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import RecipeError, StudyError
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import build_recipe
-from pcam_automl.search import budget, plan
+from pcam_automl.search import budget, create, plan
 from pcam_automl.search import probe_study as module
 from pcam_automl.search.budget import plan_budget
 from pcam_automl.search.create import _may_be_followed, create_or_open_study
@@ -108,6 +109,7 @@ def test_a_fine_tuning_too_begins_in_batches_small_enough(easy_pack: Path, tmp_p
         (12, 3, 1, False, False),  # a warm start is
         (11, 2, 4, False, True),
         (2, 2, 4, True, False),
+        (2, 1, 4, True, False),
     ],
 )
 def test_a_budget_whose_trials_could_not_follow_a_probe_is_not_spent_on_one(
@@ -159,6 +161,21 @@ def test_the_network_in_place_of_the_recipe_s_own_stays_whatever_a_probe_says(
     starts = opened.settings.plan["probe"]["starts"]
     assert starts
     assert all(start["batch_size"] == 32 for start in starts)
+
+
+def test_the_network_of_a_warm_start_stays_whatever_a_probe_says(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module, "hopeless_backbones", lambda results, keep: {"test_vit": "bad"} if "test_vit" not in keep else {}
+    )
+    opened = create_or_open_study("without", url_of(tmp_path), asked, say=lambda text: None)
+    assert opened.space.choices("backbone") == ("test_resnet",)
+    warm = Enqueued(origin="warm start", params={"backbone": "test_vit", "crop_size": 32})
+    monkeypatch.setattr(create, "asked_entries", lambda *_: [warm])
+    opened = create_or_open_study("with", url_of(tmp_path), asked, say=lambda text: None)
+    assert opened.space.choices("backbone") == ("test_resnet", "test_vit")
+    assert opened.settings.enqueued[1] == warm
 
 
 def test_a_study_that_measures_nothing_has_no_probe(asked: Asked, tmp_path: Path) -> None:
