@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 import pcam_automl.finalize as finalize_module
@@ -17,9 +19,11 @@ import pcam_automl.search.plan as plan_module
 from pcam_automl.errors import Interrupted
 from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.objective import Objective
 from pcam_automl.search.overview import overview
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.storage import engine_of
+from pcam_automl.search.study import open_study
 from pcam_automl.training.pace import N_PARTS
 
 SPACE = """\
@@ -101,6 +105,34 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     assert "is not confirmed: its seconds go to the final training" in err
     assert "part  20 of 20" in err
     assert Path(json.loads(out)["submission"]).is_file()
+
+
+def test_the_second_of_two_whole_trials_sees_what_is_left_at_the_first_one_s_pace(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off by the clock it could not be compared: so it was in two of three runs of three minutes."""
+    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
+    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():
+        monkeypatch.setattr(budget_module, name, value)
+    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 900)
+    pace = Objective._pace
+    monkeypatch.setattr(Objective, "_pace", lambda self: 1e9)
+    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+    assert run("search", *options)[0] == 0
+    first, second = load_study("pcam")[0].get_trials()
+    assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
+    assert second.user_attrs["views_share"] == pytest.approx(plan_module.SLOWEST_SHARE, abs=0.01)
+    assert first.user_attrs["views_share"] > 0.3
+
+    objective = Objective(open_study("pcam", None), torch.device("cpu"))
+    paces = []
+    for rate in (100.0, 200.0):
+        objective._speed = SimpleNamespace(images_per_s=lambda recipe, device, rate=rate: rate)  # type: ignore[assignment]
+        paces.append(pace(objective))
+    assert paces[1] == pytest.approx(2 * paces[0])
+    took = [sum(rung["seconds"] for rung in row.user_attrs["rungs"]) for row in (first, second)]
+    views = [row.user_attrs["rung_plan"][-1][0] for row in (first, second)]
+    assert 0.0 < paces[0] < sum(took) * 100.0 / sum(views), "more is expected than the last rung's views"
 
 
 def test_whoever_says_how_to_search_gets_a_search(run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
-from pcam_automl.search.budget import BudgetClock
+from pcam_automl.search.budget import ROW_S, BudgetClock
 from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged
-from pcam_automl.search.plan import scaled, trial_seconds
+from pcam_automl.search.plan import SLOWEST_SHARE, scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
 from pcam_automl.search.retrying_storage import end_with, report, set_user_attrs, write_now
@@ -313,12 +313,36 @@ class Objective:
         return self._latencies[shape]
 
     def _share(self, recipe: Recipe) -> float:
-        """1, or the share of the views that fits into the study's seconds for a trial on this device."""
+        """1, or the share of the views that fits into the study's seconds for a trial on this device.
+
+        Behind the first trial of a short search it is what is left of these seconds, at the pace of the trials before: one that
+        does not end could not be compared.
+        """
         cap_s = self.opened.settings.cap_s
         if cap_s is None:
             return 1.0
+        whole_s = self._expected_s(recipe, 1.0)
+        share = min(1.0, cap_s / whole_s)
+        if self.clock is not None and self.clock.short is not None and not self._runs_through:
+            left_s = self.clock.left_s() - ROW_S
+            share = min(share, max(SLOWEST_SHARE, left_s / (whole_s * self._pace())))
+        return share
+
+    def _expected_s(self, recipe: Recipe, share: float) -> float:
+        """Of a trial that sees that share of the views."""
         rate = self._speed.images_per_s(recipe, self.device)
-        return min(1.0, cap_s / trial_seconds(recipe, self.opened.rungs, self.opened.settings.n_score, rate))
+        return trial_seconds(recipe, scaled(self.opened.rungs, share), self.opened.settings.n_score, rate)
+
+    def _pace(self) -> float:
+        """Seconds that the complete trials took by those that were expected; 1 before there are any."""
+        took = expected = 0.0
+        for row in self.opened.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if "rungs" in row.user_attrs and "recipe" in row.user_attrs:
+                took += sum(float(rung["seconds"]) for rung in row.user_attrs["rungs"])
+                expected += self._expected_s(
+                    build_recipe(json.loads(row.user_attrs["recipe"])), float(row.user_attrs["views_share"])
+                )
+        return took / expected if expected > 0.0 else 1.0
 
     def _earlier(self, lineage: str, number: int) -> dict[str, Any] | None:
         """User attributes of the lineage's last row before this one, if it got as far as a recipe."""
