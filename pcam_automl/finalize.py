@@ -213,6 +213,7 @@ def _decided(
         seed=opened.settings.seed,
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
+        timed=not opened.settings.deterministic,
     )
 
 

@@ -84,6 +84,7 @@ def decide(
     seed: int = 0,
     value_of: ValueOf = auc_of,
     maximise: bool = True,
+    timed: bool = True,
 ) -> Decision:
     """The best confirmed lineage or the cheapest that ties with it, or a blend of several if it helps; the search's best where nothing was
     confirmed.
@@ -96,12 +97,14 @@ def decide(
         seed: of the draws of slides.
         value_of: figure that the study's value is.
         maximise: whether a larger one is better.
+        timed: whether measured speed may settle a tie; in a deterministic study no measurement decides.
     """
     confirmed = tuple(ranked(confirmations, value_of=value_of, maximise=maximise)) if confirmations else ()
     by_name = {candidate.lineage: candidate for candidate in candidates}
     if not confirmed or math.isnan(confirmed[0].mean):  # nothing, or every training diverged
         return Decision((candidates[0],), (1.0,), confirmed)
-    first, tie = _cheapest_tied(confirmed, confirmations, store) if value_of is auc_of else (confirmed[0], None)
+    settled = timed and value_of is auc_of
+    first, tie = _cheapest_tied(confirmed, confirmations, store) if settled else (confirmed[0], None)
     winner = by_name[first.lineage]
     predicted = _out_of_fold(confirmations, [one.lineage for one in confirmed])
     if winner.lineage not in predicted:

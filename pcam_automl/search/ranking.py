@@ -225,7 +225,7 @@ def rank_study(
         return Ranking((), len(complete), notes=(why,))
     try:
         store = store if store is not None else _remembered_pack(settings)
-        return _ranking_of(complete, folder, store)
+        return _ranking_of(complete, folder, store, timed=not settings.deterministic)
     except DataError as fault:
         return Ranking((), len(complete), notes=(f"no interval can be drawn: {fault}",))
 
@@ -246,7 +246,8 @@ def _remembered_pack(settings: StudySettings) -> PatchStore:
     return store
 
 
-def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore) -> Ranking:
+def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *, timed: bool) -> Ranking:
+    """``timed``: whether measured speed may settle a tie; in a deterministic study no measurement decides."""
     best = complete[0]
     file = folder / "trials" / str(best.number) / SCORES
     first = read_named_scores(file)
@@ -267,7 +268,7 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore) ->
         cluster,
         numbers=[row.number for row in rows],
         values=[float(row.value or 0.0) for row in rows],
-        images_per_s=[_speed(row) if _device(row) == _device(best) else None for row in rows],
+        images_per_s=[_speed(row) if timed and _device(row) == _device(best) else None for row in rows],
     )
     picked, why = choose_cheapest_tied(trials)
     return Ranking(trials, len(complete), len(cluster), n_clusters, picked, why, tuple(notes))

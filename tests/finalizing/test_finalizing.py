@@ -271,5 +271,7 @@ def test_of_confirmed_trials_that_tie_the_cheapest_is_taken(
     assert (made.tie is None) == (taken == "0")
     assert made.tie is None or "takes 3.0 times as long" in made.tie
     assert made.to_json()["tie"] == made.tie
+    untimed = decide(candidates(2), found, Slides(800), timed=False)  # type: ignore[arg-type]
+    assert (untimed.members[0].lineage, untimed.tie) == ("0", None), "in a deterministic study no measurement decides"
     on_two = [replace(one, fold=fold) for one in found for fold in (1, 2)]
     assert decide(candidates(2), on_two, Slides(800)).members[0].lineage == "0"  # type: ignore[arg-type]

@@ -141,6 +141,8 @@ def test_a_cheaper_trial_of_equal_scores_is_picked_and_finalize_takes_it(store: 
     trials = [scored_trial(store, tmp_path, 0, prob), scored_trial(store, tmp_path, 1, prob, images_per_s=300.0)]
     found = ranking_of(store, tmp_path, trials)
     assert found.picked == 1
+    fixed = settings_of(store).model_copy(update={"deterministic": True})
+    assert rank_study(study_with(trials), fixed, tmp_path, store=store).picked == 0, "no measurement decides there"
     other_device = scored_trial(store, tmp_path, 1, prob, images_per_s=300.0, device="cuda")
     found = ranking_of(store, tmp_path, [trials[0], other_device])
     assert found.picked == 0

@@ -160,7 +160,10 @@ def test_the_first_trials_take_the_default_and_then_the_warm_start(
     asked_once: tuple[Asked, str], study: OpenStudy
 ) -> None:
     opened, said = created(asked_once, "second", warm_start="first", views=16)
-    assert [entry.origin for entry in opened.settings.enqueued] == ["recipe default", "warm start first, trial 1"]
+    assert [entry.origin for entry in opened.settings.enqueued] == [
+        "recipe default (on test_resnet)",
+        "warm start first, trial 1",
+    ]
     assert any("was searched on the same data" in line and "the same fold" in line for line in said)
     objective = Objective(opened, CPU)
 
@@ -172,7 +175,11 @@ def test_the_first_trials_take_the_default_and_then_the_warm_start(
     with pytest.raises(Interrupted):
         run_worker(objective, Limits(8))
     trials = opened.study.get_trials()
-    assert [t.user_attrs.get("origin") for t in trials[:3]] == ["recipe default", "warm start first, trial 1", None]
+    assert [t.user_attrs.get("origin") for t in trials[:3]] == [
+        "recipe default (on test_resnet)",
+        "warm start first, trial 1",
+        None,
+    ]
     assert trials[0].params["lr"] == pytest.approx(2e-3)
     assert (trials[1].params["backbone"], trials[1].params["lr"]) == ("test_resnet", pytest.approx(5e-3))
     again = open_study("second", asked_once[1], Asked(warm_start="first"))
