@@ -37,7 +37,7 @@ class Scores:
 def scores_text(scores: Scores, ids: NDArray[np.str_]) -> str:
     """The scores as CSV ``id,label,prob``, a first comment line naming what they are of.
 
-    All digits are written: a fine-tuned network puts a quarter of its patches within 1e-8 of 1, whose order counts, too.
+    All digits are written: a fine-tuned network may put a quarter of its patches within 1e-8 of 1, whose order counts, too.
 
     Args:
         scores: what to write.

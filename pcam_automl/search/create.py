@@ -153,12 +153,10 @@ def _decide(
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))
-    on = ""
-    if (
-        "backbone" not in space.base
-    ):  # the recipe's own may lack weights: trial 0, its neighbours and the probe take the same one
-        on = on_another(start.backbone, first_backbone(start, plan.left))
-        start = start.model_copy(update={"backbone": first_backbone(start, plan.left)})
+    # The recipe's own network may lack weights: trial 0, its neighbours and the probe take the same one in its place.
+    first_network = first_backbone(start, plan.left)
+    on = "" if "backbone" in space.base else on_another(start.backbone, first_network)
+    start = start.model_copy(update={"backbone": first_network})
     if asked.recipe is None:
         start = with_steps_enough(start, space, plan)
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")

@@ -111,7 +111,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
         return None
     size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
     pixels = ((size or largest) / plan.planned_px) ** 2
-    if views_share(recipe, str(space.base.get("backbone", recipe.backbone)), plan, pixels=pixels) < least_share:
+    if views_share(recipe, recipe.backbone, plan, pixels=pixels) < least_share:
         return None
     whole = recipe.model_copy(update={"crop_size": largest, "input_size": size})
     return whole if space.is_whole(whole) else None

@@ -250,5 +250,6 @@ def test_a_recipe_s_network_is_replaced_by_one_of_its_family_else_by_the_first(
 
 def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
     space = space_of("default", False).pinned({"backbone": "resnet18d"})
-    entries = start_list(space, start_recipe("default", False), (), {}, plan_for(space), name="default").entries
+    start = start_recipe("default", False).model_copy(update={"backbone": "resnet18d"})  # as a new study does
+    entries = start_list(space, start, (), {}, plan_for(space), name="default").entries
     assert [entry.params["crop_size"] for entry in entries] == [64, 96]
