@@ -32,13 +32,13 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, short_search
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds, was_short
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
 from pcam_automl.search.pareto import Pick
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
-from pcam_automl.search.reading import auc_of, n_finished_of
+from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
 from pcam_automl.train import check_ranks, train_to_bundle
@@ -107,7 +107,11 @@ def finalize(
     """
     watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
-    unconfirmed = options.seconds is not None and options.ensemble == 1 and _was_short(opened)
+    unconfirmed = (
+        options.seconds is not None
+        and options.ensemble == 1
+        and was_short(opened.study, opened.settings.plan.get("budget"))
+    )
     trial = chosen_trial(opened, which, pick, options.confirm > 1 and not unconfirmed, watch.train.note)
     which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
@@ -155,12 +159,6 @@ def finalize(
             watch=watch,
         )
     return replace(result, seconds=time.perf_counter() - began)
-
-
-def _was_short(opened: OpenStudy) -> bool:
-    """Whether the budget left the search no more than a few whole trials, and nobody has added others."""
-    short = short_search(opened.settings.plan.get("budget"), budget_of(opened.study))
-    return short is not None and n_finished_of(opened.study) <= short.n_trials
 
 
 def _decided(

@@ -88,7 +88,8 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     assert "too little time to search in: 2 whole trials" in err
     assert "final training and prediction" in err
     assert "confirmation" not in err
-    assert "planned: about 2 -> 2 -> 2 trials" in err
+    assert "planned: a whole trial takes about " in err
+    assert "2 trials, 2 complete, 0 went on after a pause" in err
     assert "first: recipe default; recipe default at 96 px\n" in err
     study, _ = load_study("pcam")
     trials = study.get_trials()

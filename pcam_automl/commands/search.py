@@ -247,9 +247,10 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
     confirm_s = 0.0 if clock.short is not None else CONFIRM_SHARE * total
     confirmed = f"confirmation {say(confirm_s)}, " if confirm_s else ""
     spent_s = clock.spent_s + time.monotonic() - clock.began
+    most, least = ("at most ", "at least ") if clock.short is not None else ("", "")
     terminal.say(
-        f"  budget {say(total)}, {say(spent_s)} of it spent: search {say(total - clock.reserve_s)} (start-up included), "
-        f"{confirmed}final training and prediction {say(clock.reserve_s - confirm_s)}; search has {say(max(0.0, clock.left_s()))} left"
+        f"  budget {say(total)}, {say(spent_s)} of it spent: search {most}{say(total - clock.reserve_s)} (start-up included), "
+        f"{confirmed}final training and prediction {least}{say(clock.reserve_s - confirm_s)}; search has {most}{say(max(0.0, clock.left_s()))} left"
     )
     if clock.short is not None:
         n = clock.short.n_trials
@@ -261,11 +262,9 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
             f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
         )
     if planned is not None and planned["total_s"] == total:
-        eta = 1 if planned.get("short") else ETA  # those few run through
-        starts = [max(1, round(planned["n_started"] / eta**rung)) for rung in range(n_rungs)]
-        terminal.say(
-            f"  planned: about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, a whole one takes about {say(planned.get('whole_s', planned['trial_s']))}"
-        )
+        starts = [max(1, round(planned["n_started"] / ETA**rung)) for rung in range(n_rungs)]
+        reach = f"about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, " if n_rungs > 1 else ""
+        terminal.say(f"  planned: {reach}a whole trial takes about {say(planned['whole_s'])}")
 
 
 class _SearchShow:
@@ -353,9 +352,14 @@ def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
     lineages = lineages_of(opened.study.get_trials(deepcopy=False))
     reached = [sum(step in lineage.values for lineage in lineages) for step in steps]
     n_thawed = sum(len(lineage.rows) > 1 for lineage in lineages)
+    rungs = (
+        f"{' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, "
+        if len(steps) > 1
+        else f"{reached[0]} complete, "
+    )
     total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
-        f"{why}: {done} trials, {' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, {n_thawed} went on after a pause; "
+        f"{why}: {done} {'trial' if done == 1 else 'trials'}, {rungs}{n_thawed} went on after a pause; "
         f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from pcam_automl.models.weights import Weights, load_folder_weights
 from pcam_automl.recipe import CENTRE_PX, Recipe
 
 LARGEST_PROBED_PX = 384
+LARGEST_CLASSIFIER = 3.0
+"""Root mean square of a last layer's weights times the root of its inputs; torch draws 0.6, Keras 1.4."""
 _CNN_FIELDS = tuple(name for name in Recipe.model_fields if name.startswith("cnn_"))
 _CANNOT_RUN = (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError)
 
@@ -273,8 +276,25 @@ def _backbone(recipe: Recipe, weights: Weights, **options: Any) -> nn.Module:
     if recipe.pretrained and weights.kind == "hub" and not weights.has(name):
         raise RecipeError(f"recipe.pretrained is true, but timm has no weights for {name}; set pretrained: false")
     network = _create(name, recipe.network_px, pretrained=recipe.pretrained and weights.kind == "hub", **options)
+    network = _calm_classifier(network)  # before a folder's weights, which may hold a trained one
     if recipe.pretrained and weights.kind == "folder":
         load_folder_weights(network, name, weights)
+    return network
+
+
+@torch.no_grad()
+def _calm_classifier(network: nn.Module) -> nn.Module:
+    """The network, its new last layer drawn again as torch draws one where its architecture makes it far larger.
+
+    Timm draws that of efficientnets, mobile nets and their kin from ±1/sqrt(outputs): ±0.03 for ImageNet's classes, but ±1 for a
+    single logit, so that a fine-tuning begins with logits of ±20 and a loss of 3 instead of 0.7.
+    """
+    last = network.get_classifier() if hasattr(network, "get_classifier") else None
+    for layer in last if isinstance(last, tuple) else (last,):  # two where a network was distilled
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not layer.weight.is_meta:
+            rms = float(layer.weight.square().mean().sqrt())
+            if rms * math.sqrt(layer.weight[0].numel()) > LARGEST_CLASSIFIER:
+                layer.reset_parameters()
     return network
 
 

@@ -8,6 +8,7 @@ between commands is free.
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl.clock import process_age_s
 from pcam_automl.errors import OutOfTime
+from pcam_automl.search.reading import n_finished_of
 
 TOTAL_KEY = "pcam_automl:budget_s"
 RUN_KEY = "pcam_automl:run:"
@@ -94,7 +96,7 @@ class BudgetPlan:
         if not self.short:
             return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
         free_s = min(SHORT_SHARE * self.total_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
-        search_s = min(self.used_s, (1.0 - SHORT_SHARE) * self.total_s) + free_s
+        search_s = _latest_short_s(self.total_s, self.used_s, free_s)
         final_s = self.total_s - search_s
         return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s, n_started=n_short)
 
@@ -134,7 +136,11 @@ def plan_budget(
 
 @dataclass(frozen=True)
 class ShortSearch:
-    """What a short search may do: so many trials, in so many seconds, start-up included."""
+    """What a short search may do: so many trials, in at most so many seconds, start-up included.
+
+    The seconds are the most that the plan could have given it, not those that it expects: where the first trial is slower than its
+    network was timed, the second still has its turn, and what the trials leave goes to the final training anyway.
+    """
 
     n_trials: int
     seconds: float
@@ -149,7 +155,23 @@ def short_search(planned: Mapping[str, Any] | None, total_s: float | None) -> Sh
     """
     if planned is None or not planned.get("short") or planned["total_s"] != total_s:
         return None
-    return ShortSearch(int(planned["n_started"]), float(planned["search_s"]))
+    return ShortSearch(int(planned["n_started"]), _latest_short_s(total_s, float(planned["used_s"])))
+
+
+def was_short(study: optuna.Study, planned: Mapping[str, Any] | None) -> bool:
+    """Whether the budget left the search no more than a few whole trials, and nobody has added others.
+
+    Args:
+        study: for its budget and trials.
+        planned: see :func:`short_search`.
+    """
+    short = short_search(planned, budget_of(study))
+    return short is not None and n_finished_of(study) <= short.n_trials
+
+
+def _latest_short_s(total_s: float, used_s: float, free_s: float = math.inf) -> float:
+    """Until when a short search lasts whose trials have ``free_s`` at most, behind the start-up."""
+    return min(used_s, (1.0 - SHORT_SHARE) * total_s) + min(SHORT_SHARE * total_s, free_s)
 
 
 def _n_lineages(free_s: float, whole_s: float) -> int:

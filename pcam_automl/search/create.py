@@ -39,6 +39,7 @@ from pcam_automl.search.budget import N_SHORT, BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
 from pcam_automl.search.plan import (
+    N_RUNGS,
     SLOWEST_SHARE,
     Plan,
     first_backbone,
@@ -329,6 +330,7 @@ def _planned(
         views=asked.views,
         trial_s=None if budget is None else budget.trial_s,
         cap_s=None if budget is None else budget.cap_s,
+        n_rungs=1 if budget is not None and budget.short else N_RUNGS,
         speed=speed,
         progress=say,
     )

@@ -81,9 +81,9 @@ def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_
     return OVERHEAD * (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
 
 
-def build_rungs(views: int, n_train: int) -> tuple[Rung, ...]:
-    """Three rungs at 1/9, 1/3 and all of the views; each draws from as many patches as it has views, at most all."""
-    sizes = [max(1, views // ETA**power) for power in range(N_RUNGS - 1, -1, -1)]
+def build_rungs(views: int, n_train: int, n_rungs: int = N_RUNGS) -> tuple[Rung, ...]:
+    """By default three rungs at 1/9, 1/3 and all of the views; each draws from as many patches as it has views, at most all."""
+    sizes = [max(1, views // ETA**power) for power in range(n_rungs - 1, -1, -1)]
     return tuple(Rung(size, min(n_train, size)) for size in sizes)
 
 
@@ -112,6 +112,7 @@ def make_plan(
     views: int | None = None,
     trial_s: float | None = None,
     cap_s: float | None = None,
+    n_rungs: int = N_RUNGS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Set the rungs by the speeds of the space's backbones.
@@ -130,6 +131,7 @@ def make_plan(
             space, lifts the limit on a trial's seconds.
         trial_s: seconds of a whole trial of the median backbone; by default ``TYPICAL_TRIAL_S``.
         cap_s: that no trial exceeds; by default ``CAP_S``.
+        n_rungs: of each trial; one where none is pruned, so that nothing is spent on scores that decide nothing.
         progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
     fields = merge_fields(default.model_dump(), dict(space.base))
@@ -143,7 +145,7 @@ def make_plan(
     limit = SCORE_LIMIT[device.type]
     affordable = limit if speed.deterministic else int(SCORE_SHARE * typical_s * typical * EVAL_SPEEDUP)
     n_score = min(n_valid, limit, max(500, affordable))
-    rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train)
+    rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train, n_rungs)
     cap_s = (cap_s or CAP_S) if asked is None else None
     least = SLOWEST_SHARE if trial_s is None else SLOWEST_SHARE_OF_BUDGET
     if cap_s is not None:

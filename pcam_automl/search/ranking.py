@@ -20,6 +20,7 @@ from pcam_automl.intervals import auc_bounds
 from pcam_automl.metrics import auc, auc_draws, n_independent, percentile_interval
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
+from pcam_automl.search.budget import was_short
 from pcam_automl.search.lineages import lineages_of, sign_of
 
 MOST_BEHIND = 0.002
@@ -28,6 +29,8 @@ MORE_ERROR = 0.05
 """Nor one whose error (1 - AUC) is larger by more than this share: 0.002 is little at an AUC of 0.95, much at 0.995."""
 LEAST_SAVING = 0.1
 """Nor one whose training images take not at least this much less time: speeds of equal networks differ that much."""
+FEWER_VIEWS = 0.8
+"""Of a short search's trials one has seen fewer views than another if it is less than this share."""
 MOST_RANKED, MOST_RANKED_WITHOUT_SLIDES = 20, 8
 """The best trials by value that are compared; where every patch is drawn by itself a trial takes 0.1 s."""
 MOST_ROWS_READ = 400_000
@@ -206,6 +209,33 @@ def choose_cheapest_tied(trials: Sequence[Ranked]) -> tuple[int, str]:
     return fastest.number, f"trial {best.number} {lead if fastest.behind else 'scored the same'} and {slower}"
 
 
+def choose_least_trained_tied(trials: Sequence[Ranked], views: Sequence[int]) -> tuple[int, str]:
+    """The same for the few trials of a short search: of those that cannot be told from the best the one that has seen the fewest views.
+
+    They were trained for about equal seconds, and what follows is a training several times as long for whichever is taken: the
+    larger crop, or the slower network, has more to gain from it. One that the final training makes cheaper in seconds there is none.
+
+    Args:
+        trials: the best first, at least one.
+        views: of each, by the end of its training.
+    """
+    best, least = trials[0], FEWER_VIEWS * views[0]
+    alike = [
+        (n, t) for n, t in zip(views, trials, strict=True) if t is best or (not t.beaten and t.behind <= t.behind_se)
+    ]
+    n, fewest = min(alike, key=lambda pair: (pair[0], -pair[1].auc))
+    if fewest is best or n > least:
+        if len(trials) == 1:
+            return best.number, "it is the only complete one"
+        return best.number, "it has the highest AUC, and no other that cannot be told from it has seen fewer views"
+    low, high = fewest.behind_interval
+    lead = f"scored {fewest.behind:.4f} higher (95 % {low:.4f} to {high:.4f})" if fewest.behind else "scored the same"
+    return fewest.number, (
+        f"trial {best.number} {lead}, which is no certain lead, with {views[0] / n:.1f} times the views; "
+        "a short search takes the one that has more to gain from the longer training"
+    )
+
+
 def rank_study(
     study: optuna.Study, settings: StudySettings, folder: Path, *, store: PatchStore | None = None
 ) -> Ranking:
@@ -225,7 +255,8 @@ def rank_study(
         return Ranking((), len(complete), notes=(why,))
     try:
         store = store if store is not None else _remembered_pack(settings)
-        return _ranking_of(complete, folder, store, timed=not settings.deterministic)
+        short = was_short(study, settings.plan.get("budget"))
+        return _ranking_of(complete, folder, store, timed=not settings.deterministic, short=short)
     except DataError as fault:
         return Ranking((), len(complete), notes=(f"no interval can be drawn: {fault}",))
 
@@ -246,8 +277,10 @@ def _remembered_pack(settings: StudySettings) -> PatchStore:
     return store
 
 
-def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *, timed: bool) -> Ranking:
-    """``timed``: whether measured speed may settle a tie; in a deterministic study no measurement decides."""
+def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *, timed: bool, short: bool) -> Ranking:
+    """``timed``: whether measured speed may settle a tie; in a deterministic study no measurement decides. ``short``: whether the
+    search was.
+    """
     best = complete[0]
     file = folder / "trials" / str(best.number) / SCORES
     first = read_named_scores(file)
@@ -270,7 +303,11 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
         values=[float(row.value or 0.0) for row in rows],
         images_per_s=[_speed(row) if timed and _device(row) == _device(best) else None for row in rows],
     )
-    picked, why = choose_cheapest_tied(trials)
+    views = [_views(row) for row in rows]
+    if short and timed and all(views):
+        picked, why = choose_least_trained_tied(trials, views)
+    else:
+        picked, why = choose_cheapest_tied(trials)
     return Ranking(trials, len(complete), len(cluster), n_clusters, picked, why, tuple(notes))
 
 
@@ -306,6 +343,12 @@ def _not_the_value(scores: NamedScores, row: FrozenTrial) -> str | None:
 def _speed(row: FrozenTrial) -> float | None:
     speed = row.user_attrs.get("images_per_s")
     return float(speed) if isinstance(speed, (int, float)) and speed > 0 else None
+
+
+def _views(row: FrozenTrial) -> int:
+    """That its recipe shows; 0 where the row does not say."""
+    planned = row.user_attrs.get("rung_plan")
+    return int(planned[-1][0]) if planned else 0
 
 
 def _device(row: FrozenTrial) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from pcam_automl.errors import RecipeError
+from pcam_automl.models import factory
 from pcam_automl.models import weights as weights_module
 from pcam_automl.models.factory import (
     Normalisation,
@@ -62,6 +65,35 @@ def test_same_seed_same_weights() -> None:
     one, two, other = (build_network(recipe, SCRATCH, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "mobilenetv3_small_100", "dla34"])
+def test_a_single_logit_begins_as_small_as_torch_draws_it(name: str) -> None:
+    """Timm's own draw for one output has logits of ±20 here, and a fine-tuning of seconds ends with four times the error."""
+
+    def spread(network: torch.nn.Module) -> float:
+        (last,) = [layer for layer in network.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][-1:]
+        weight = last.weight.detach()
+        return float(weight.square().mean().sqrt()) * weight[0].numel() ** 0.5
+
+    torch.manual_seed(0)
+    theirs, recipe = timm.create_model(name, num_classes=1), Recipe(backbone=name)
+    ours = build_network(recipe, SCRATCH, seed=0)
+    assert spread(theirs) > 4.0
+    assert spread(ours) == pytest.approx(3**-0.5, rel=0.1)
+    for key, tensor in build_network(recipe, SCRATCH, seed=0).state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[key]), "the same seed draws the same"
+
+
+@pytest.mark.parametrize("name", [TINY, "test_vit", "test_convnext", "keras_cnn_1"])
+def test_a_classifier_that_is_drawn_in_proportion_stays_as_it_was_drawn(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(backbone=name, crop_size=96)
+    ours = build_network(recipe, SCRATCH, seed=0).state_dict()
+    monkeypatch.setattr(factory, "LARGEST_CLASSIFIER", math.inf)
+    drawn = build_network(recipe, SCRATCH, seed=0).state_dict()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in drawn.items())
 
 
 def test_every_backbone_has_its_own_normalisation() -> None:

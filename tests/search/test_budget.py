@@ -32,6 +32,7 @@ from pcam_automl.search.budget import (
     spent_s,
     typical_trial_s,
     union_seconds,
+    was_short,
 )
 
 
@@ -80,17 +81,33 @@ def test_a_final_training_that_has_enough_leaves_the_search_its_time() -> None:
 def test_a_short_search_keeps_its_end_and_only_for_its_own_budget() -> None:
     plan = plan_budget(180.0, used_s=12.0, may_be_short=True).with_trial(10.0)
     short = short_search(asdict(plan), 180.0)
-    assert short == ShortSearch(N_SHORT, plan.search_s)
+    assert short == ShortSearch(N_SHORT, pytest.approx(12.0 + SHORT_SHARE * 180.0))
+    assert short.seconds > plan.search_s + 1.0, "a first trial slower than planned leaves the second its turn"
     assert short_search(asdict(plan), 360.0) is None
     assert short_search(asdict(plan), None) is None
     assert short_search(asdict(plan_budget(180.0, used_s=12.0)), 180.0) is None
     assert short_search(None, 180.0) is None
     clock = BudgetClock(180.0, 0.0, time.monotonic(), 1000, short=short)
     clock.learn(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0}))
-    assert clock.left_s() == pytest.approx(plan.search_s, abs=1.0)
+    assert clock.left_s() == pytest.approx(short.seconds, abs=1.0)
     assert clock.left_for_rungs_s() > clock.left_s()
     whole = BudgetClock(180.0, 0.0, time.monotonic(), 1000)
     assert whole.left_for_rungs_s() == pytest.approx(whole.left_s(), abs=0.1)
+
+
+def test_a_short_search_was_one_until_its_budget_is_raised_or_trials_are_added() -> None:
+    planned = asdict(plan_budget(180.0, used_s=12.0, may_be_short=True))
+    study = optuna.create_study()
+    assert not was_short(study, planned), "without a budget"
+    set_budget(study, 180.0)
+    for number in range(N_SHORT):
+        assert was_short(study, planned)
+        study.add_trial(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": str(number)}))
+    assert was_short(study, planned)
+    assert not was_short(study, asdict(plan_budget(180.0, used_s=12.0)))
+    assert not was_short(study, None)
+    study.add_trial(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": "more"}))
+    assert not was_short(study, planned)
 
 
 def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:

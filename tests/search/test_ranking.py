@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,17 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from planted_study import probs_of, scored_trial, settings_of, study_with
 
+from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.search.budget import plan_budget, set_budget
 from pcam_automl.search.ranking import (
     MOST_BEHIND,
     MOST_RANKED,
     Ranked,
     Ranking,
     choose_cheapest_tied,
+    choose_least_trained_tied,
     margin,
     rank,
     rank_study,
@@ -120,6 +123,48 @@ def test_of_ties_the_cheapest_is_taken_if_it_saves_a_tenth() -> None:
     assert choose_cheapest_tied([best, ranked(1, 0.0004, images_per_s=None)])[0] == 0
     unknown = choose_cheapest_tied([replace(best, images_per_s=None), ranked(1, 0.0004, images_per_s=900.0)])
     assert unknown == (0, "it has the highest AUC, and its speed is not known")
+
+
+def test_of_a_short_searchs_ties_the_one_with_fewer_views_is_taken() -> None:
+    best, close = ranked(0, 0.0), replace(ranked(1, 0.004), behind_se=0.005)
+    number, why = choose_least_trained_tied([best, close, replace(close, number=2)], [900, 400, 850])
+    assert number == 1
+    assert "trial 0 scored 0.0040 higher" in why
+    assert "2.2 times the views" in why
+    assert choose_least_trained_tied([best, ranked(1, 0.0)], [900, 400])[1].startswith("trial 0 scored the same")
+    for other, views in (
+        (close, 800),  # hardly fewer
+        (close, 1800),
+        (replace(close, beaten=True), 400),
+        (replace(close, behind_se=0.003), 400),
+        (replace(close, behind_se=math.nan), 400),
+    ):
+        number, why = choose_least_trained_tied([best, other], [900, views])
+        assert (number, why[:26]) == (0, "it has the highest AUC, an")
+    assert choose_least_trained_tied([best], [900]) == (0, "it is the only complete one")
+
+
+def test_a_study_of_a_short_search_takes_the_tie_that_has_more_to_gain(store: PatchStore, tmp_path: Path) -> None:
+    prob = probs_of(store, 0.1)
+    trials = [
+        scored_trial(store, tmp_path, number, prob, images_per_s=speed, rung_plan=[(views, views)])
+        for number, (views, speed) in enumerate(((900, 300.0), (400, 100.0)))
+    ]
+    settings = settings_of(store)
+    budget = asdict(plan_budget(180.0, used_s=12.0, may_be_short=True))
+    short = settings.model_copy(update={"plan": {"budget": budget}})
+
+    def picked(settings: StudySettings, budget_s: float, trials: list[FrozenTrial]) -> int | None:
+        study = study_with(trials)
+        set_budget(study, budget_s)
+        return rank_study(study, settings, tmp_path, store=store).picked
+
+    assert picked(short, 180.0, trials) == 1
+    assert picked(short, 360.0, trials) == 0, "a raised budget has searched; the quicker of equals is cheaper"
+    assert picked(settings, 180.0, trials) == 0
+    assert picked(short.model_copy(update={"deterministic": True}), 180.0, trials) == 0
+    del trials[1].user_attrs["rung_plan"]
+    assert picked(short, 180.0, trials) == 0, "views are not known"
 
 
 def test_a_study_is_ranked_from_the_scores_of_its_trials(store: PatchStore, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from pcam_automl.config import parse_bytes
 from pcam_automl.errors import InputError, OutOfTime, StudyError, TrainingDiverged
 from pcam_automl.finalize import finalize
-from pcam_automl.search.budget import BudgetClock
+from pcam_automl.search.budget import BudgetClock, ShortSearch
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
@@ -256,3 +256,18 @@ def test_past_its_end_a_search_begins_nothing_beside_the_trial_that_it_waits_for
     running = optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"})  # another worker's
     assert next_turn(opened, slots, [running], Limits(9, clock=clock), "me") == "budget"
     assert isinstance(next_turn(opened, slots, [], Limits(9, clock=clock), "me"), Turn)
+
+
+def test_a_short_search_begins_its_second_trial_also_where_the_first_was_slower_than_planned(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = opened_in(tmp_path, asked)
+    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=30.0)
+    monkeypatch.setattr("pcam_automl.search.turns.whole_trial_s", lambda opened, lineages: 100.0)
+    row = optuna.trial.create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": "0"})
+    assert next_turn(opened, slots, [row], Limits(2, clock=clock), "me") == "budget", "a whole trial does not fit"
+    clock.short = ShortSearch(2, 100.0)
+    assert isinstance(next_turn(opened, slots, [row], Limits(2, clock=clock), "me"), Turn), "a fifth of one does"
+    late = told(left=19.0)
+    late.short = ShortSearch(2, 100.0)
+    assert next_turn(opened, slots, [row], Limits(3, clock=late), "me") == "budget"
