@@ -215,6 +215,10 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     terminal.say(f"study {opened.name}: {done}{of} trials finished; data {opened.store.root}")
     if clock is not None:
         _print_budget(clock, plan.get("budget"), len(settings.rungs), n_trials)
+    if len(settings.rungs) == 1 and (plan.get("budget") or {}).get("short") and (clock is None or clock.short is None):
+        terminal.say(
+            "  made for a short budget: its trials have one rung and none is pruned; another --study NAME has three"
+        )
     terminal.say(
         f"  split: {plan['n_train']:,} patches train, {plan['n_valid']:,} validate ({settings.n_score:,} of them at each rung)"
         + (f", holdout {settings.holdout:.0%}" if settings.holdout else "")
@@ -262,9 +266,10 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
             f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
         )
     if planned is not None and planned["total_s"] == total:
-        starts = [max(1, round(planned["n_started"] / ETA**rung)) for rung in range(n_rungs)]
+        eta = 1 if planned.get("short") else ETA  # those few run through
+        starts = [max(1, round(planned["n_started"] / eta**rung)) for rung in range(n_rungs)]
         reach = f"about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, " if n_rungs > 1 else ""
-        terminal.say(f"  planned: {reach}a whole trial takes about {say(planned['whole_s'])}")
+        terminal.say(f"  planned: {reach}a whole trial takes about {say(planned.get('whole_s', planned['trial_s']))}")
 
 
 class _SearchShow:
@@ -285,6 +290,7 @@ class _SearchShow:
 
     def _begins(self, number: int, recipe: Recipe, views: int) -> None:
         self._name = f"trial {number} {recipe.backbone}"
+        self.ledger.note()
         self.bars.restart(self.trial, f"{self._name} views", views)
 
     def _views(self, n: int) -> None:

@@ -43,7 +43,8 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
 
 
 def settle_ties(opened: OpenStudy, which: str, note: Callable[[str], None] = lambda text: None) -> str:
-    """For ``best`` the number of the cheapest trial among those that the best does not beat; any other word as it is.
+    """For ``best`` the number of the cheapest trial among those as good as the best, of a short search of the one with more to gain;
+    any other word as it is.
 
     Where the trials' scores cannot be compared, ``best`` stays, and ``note`` is told why.
     """

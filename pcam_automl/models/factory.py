@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pcam_automl.errors import RecipeError, did_you_mean
 from pcam_automl.models import cnn, unet
 from pcam_automl.models.head import build_head
-from pcam_automl.models.layers import classifier_parameters
+from pcam_automl.models.layers import classifier_parameters, head_modules
 from pcam_automl.models.weights import Weights, load_folder_weights
 from pcam_automl.recipe import CENTRE_PX, Recipe
 
@@ -276,7 +276,7 @@ def _backbone(recipe: Recipe, weights: Weights, **options: Any) -> nn.Module:
     if recipe.pretrained and weights.kind == "hub" and not weights.has(name):
         raise RecipeError(f"recipe.pretrained is true, but timm has no weights for {name}; set pretrained: false")
     network = _create(name, recipe.network_px, pretrained=recipe.pretrained and weights.kind == "hub", **options)
-    network = _calm_classifier(network)  # before a folder's weights, which may hold a trained one
+    network = _calm_classifier(network)
     if recipe.pretrained and weights.kind == "folder":
         load_folder_weights(network, name, weights)
     return network
@@ -289,8 +289,7 @@ def _calm_classifier(network: nn.Module) -> nn.Module:
     Timm draws that of efficientnets, mobile nets and their kin from ±1/sqrt(outputs): ±0.03 for ImageNet's classes, but ±1 for a
     single logit, so that a fine-tuning begins with logits of ±20 and a loss of 3 instead of 0.7.
     """
-    last = network.get_classifier() if hasattr(network, "get_classifier") else None
-    for layer in last if isinstance(last, tuple) else (last,):  # two where a network was distilled
+    for layer in (module for part in head_modules(network) for module in part.modules()):
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and not layer.weight.is_meta:
             rms = float(layer.weight.square().mean().sqrt())
             if rms * math.sqrt(layer.weight[0].numel()) > LARGEST_CLASSIFIER:

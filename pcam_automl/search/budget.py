@@ -33,6 +33,8 @@ FEW = 12
 down to ``N_SHORT`` whole trials, of which the better is taken unconfirmed. With more, six minutes on two cores, the small network of
 the start has learnt in half the final training what it can, and the rest is better spent on choosing."""
 N_SHORT = 2
+N_RUNGS = 3
+"""Of a trial of a search that prunes."""
 SHORT_TRIAL_SHARE, SHORT_SHARE = 0.08, 0.35
 """Of the budget, the training of one, and all at most: the smaller input of two wins the shorter trainings, the larger one the longer."""
 CAP, SHORT_CAP = 2.0, 1.4
@@ -50,6 +52,8 @@ HARD_SHARE = 0.05
 FIRST_SHARE = 0.7
 """Of the budget: until then the first trial may begin and run while none is complete, however little start-up has left of the search's
 part, since without a complete trial there is nothing to finalize."""
+FIRST_TRIALS = 3.0
+"""The first trial takes at most so many times what was planned, ``SHORT_CAP`` and a speed that was timed in a quiet moment together."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
 
 
@@ -66,7 +70,7 @@ class BudgetPlan:
         n_started: lineages that the search's seconds are expected to start.
         free_s: of the search, without start-up.
         whole_s: a whole trial of the network that the search starts with, scoring, decay branches and all.
-        short: too little time to search in; see ``FEW``.
+        short: too little time to search in; see ``FEW``. Nothing is pruned then.
         used_s: what start-up had taken when it was planned.
     """
 
@@ -80,6 +84,13 @@ class BudgetPlan:
     whole_s: float
     short: bool = False
     used_s: float = 0.0
+
+    @property
+    def n_rungs(self) -> int:
+        """Of each trial: one where none is pruned, since scores and decays on the way would decide nothing. Where a slow start-up has
+        left the first trial so little that it may be cut off, it leaves values on the way.
+        """
+        return 1 if self.short and self.used_s + FIRST_TRIALS * self.trial_s < FIRST_SHARE * self.total_s else N_RUNGS
 
     @property
     def cap_s(self) -> float:
@@ -153,9 +164,13 @@ def short_search(planned: Mapping[str, Any] | None, total_s: float | None) -> Sh
         planned: the study's :class:`BudgetPlan` as its settings keep it; None where it was made without a budget.
         total_s: the budget, which may have been raised since; None where there is none.
     """
-    if planned is None or not planned.get("short") or planned["total_s"] != total_s:
+    if planned is None or total_s is None or not planned.get("short") or planned["total_s"] != total_s:
         return None
-    return ShortSearch(int(planned["n_started"]), _latest_short_s(total_s, float(planned["used_s"])))
+    search_s = float(planned["search_s"])
+    if "used_s" not in planned:  # of an early study
+        return ShortSearch(int(planned["n_started"]), search_s)
+    latest_s = min(_latest_short_s(total_s, float(planned["used_s"])), FIRST_SHARE * total_s)
+    return ShortSearch(int(planned["n_started"]), max(search_s, latest_s))
 
 
 def was_short(study: optuna.Study, planned: Mapping[str, Any] | None) -> bool:

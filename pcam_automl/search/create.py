@@ -35,11 +35,10 @@ from pcam_automl.search.asking import (
     recipe_fields,
     without_stage_fields,
 )
-from pcam_automl.search.budget import N_SHORT, BudgetPlan, plan_budget
+from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
 from pcam_automl.search.plan import (
-    N_RUNGS,
     SLOWEST_SHARE,
     Plan,
     first_backbone,
@@ -330,7 +329,7 @@ def _planned(
         views=asked.views,
         trial_s=None if budget is None else budget.trial_s,
         cap_s=None if budget is None else budget.cap_s,
-        n_rungs=1 if budget is not None and budget.short else N_RUNGS,
+        n_rungs=N_RUNGS if budget is None else budget.n_rungs,
         speed=speed,
         progress=say,
     )

@@ -15,13 +15,13 @@ from pcam_automl.models.cost import training_cost
 from pcam_automl.models.factory import check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.recipe_files import merge_fields
+from pcam_automl.search.budget import N_RUNGS
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.fit import stable_views
 from pcam_automl.training.speed import SpeedBook
 
 ETA = 3
-N_RUNGS = 3
 TYPICAL_TRIAL_S = 30.0
 """A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views. A
 budget sets both by itself (budget.py)."""

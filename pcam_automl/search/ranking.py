@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,9 @@ MORE_ERROR = 0.05
 LEAST_SAVING = 0.1
 """Nor one whose training images take not at least this much less time: speeds of equal networks differ that much."""
 FEWER_VIEWS = 0.8
-"""Of a short search's trials one has seen fewer views than another if it is less than this share."""
+"""Of a short search's trials one has seen fewer views than another if it is less than this share,"""
+MORE_ERROR_OF_FEWER = 0.5
+"""and may have so much more of the best's error at most: few slides tell hardly anything apart."""
 MOST_RANKED, MOST_RANKED_WITHOUT_SLIDES = 20, 8
 """The best trials by value that are compared; where every patch is drawn by itself a trial takes 0.1 s."""
 MOST_ROWS_READ = 400_000
@@ -52,7 +55,8 @@ class Ranked:
         behind_interval: of that difference, both scored on the same draws.
         behind_se: standard error of that difference; 0 for the best itself.
         beaten: whether that interval lies above 0.
-        tied: not beaten, and close enough to be taken in the best's place, see :func:`choose_cheapest_tied`.
+        tied: not beaten, and close enough to be taken in the best's place, see :func:`choose_cheapest_tied`; what a short search
+            takes is another question, see :func:`choose_least_trained_tied`.
         images_per_s: training images a second; None where it is unknown or of another device than the best's.
     """
 
@@ -212,16 +216,19 @@ def choose_cheapest_tied(trials: Sequence[Ranked]) -> tuple[int, str]:
 def choose_least_trained_tied(trials: Sequence[Ranked], views: Sequence[int]) -> tuple[int, str]:
     """The same for the few trials of a short search: of those that cannot be told from the best the one that has seen the fewest views.
 
-    They were trained for about equal seconds, and what follows is a training several times as long for whichever is taken: the
-    larger crop, or the slower network, has more to gain from it. One that the final training makes cheaper in seconds there is none.
+    What follows is a training several times as long, of the same seconds for whichever is taken: the larger crop, or the slower
+    network, has more to gain from it, and none is cheaper.
 
     Args:
         trials: the best first, at least one.
         views: of each, by the end of its training.
     """
     best, least = trials[0], FEWER_VIEWS * views[0]
+    most = MORE_ERROR_OF_FEWER * (1.0 - best.auc)
     alike = [
-        (n, t) for n, t in zip(views, trials, strict=True) if t is best or (not t.beaten and t.behind <= t.behind_se)
+        (n, t)
+        for n, t in zip(views, trials, strict=True)
+        if t is best or (not t.beaten and t.behind <= min(t.behind_se, most))
     ]
     n, fewest = min(alike, key=lambda pair: (pair[0], -pair[1].auc))
     if fewest is best or n > least:
@@ -303,7 +310,7 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
         values=[float(row.value or 0.0) for row in rows],
         images_per_s=[_speed(row) if timed and _device(row) == _device(best) else None for row in rows],
     )
-    views = [_views(row) for row in rows]
+    views = [_views(row) if _device(row) == _device(best) else 0 for row in rows]
     if short and timed and all(views):
         picked, why = choose_least_trained_tied(trials, views)
     else:
@@ -347,8 +354,7 @@ def _speed(row: FrozenTrial) -> float | None:
 
 def _views(row: FrozenTrial) -> int:
     """That its recipe shows; 0 where the row does not say."""
-    planned = row.user_attrs.get("rung_plan")
-    return int(planned[-1][0]) if planned else 0
+    return int(json.loads(row.user_attrs.get("recipe", "{}")).get("views") or 0)
 
 
 def _device(row: FrozenTrial) -> Any:

@@ -95,6 +95,18 @@ def test_a_short_search_keeps_its_end_and_only_for_its_own_budget() -> None:
     assert whole.left_for_rungs_s() == pytest.approx(whole.left_s(), abs=0.1)
 
 
+def test_a_short_search_has_one_rung_and_ends_in_time_unless_start_up_was_slow() -> None:
+    for used_s, n_rungs in ((12.0, 1), (80.0, 1), (84.0, 3), (120.0, 3)):
+        plan = plan_budget(180.0, used_s=used_s, may_be_short=True).with_trial(10.0)
+        assert plan.n_rungs == n_rungs
+        short = short_search(asdict(plan), 180.0)
+        assert short is not None
+        assert plan.search_s <= short.seconds <= max(plan.search_s, FIRST_SHARE * 180.0)
+    assert plan_budget(180.0, used_s=12.0).n_rungs == 3
+    early = {key: value for key, value in asdict(plan).items() if key != "used_s"}
+    assert short_search(early, 180.0) == ShortSearch(N_SHORT, plan.search_s), "kept by a study of before"
+
+
 def test_a_short_search_was_one_until_its_budget_is_raised_or_trials_are_added() -> None:
     planned = asdict(plan_budget(180.0, used_s=12.0, may_be_short=True))
     study = optuna.create_study()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from pcam_automl.search.ranking import (
     rank,
     rank_study,
 )
+from pcam_automl.search.reading import load_study_to_read
+from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE
 
 
 @pytest.fixture
@@ -137,6 +140,7 @@ def test_of_a_short_searchs_ties_the_one_with_fewer_views_is_taken() -> None:
         (close, 1800),
         (replace(close, beaten=True), 400),
         (replace(close, behind_se=0.003), 400),
+        (replace(close, behind=0.03, behind_se=0.04), 400),  # more than half of the best's error of 0.05
         (replace(close, behind_se=math.nan), 400),
     ):
         number, why = choose_least_trained_tied([best, other], [900, views])
@@ -147,7 +151,7 @@ def test_of_a_short_searchs_ties_the_one_with_fewer_views_is_taken() -> None:
 def test_a_study_of_a_short_search_takes_the_tie_that_has_more_to_gain(store: PatchStore, tmp_path: Path) -> None:
     prob = probs_of(store, 0.1)
     trials = [
-        scored_trial(store, tmp_path, number, prob, images_per_s=speed, rung_plan=[(views, views)])
+        scored_trial(store, tmp_path, number, prob, images_per_s=speed, recipe=json.dumps({"views": views}))
         for number, (views, speed) in enumerate(((900, 300.0), (400, 100.0)))
     ]
     settings = settings_of(store)
@@ -160,10 +164,14 @@ def test_a_study_of_a_short_search_takes_the_tie_that_has_more_to_gain(store: Pa
         return rank_study(study, settings, tmp_path, store=store).picked
 
     assert picked(short, 180.0, trials) == 1
+    url = f"sqlite:///{tmp_path / 'short.db'}"
+    set_budget(study_with(trials, url, short), 180.0)
+    read, kept = load_study_to_read("pcam", url, READ_ATTRS, of_complete=READ_OF_COMPLETE)
+    assert rank_study(read, kept, tmp_path, store=store).picked == 1, "status says the same"
     assert picked(short, 360.0, trials) == 0, "a raised budget has searched; the quicker of equals is cheaper"
     assert picked(settings, 180.0, trials) == 0
     assert picked(short.model_copy(update={"deterministic": True}), 180.0, trials) == 0
-    del trials[1].user_attrs["rung_plan"]
+    del trials[1].user_attrs["recipe"]
     assert picked(short, 180.0, trials) == 0, "views are not known"
 
 

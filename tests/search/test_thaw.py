@@ -262,12 +262,12 @@ def test_a_short_search_begins_its_second_trial_also_where_the_first_was_slower_
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = opened_in(tmp_path, asked)
-    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=30.0)
+    slots, clock = Slots(engine_of(opened.study), opened.name), told(left=45.0)
     monkeypatch.setattr("pcam_automl.search.turns.whole_trial_s", lambda opened, lineages: 100.0)
     row = optuna.trial.create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": "0"})
     assert next_turn(opened, slots, [row], Limits(2, clock=clock), "me") == "budget", "a whole trial does not fit"
     clock.short = ShortSearch(2, 100.0)
-    assert isinstance(next_turn(opened, slots, [row], Limits(2, clock=clock), "me"), Turn), "a fifth of one does"
-    late = told(left=19.0)
+    assert isinstance(next_turn(opened, slots, [row], Limits(2, clock=clock), "me"), Turn), "0.4 of one does"
+    late = told(left=39.0)
     late.short = ShortSearch(2, 100.0)
     assert next_turn(opened, slots, [row], Limits(3, clock=late), "me") == "budget"
