@@ -28,7 +28,7 @@ LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
 scratch of 13,000 to 26,000 views and of fine-tunings of 1,300 to 4,000 at 96 px, for a tenth less views a second
-(docs/performance.md)."""
+(docs/proof.md)."""
 
 
 @dataclass(frozen=True)
