@@ -100,21 +100,21 @@ def measure(
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    """Folds side by side: error (1 - AUC), log-loss and seconds of each (data, weights, views, set), and their medians."""
-    by_what: dict[tuple[str, str, int, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    """Folds side by side: error (1 - AUC), log-loss and seconds of each (data, weights, views, set, date), and their medians."""
+    by_what: dict[tuple[str, str, int, str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        what = ", ".join(f"{k}={v}" for k, v in line["set"].items())
+        what = ", ".join(f"{k}={v}" for k, v in sorted(line["set"].items()))
         what += f" x {line['networks']}" if line["networks"] > 1 else ""
-        by_what[line["data"], line["weights"], line["views"], what][line["fold"]] = line
-    head = f"{'data':<12} {'weights':<7} {'views':>7}  {'set':<56} {'error':>8} {'log-loss':>9} {'seconds':>7}"
+        by_what[line["data"], line["weights"], line["views"], what, line["date"]][line["fold"]] = line
+    head = f"{'data':<12} {'weights':<7} {'views':>7}  {'set':<60} {'date':<10} {'error':>8} {'log-loss':>9} {'seconds':>7}"
     text = [f"{head}   folds: error"]
-    for (data, weights, views, what), folds in sorted(by_what.items()):
+    for (data, weights, views, what, date), folds in sorted(by_what.items()):
         errors = {fold: 1.0 - line["auc"] for fold, line in sorted(folds.items())}
         loss = statistics.median(line["log_loss"] for line in folds.values())
         each = ", ".join(f"{fold}: {error:.4f}" for fold, error in errors.items())
         took = statistics.median(line["seconds"] for line in folds.values())
         middle = f"{statistics.median(errors.values()):>8.4f} {loss:>9.4f} {took:>7.0f}"
-        text.append(f"{data:<12} {weights:<7} {views:>7,}  {what:<56} {middle}   {each}")
+        text.append(f"{data:<12} {weights:<7} {views:>7,}  {what:<60} {date} {middle}   {each}")
     return text
 
 

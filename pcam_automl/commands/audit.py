@@ -37,7 +37,8 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
     terminal.result(f"study {name}: {audit.n_lineages} recipes with a score; an order is judged by Kendall's tau-b")
     rows = [_row(number, rung) for number, rung in enumerate(audit.rungs, 1)]
     header = ("rung", "views", "scored", "went on", "tau", "tau of all", "regret of pruning", "verdict")
-    terminal.table("does the order at a rung hold at the next?", header, rows)
+    if rows:
+        terminal.table("does the order at a rung hold at the next?", header, rows)
     for line in audit_notes(audit):
         terminal.result(line)
     if any(rung.n_pairs for rung in audit.rungs):
@@ -78,6 +79,8 @@ def _tau(tau: float | None, interval: tuple[float, float]) -> str:
 
 def audit_notes(audit: Audit) -> Iterator[str]:
     """The reasons of the verdicts and how the table is to be read."""
+    if not audit.rungs:
+        yield "a trial has one rung here: none is pruned before its end, so that no rung can mislead"
     for number, rung in enumerate(audit.rungs, 1):
         yield f"rung {number} {rung.verdict}: {rung.why}"
     if any(rung.tau is not None and rung.share_of_spread < 1 for rung in audit.rungs):
