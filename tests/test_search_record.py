@@ -81,8 +81,11 @@ def test_a_short_training_is_a_line_and_the_table_puts_folds_side_by_side(
     assert short.main(["--table", "--results", str(file)]) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["data", "weights", "views", "set"]
-    assert "backbone=test_resnet, crop_size=32, batch_size=16" in row
+    assert "backbone=test_resnet, batch_size=16, crop_size=32" in row
     assert f"3: {1 - lines[1]['auc']:.4f}" in row
+    again = lines[0] | {"set": dict(reversed(lines[0]["set"].items()))}
+    assert len(short.table([*lines, again])) == 2, "the same settings in another order"
+    assert len(short.table([*lines, again | {"date": "2020-01-01"}])) == 3, "other code's"
     assert short.main(["--set", "crop_size=7", "--results", str(file)]) == 2
     monkeypatch.setenv("PCAM_WEIGHTS_DIR", str(tmp_path))
     assert short.main(["--weights", "given", "--results", str(file)]) == 2  # no weights there
