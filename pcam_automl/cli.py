@@ -18,9 +18,12 @@ from pcam_automl import (
     __version__,
     clock,  # noqa: F401 - first: a budget counts from here
 )
+from pcam_automl.collector import collect_rarely
 from pcam_automl.command_line import data, networks, queue, search, studies
 from pcam_automl.errors import Interrupted, PcamError
 from pcam_automl.waiting import choose_waiting
+
+collect_rarely()  # here and not in main(): a spawned worker imports this module, and then what it is to do
 
 app = typer.Typer(
     name="pcam-automl",

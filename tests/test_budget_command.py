@@ -140,6 +140,34 @@ def test_the_second_of_two_whole_trials_sees_what_is_left_at_the_first_one_s_pac
     assert 0.0 < paces[0] < sum(took) * 100.0 / sum(views), "more is expected than the last rung's views"
 
 
+def test_a_second_whole_trial_that_was_cut_off_sees_what_is_left_when_it_goes_on(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
+    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():
+        monkeypatch.setattr(budget_module, name, value)
+    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 600)
+    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+    check = Objective._check
+
+    def cut_off(self: Objective) -> None:
+        if self.number == 1:
+            raise Interrupted("enough", 15)
+        check(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objective, "_check", cut_off)
+        assert run("search", *options)[0] != 0
+    monkeypatch.setattr(Objective, "_pace", lambda self: 1e9)  # as if hardly any time were left
+    assert run("search", *options)[0] == 0
+    first, cut, second = load_study("pcam")[0].get_trials()
+    assert [row.state for row in (first, cut, second)] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert second.user_attrs["lineage"] == cut.user_attrs["lineage"]
+    assert second.params == cut.params
+    assert cut.user_attrs["views_share"] > 0.3
+    assert second.user_attrs["views_share"] == pytest.approx(plan_module.SLOWEST_SHARE, abs=0.01)
+
+
 def test_whoever_says_how_to_search_gets_a_search(run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
     monkeypatch.setattr(budget_module, "LEAST_TRIAL_S", 0.5)

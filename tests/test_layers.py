@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pcam_automl"
 LAYERS = (
-    {"errors", "__init__", "waiting", "heap", "defaults", "cpu", "children"},
+    {"errors", "__init__", "waiting", "heap", "defaults", "cpu", "children", "collector"},
     {
         *(
             "files",

@@ -291,8 +291,10 @@ class Objective:
             if not self._speed.knows(recipe, self.device):
                 write_now(trial)  # what it is about to try, before it times the network
             compute = self._speed.compute_for(recipe, self.device)
-            share = self._share(recipe)
-            recipe = recipe.model_copy(update={"views": scaled(opened.rungs, share)[-1].views, "epochs": None})
+        # Of a short search's trial that was cut off before its first rung nothing is kept, and less time is left.
+        if earlier is None or (self._is_short_follower and "rungs" not in earlier):
+            views = scaled(opened.rungs, self._share(recipe))[-1].views
+            recipe = recipe.model_copy(update={"views": views, "epochs": None})
         rungs = scaled(opened.rungs, recipe.n_views(0) / opened.rungs[-1].views)
         set_user_attrs(
             trial,
@@ -323,10 +325,15 @@ class Objective:
             return 1.0
         whole_s = self._expected_s(recipe, 1.0)
         share = min(1.0, cap_s / whole_s)
-        if self.clock is not None and self.clock.short is not None and not self._runs_through:
+        if self.clock is not None and self._is_short_follower:
             left_s = self.clock.left_s() - ROW_S
             share = min(share, max(SLOWEST_SHARE, left_s / (whole_s * self._pace())))
         return share
+
+    @property
+    def _is_short_follower(self) -> bool:
+        """Whether the running trial is one behind the first of a short search."""
+        return self.clock is not None and self.clock.short is not None and not self._runs_through
 
     def _expected_s(self, recipe: Recipe, share: float) -> float:
         """Of a trial that sees that share of the views."""
