@@ -97,15 +97,16 @@ class BudgetPlan:
         """Seconds that no trial's expected ones exceed; slower networks see fewer views."""
         return (SHORT_CAP if self.short else CAP) * self.trial_s
 
-    def with_trial(self, whole_s: float, *, n_short: int = N_SHORT) -> BudgetPlan:
+    def with_trial(self, whole_s: float, *, mean_s: float | None = None, n_short: int = N_SHORT) -> BudgetPlan:
         """The same for trials that take so long, which is known once their rungs are set.
 
         Args:
             whole_s: of the network that the search starts with.
+            mean_s: of the others, most of which show larger inputs; None is ``whole_s``.
             n_short: trials of a short search, at least one; what they do not need goes to the final training.
         """
         if not self.short:
-            return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s))
+            return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s, mean_s))
         free_s = min(SHORT_SHARE * self.total_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
         search_s = _latest_short_s(self.total_s, self.used_s, free_s)
         final_s = self.total_s - search_s
@@ -189,9 +190,9 @@ def _latest_short_s(total_s: float, used_s: float, free_s: float = math.inf) -> 
     return min(used_s, (1.0 - SHORT_SHARE) * total_s) + min(SHORT_SHARE * total_s, free_s)
 
 
-def _n_lineages(free_s: float, whole_s: float) -> int:
-    """Lineages that start in so many seconds, trial 0 running through beside the brackets."""
-    bracket_s = BRACKET_TRIALS * whole_s + BRACKET_ROWS * ROW_S
+def _n_lineages(free_s: float, whole_s: float, mean_s: float | None = None) -> int:
+    """Lineages that start in so many seconds, trial 0 (``whole_s``) running through beside the brackets."""
+    bracket_s = BRACKET_TRIALS * (mean_s or whole_s) + BRACKET_ROWS * ROW_S
     return max(1, round(BRACKET * (free_s - whole_s) / bracket_s))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.quick_tpe import QuickTPE
+from pcam_automl.search.space import SearchSpace
 
 SecondsOf = Callable[[Mapping[str, Any]], float]
 """Expected seconds (> 0) of a trial with these parameters; those that are not named are the study's own values."""
@@ -76,6 +78,38 @@ class ViewsShare:
     def depends_on(self, name: str) -> bool:
         """Whether the parameter decides a network's speed."""
         return name in self.quickest
+
+
+def share_of_views(seconds: TrialSeconds, cap_s: float, least: float, space: SearchSpace) -> ViewsShare:
+    """The model for a space: which of its dimensions decide a network's speed, and the quickest value of each.
+
+    Args:
+        seconds: without a limit.
+        cap_s: see :class:`ViewsShare`; inf is no limit.
+        least: as there.
+        space: whose trials they are.
+    """
+    rates, quickest = seconds.images_per_s, dict[str, Any]()
+    if backbones := [name for name in space.choices("backbone") if name in rates]:
+        quickest["backbone"] = max(backbones, key=rates.__getitem__)
+    for name in ("crop_size", "input_size", "tile_size", UPSCALE):
+        if (dimension := space.parameters.get(name)) is not None:
+            quickest[name] = dimension.smallest()
+    return ViewsShare(seconds, cap_s, least, quickest)
+
+
+def mean_trial_s(share: ViewsShare, space: SearchSpace) -> float:
+    """Expected seconds of a trial that is drawn evenly from the space: the mean over its networks and sides, each held under the limit,
+    without those too slow to be drawn; the limit where all are.
+    """
+    rates = share.seconds.images_per_s
+    values = [
+        [one for one in space.choices(name) if one in rates] if name == "backbone" else space.parameters[name].spread(5)
+        for name in share.quickest
+    ]
+    drawn = (dict(zip(share.quickest, one, strict=True)) for one in itertools.product(*values))
+    taken = [min(share.seconds(params), share.cap_s) for params in drawn if share(params) >= share.least]
+    return sum(taken) / len(taken) if taken else share.cap_s
 
 
 def log_improvement_per_cost(

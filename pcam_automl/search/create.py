@@ -36,6 +36,7 @@ from pcam_automl.search.asking import (
     without_stage_fields,
 )
 from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget
+from pcam_automl.search.cost import TrialSeconds, mean_trial_s, share_of_views
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
 from pcam_automl.search.plan import (
@@ -335,8 +336,14 @@ def _planned(
     )
     if budget is None:
         return plan, None
-    rate = plan.images_per_s[first_backbone(start, plan.left)]
-    return plan, budget.with_trial(min(trial_seconds(start, plan.rungs, plan.n_score, rate), plan.cap_s or math.inf))
+    cap_s, fields = plan.cap_s or math.inf, merge_fields(start.model_dump(), space.base)
+    images, rates = (
+        trial_seconds(start, plan.rungs, plan.n_score, 1.0),
+        {name: plan.images_per_s[name] for name in plan.left},
+    )
+    share = share_of_views(TrialSeconds(rates, plan.planned_px, images, fields), cap_s, SLOWEST_SHARE, space)
+    whole_s = min(images / rates[first_backbone(start, plan.left)], cap_s)
+    return plan, budget.with_trial(whole_s, mean_s=mean_trial_s(share, space))
 
 
 def _wants_search(asked: Asked) -> bool:

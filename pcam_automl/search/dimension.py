@@ -88,6 +88,13 @@ class Parameter:
             return int(self.low) if self.kind == "int" else self.low
         return None if None in self.choices else min(filter(is_number, self.choices), default=None)
 
+    def spread(self, most: int) -> list[Any]:
+        """All values of a choice, or at most so many of a range at equal distances, its ends among them, ascending."""
+        if self.kind == "choice":
+            return list(self.choices)
+        steps = [self.low + (self.high - self.low) * k / (most - 1) for k in range(most)]
+        return sorted({self.nearest(value) for value in steps})
+
     def contains(self, value: Any) -> bool:
         """Whether the dimension can take exactly this value."""
         nearest = self.nearest(value)

@@ -148,12 +148,7 @@ def _tell(record: Mapping[str, Any], results: Sequence[ProbeResult], say: Say) -
 
 def values_of(parameter: Parameter | None, fixed: float) -> list[float]:
     """The values of a dimension that a probe tries: all of a choice, at most five of a range; or the fixed one."""
-    if parameter is None:
-        return [fixed]
-    if parameter.kind == "choice":
-        return [float(value) for value in parameter.choices]
-    spread = [parameter.low + (parameter.high - parameter.low) * k / (_MOST_VALUES - 1) for k in range(_MOST_VALUES)]
-    return sorted({float(parameter.nearest(value)) for value in spread})
+    return [fixed] if parameter is None else [float(value) for value in parameter.spread(_MOST_VALUES)]
 
 
 def views_of(space: SearchSpace, fields: Mapping[str, Any]) -> list[tuple[int, float]]:

@@ -20,8 +20,8 @@ from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
 from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of
 from pcam_automl.recipe_files import load_recipe, merge_fields
-from pcam_automl.search.cost import TrialSeconds, ViewsShare
-from pcam_automl.search.dimension import UPSCALE, checked_value
+from pcam_automl.search.cost import TrialSeconds, ViewsShare, share_of_views
+from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
 from pcam_automl.search.mirror import Mirror, find_mirror
 from pcam_automl.search.plan import SLOWEST_SHARE, trial_seconds
@@ -140,15 +140,7 @@ class OpenStudy:
         """The share of the planned views that a trial sees, by its parameters; None where no seconds limit it."""
         if self.settings.cap_s is None:
             return None
-        seconds = replace(self.trial_seconds(), cap_s=None)
-        rates = self.settings.plan["images_per_s"]
-        quickest: dict[str, Any] = {}
-        if backbones := [name for name in self.space.choices("backbone") if name in rates]:
-            quickest["backbone"] = max(backbones, key=rates.__getitem__)
-        for name in ("crop_size", "input_size", "tile_size", UPSCALE):
-            if (dimension := self.space.parameters.get(name)) is not None:
-                quickest[name] = dimension.smallest()
-        return ViewsShare(seconds, self.settings.cap_s, SLOWEST_SHARE, quickest)
+        return share_of_views(replace(self.trial_seconds(), cap_s=None), self.settings.cap_s, SLOWEST_SHARE, self.space)
 
 
 def start_recipe(name: str, pretrained: bool) -> Recipe:

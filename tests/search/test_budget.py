@@ -52,6 +52,10 @@ def test_longer_trials_are_fewer() -> None:
     assert (longer.trial_s, longer.whole_s) == (plan.trial_s, 1.5 * plan.trial_s)
     assert longer.n_started < plan.n_started
     assert plan.with_trial(10 * plan.free_s).n_started == 1
+    mixed = plan.with_trial(plan.trial_s, mean_s=1.5 * plan.trial_s)
+    assert mixed.whole_s == plan.trial_s
+    assert longer.n_started <= mixed.n_started < plan.n_started
+    assert plan.with_trial(plan.trial_s, mean_s=plan.trial_s) == plan
 
 
 @given(st.floats(60, 1e5), st.floats(0, 40), st.floats(1, 1e4))

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pcam_automl.errors import RecipeError, StudyError
-from pcam_automl.search.cost import TrialSeconds, log_improvement_per_cost
+from pcam_automl.search.cost import TrialSeconds, log_improvement_per_cost, mean_trial_s, share_of_views
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.sampler import build_sampler
+from pcam_automl.search.space import parse_space
 from pcam_automl.search.study import Asked, open_study
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
@@ -40,6 +41,29 @@ def test_seconds_follow_the_backbone_and_the_pixels() -> None:
 def test_no_trial_costs_more_than_the_cap() -> None:
     assert seconds_of(cap_s=10.0)({"backbone": "large"}) == 10.0
     assert seconds_of(cap_s=10.0)({"backbone": "small"}) == 6.0
+
+
+SIDES = """
+parameters:
+  backbone: {choice: [small, large, unknown]}
+  crop_size: {int: [32, 96], step: 32}
+  upscale: {choice: [1.0, 2.0]}
+"""
+
+
+def test_the_mean_trial_is_of_what_is_drawn_under_the_limit() -> None:
+    space = parse_space(SIDES, "here")
+    share = share_of_views(seconds_of(), 10.0, 0.2, space)
+    assert dict(share.quickest) == {"backbone": "small", "crop_size": 32, "upscale": 1.0}
+    # small takes 1.5, 6 and 13.5 s at 32, 64 and 96 px, four times that upscaled, large ten times all of it; beyond 50 s none is drawn.
+    assert mean_trial_s(share, space) == pytest.approx((1.5 + 6.0 + 10.0 + 6.0 + 10.0 + 10.0) / 6)
+    assert mean_trial_s(share_of_views(seconds_of(), math.inf, 0.2, space), space) == pytest.approx(
+        11 * (1.5 + 6.0 + 13.5) * (1 + 4) / 12
+    )
+    assert mean_trial_s(share_of_views(seconds_of(), 0.001, 0.2, space), space) == 0.001, "all are too slow"
+    fixed = parse_space("base: {backbone: large}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2]}\n", "here")
+    fields = {**FIELDS, "backbone": "large"}
+    assert mean_trial_s(share_of_views(seconds_of(fields=fields), 90.0, 0.2, fixed), fixed) == 60.0
 
 
 def test_improvement_per_cost_is_the_published_formula() -> None:
