@@ -24,7 +24,7 @@ from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
 from pcam_automl.errors import DataError, first_few
 from pcam_automl.files import check_can_write
-from pcam_automl.finalizing.choice import chosen_trial
+from pcam_automl.finalizing.choice import choose_trial, chosen_trial, settle_ties
 from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
@@ -202,6 +202,12 @@ def _decided(
         seconds=_confirm_seconds(opened, chosen, rows, options.seconds, device),
         watch=watch.confirm,
     )
+    if (
+        which == "best" and len(candidates) > 1 and len({one.lineage for one in confirmations}) < 2
+    ):  # nothing to compare
+        settled = choose_trial(opened.study, settle_ties(opened, which, watch.train.note))
+        candidates = [Candidate(lineage_of(settled), settled)]
+        confirmations = [one for one in confirmations if one.lineage == candidates[0].lineage]
     left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
     return decide(
         candidates,

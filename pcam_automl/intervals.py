@@ -37,14 +37,41 @@ def auc_bounds(draws: ArrayLike, auc: float, *, n_slides: int, n_positive: int, 
     return min(of_slides[0], of_patches[0]), max(of_slides[1], of_patches[1])
 
 
+def difference_bounds(value: float, draws: ArrayLike, *, n_slides: int) -> tuple[float, float]:
+    """Of a difference of two scorings of the same patches: Student's t over slides, the variance being the paired draws'.
+
+    Quantiles of the draws would exclude a true 0 in 47 % of simulated cases of two slides, in 22 % of four, in 11 % of ten
+    (`tests/test_paired.py` simulates them).
+
+    Args:
+        value: measured.
+        draws: differences of bootstrap draws over slides, at least one; none is NaN.
+        n_slides: at least 2.
+    """
+    half = student_t(n_slides - 1) * standard_error(draws, n_slides)
+    return value - half, value + half
+
+
+def standard_error(draws: ArrayLike, n_slides: int) -> float:
+    """Of a mean over so many slides, at least 2, by its bootstrap draws, whose spread is too small by sqrt((n - 1) / n)."""
+    return math.sqrt(n_slides / (n_slides - 1)) * float(np.std(np.asarray(draws, np.float64)))
+
+
+def share_above_zero(value: float, draws: ArrayLike, *, n_slides: int) -> float:
+    """How sure it is that the difference is above 0, by the same t, in [0, 1]; 0.5 for a 0 without any spread."""
+    from scipy.special import stdtr
+
+    spread = standard_error(draws, n_slides)
+    return float(stdtr(n_slides - 1, value / spread)) if spread > 0 else 0.5 + 0.5 * float(np.sign(value))
+
+
 def _slide_interval(draws: NDArray[np.float64], auc: float, n_slides: int, least: float) -> tuple[float, float]:
     """Student's t over slides, in logits, where an AUC's distribution is near to even; AUCs are kept ``least`` off 0 and 1.
 
     As Obuchowski (Biometrics 1997) does for clustered AUCs, the variance being the bootstrap's.
     """
     kept, value = draws.clip(least, 1 - least), min(max(auc, least), 1 - least)
-    spread = float(np.log(kept / (1 - kept)).std())
-    half = student_t(n_slides - 1) * math.sqrt(n_slides / (n_slides - 1)) * spread
+    half = student_t(n_slides - 1) * standard_error(np.log(kept / (1 - kept)), n_slides)
     middle = math.log(value / (1 - value))
     return _sigmoid(middle - half), _sigmoid(middle + half)
 

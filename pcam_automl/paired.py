@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pcam_automl.metrics import auc, auc_draws, group_codes, n_independent, patch_losses, percentile_interval
+from pcam_automl.intervals import difference_bounds, share_above_zero
+from pcam_automl.metrics import auc, auc_draws, group_codes, n_independent, patch_losses
 
 N_DRAWS = 1000
 
@@ -21,8 +22,8 @@ class Gain:
 
     Attributes:
         value: on the patches as they are.
-        interval: 95 % of the draws of slides; None where there is one slide, or one holds all patches of a label, which says nothing of others.
-        sure: share of the draws in which the second is better, ties half, in [0, 1]; None without an interval.
+        interval: 95 %, by Student's t over slides; None where there is one slide, or one holds all patches of a label, which says nothing of others.
+        sure: how sure it is that the second is better, by the same t, in [0, 1]; None without an interval.
     """
 
     value: float
@@ -48,10 +49,11 @@ def auc_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Array
     """
     value = auc(label, after) - auc(label, before)
     scores = np.stack([np.asarray(before, np.float64), np.asarray(after, np.float64)])
-    if n_independent(label, group_codes(group, scores.shape[1])) < 2:
+    n_slides = n_independent(label, group_codes(group, scores.shape[1]))
+    if n_slides < 2:
         return Gain(value, None, None)
     draws = auc_draws(label, scores, group, n=N_DRAWS, seed=seed)
-    return _gain(value, draws[:, 1] - draws[:, 0])
+    return _gain(value, draws[:, 1] - draws[:, 0], n_slides)
 
 
 def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Gain:
@@ -67,11 +69,12 @@ def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Arra
         return Gain(value, None, None)
     drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), N_DRAWS)
     total, n = np.bincount(code, saved, n_groups), np.bincount(code, minlength=n_groups)
-    return _gain(value, (drawn @ total) / (drawn @ n))
+    return _gain(value, (drawn @ total) / (drawn @ n), n_groups)
 
 
-def _gain(value: float, draws: Floats) -> Gain:
+def _gain(value: float, draws: Floats, n_slides: int) -> Gain:
     valid = draws[~np.isnan(draws)]
     if not len(valid):
         return Gain(value, None, None)
-    return Gain(value, percentile_interval(valid), float((valid > 0).mean() + (valid == 0).mean() / 2))
+    interval = difference_bounds(value, valid, n_slides=n_slides)
+    return Gain(value, interval, share_above_zero(value, valid, n_slides=n_slides))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,6 +409,26 @@ def test_the_process_ends_as_python_would_end_it_but_for_the_search_for_cycles(i
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout.split()) == (2, ["thread", "registered"])
     assert ran.stderr.startswith("error: storage must be a database URL")
+
+
+def test_a_search_leaves_its_study_whole_in_one_file(run: Any, easy_pack: Path, in_tmp: Path) -> None:
+    """Who copies `pcam.db` to another machine takes all trials along; the power switch loses none that has ended."""
+    words = [
+        *("search", "--data", easy_pack, "--space", "tiny.yaml", "--weights", "none"),
+        "--trials",
+        2,
+        "--views",
+        64,
+    ]
+    command = [sys.executable, "-m", "pcam_automl", *map(str, words)]
+    subprocess.run(command, capture_output=True, check=True)
+    held = in_tmp / "studies" / "pcam.db"
+    assert [file.name for file in held.parent.glob("pcam.db*")] == ["pcam.db"]
+    (in_tmp / "elsewhere").mkdir()
+    shutil.copy(held, in_tmp / "elsewhere")
+    code, out, err = run("status", "--json", "--storage", f"sqlite:///{in_tmp}/elsewhere/pcam.db")
+    assert code == 0, err
+    assert sum(json.loads(out)["states"].values()) == 2
 
 
 def test_a_reader_that_goes_away_is_no_fault(in_tmp: Path) -> None:

@@ -45,6 +45,23 @@ def test_intervals_agree_with_drawing_slide_by_slide(gain: object) -> None:
     assert found.sure == pytest.approx((np.array(values) > 0).mean(), abs=0.05)
 
 
+@pytest.mark.parametrize("n_slides", [2, 3, 4, 10])
+@pytest.mark.parametrize("gain", [auc_gain, loss_gain])
+def test_equally_good_scorings_are_hardly_ever_told_apart(gain: object, n_slides: int) -> None:
+    """Quantiles of the draws excluded the true 0 in 47 % of the cases of two slides, and in 22 % of four."""
+    rng, n_wrong, n_cases = np.random.default_rng(n_slides), 0, 60
+    label, group = np.arange(40 * n_slides) % 2, np.arange(40 * n_slides) // 40
+    for _ in range(n_cases):
+        own = [
+            label * 2.0 + rng.normal(0, 1.0, n_slides)[group] * (1 - 2 * label) for _ in range(2)
+        ]  # good on other slides
+        one, other = (1 / (1 + np.exp(-(score + rng.normal(0, 1.5, len(label))))) for score in own)
+        found = gain(label, one, other, group)  # type: ignore[operator]
+        n_wrong += not found.interval[0] <= 0 <= found.interval[1]
+        assert (found.sure > 0.975) == (found.interval[0] > 0)
+    assert n_wrong / n_cases <= 0.12
+
+
 def test_equal_scorings_gain_nothing_for_sure() -> None:
     label, noisy, _, group = scorings()
     for gain in (auc_gain, loss_gain):

@@ -36,7 +36,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from benchmarks.search.rung_table import RungTable, nearest, read_table
 from pcam_automl.errors import InputError
 from pcam_automl.files import write_json
-from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge
+from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, misleading_steps
 from pcam_automl.search.cost import SecondsOf
 from pcam_automl.search.lineages import DIVERGED, LINEAGE, THAWED_FROM, Lineage, lineages_of
 from pcam_automl.search.promotion import by_promise, paused_of, promotable
@@ -160,7 +160,7 @@ class OneWorker:
     def _heed_audit(self, rows: list[FrozenTrial]) -> None:
         pruner = self.study.pruner
         if self.system.heeds_audit and isinstance(pruner, SuccessiveHalving) and rows and len(rows) % AUDIT_EVERY == 0:
-            pruner.first_judged = first_to_judge(audit_trials(rows, pruner.rungs))
+            pruner.misleading = misleading_steps(audit_trials(rows, pruner.rungs))
 
     def _turn(self) -> bool:
         steps = self.table.steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import optuna
 
@@ -42,7 +42,9 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
     for line in audit_notes(audit):
         terminal.result(line)
     if any(rung.n_pairs for rung in audit.rungs):
-        terminal.result(advice(advised, settings.rungs))
+        terminal.result(
+            advice(advised, settings.rungs, [n for n, rung in enumerate(audit.rungs, 1) if rung in audit.misleading])
+        )
     if probe is not None:
         terminal.result(str(probe))
 
@@ -95,8 +97,13 @@ def audit_notes(audit: Audit) -> Iterator[str]:
         )
 
 
-def advice(advised: tuple[tuple[int, int], ...] | None, rungs: tuple[tuple[int, int], ...]) -> str:
-    """One line: the plan may stay, or a larger first rung."""
+def advice(
+    advised: tuple[tuple[int, int], ...] | None, rungs: tuple[tuple[int, int], ...], misleading: Sequence[int] = ()
+) -> str:
+    """One line: the plan may stay, or a larger first rung. ``misleading``: numbers of the rungs that mislead, from 1."""
+    if advised is None and misleading:
+        which = " and ".join(map(str, misleading))
+        return f"advice: the first rung may stay; the search ends nothing at rung {which} while that misleads"
     if advised is None:
         return "advice: nothing speaks for other rungs so far"
     now = " -> ".join(f"{views:,}" for views, _ in rungs)

@@ -12,7 +12,7 @@ from pcam_automl.batches import open_patches
 from pcam_automl.bundle import load_bundle
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.compare import Compared, compare_backbone, ranked, recipe_for
-from pcam_automl.errors import RecipeError
+from pcam_automl.errors import RecipeError, TrainingDiverged, first_few
 from pcam_automl.files import sha256_of_json, write_json
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.lr_find import find_lr, write_curves
@@ -95,7 +95,7 @@ def run_compare(
         setup = set_up(recipe, pins, options, weights=weights, device=device)
         recipes = [recipe_for(setup.recipe, name) for name in backbones]
         missing = [r.backbone for r in recipes if setup.recipe.pretrained and not setup.weights.has(r.backbone)]
-        patches, results = open_patches(setup.store, setup.device), []
+        patches, results, diverged = open_patches(setup.store, setup.device), [], dict[str, str]()
         of_data = data_key(setup.store, Rows(setup.train_rows, setup.score_rows))  # a split has several folds
         with stop.deferred(), terminal.Bars() as bars:
             task = bars.add("preparing", None)
@@ -111,24 +111,33 @@ def run_compare(
                         len(choose_rows(setup.store, chosen, setup.train_rows, setup.score_rows).train)
                     )
                     bars.restart(task, f"{chosen.backbone} views", n_views)
-                    found = compare_backbone(
-                        chosen,
-                        setup.store,
-                        setup.train_rows,
-                        setup.score_rows,
-                        patches=patches,
-                        weights=setup.weights if chosen.pretrained else Weights("none"),
-                        device=setup.device,
-                        speed=setup.speed,
-                        stop=stop.check,
-                        progress=lambda n: bars.step(task, n),
-                    )
+                    try:
+                        found = compare_backbone(
+                            chosen,
+                            setup.store,
+                            setup.train_rows,
+                            setup.score_rows,
+                            patches=patches,
+                            weights=setup.weights if chosen.pretrained else Weights("none"),
+                            device=setup.device,
+                            speed=setup.speed,
+                            stop=stop.check,
+                            progress=lambda n: bars.step(task, n),
+                        )
+                    except TrainingDiverged as fault:
+                        diverged[chosen.backbone] = str(fault)
+                        terminal.say(f"{chosen.backbone}: diverged, {fault}")
+                        continue
                     write_json(file, {"key": key, **found.to_json()})
                 terminal.say(
                     f"{found.backbone}: loss {found.initial.loss:.4f} -> {found.trained.loss:.4f}, {terminal.duration(found.seconds)}"
                 )
                 results.append(found)
-    _print_compared(ranked(results), out, as_json)
+    if not results:
+        raise TrainingDiverged(
+            f"every backbone diverged ({first_few([f'{n}: {why}' for n, why in diverged.items()])}); try a smaller --set lr="
+        )
+    _print_compared(ranked(results), diverged, out, as_json)
 
 
 def _stored(file: Path, key: str) -> Compared | None:
@@ -142,7 +151,7 @@ def _stored(file: Path, key: str) -> Compared | None:
         return None
 
 
-def _print_compared(results: list[Compared], out: Path, as_json: bool) -> None:
+def _print_compared(results: list[Compared], diverged: dict[str, str], out: Path, as_json: bool) -> None:
     write_json(out / "comparison.json", [result.to_json() for result in results])
     if as_json:
         terminal.print_json([result.to_json() for result in results])
@@ -172,4 +181,6 @@ def _print_compared(results: list[Compared], out: Path, as_json: bool) -> None:
         "time",
     )
     terminal.table("backbones by validation loss after the short training", header, rows)
+    for name, why in diverged.items():
+        terminal.say(f"not in the table: {name}, which diverged ({why})")
     terminal.result(str(out / "comparison.json"))

@@ -164,6 +164,16 @@ def channel_moments(stats: NDArray[np.floating[Any]]) -> tuple[list[float], list
     return mean.tolist(), deviation.tolist()
 
 
+def pixels_hash(digest: NDArray[np.uint8]) -> str:
+    """SHA-256 over which patches there are, whatever their order, names, labels, groups and domains.
+
+    Args:
+        digest: (N, 16) as in :class:`PatchStore`; rows of zeros, of unreadable patches, do not count.
+    """
+    held = digest[digest.any(axis=1)]
+    return hashlib.sha256(np.unique(held, axis=0).tobytes()).hexdigest()
+
+
 def content_hash(
     *,
     shape: Sequence[int],

@@ -33,10 +33,11 @@ class Decision:
     """What will be trained on all the data.
 
     Attributes:
-        members: the networks, first the one that would be taken alone: the best confirmed, or the cheapest that ties with it.
+        members: the networks, first the one that would be taken alone if it is among them: the best confirmed, or the cheapest that ties
+            with it.
         weights: one each, positive, summing to 1.
         confirmed: every confirmed lineage, the best first; empty where none was.
-        tie: why another than the best confirmed one is taken; None where it is not.
+        tie: why another than the best confirmed one is taken; None where it is not, or the blend does without it.
         blend: what the greedy selection found; None where no ensemble was asked for or possible.
         calibrations: of each member on its own; None where nothing was predicted out of fold.
         calibration: of all together.
@@ -133,7 +134,7 @@ def decide(
         oof=oof,
         oof_auc=auc(label, blend.logits),
         oof_auc_95=auc_interval(label, blend.logits, group),
-        tie=tie,
+        tie=tie if single in chosen else None,
     )
 
 

@@ -298,9 +298,9 @@ def first_rung_advice(audit: Audit, rungs: Sequence[tuple[int, int]]) -> tuple[t
     return kept
 
 
-def first_to_judge(audit: Audit) -> int:
-    """Index of the first rung at which trials may end: all before it mislead. The last one, where nothing ends, if all do."""
-    return next((place for place, rung in enumerate(audit.rungs) if rung.verdict != "misleads"), len(audit.rungs))
+def misleading_steps(audit: Audit) -> frozenset[int]:
+    """The rungs, by the views that trials report at, at which nothing should end."""
+    return frozenset(rung.step for rung in audit.misleading)
 
 
 def runs_through(lineage: str, earlier: Iterable[str] = (), *, seed: int = 0) -> bool:

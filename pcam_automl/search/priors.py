@@ -5,17 +5,18 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pcam_automl.config import Enqueued
 from pcam_automl.configs_folder import find_config
 from pcam_automl.data.splits import Split
-from pcam_automl.data.store import PatchStore
+from pcam_automl.data.store import PatchStore, pixels_hash
 from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
 from pcam_automl.recipe import Recipe, build_recipe, validation_faults
-from pcam_automl.search.space import SearchSpace
-from pcam_automl.search.warm_start import Source, diverse_best, fits_space
+from pcam_automl.search.space import SearchSpace, in_one_stage
+from pcam_automl.search.warm_start import Source, diverse_best, fits_space, pack_of
 from pcam_automl.yaml_text import parse_yaml, read_config_text
 
 NONE = "none"
@@ -48,6 +49,9 @@ class Prior(BaseModel):
     date: datetime.date
     weights: Annotated[str, Field(min_length=1, description="where the study's pretrained weights came from")]
     pack_hash: str
+    pixels_hash: Annotated[
+        str | None, Field(description="which patches they were, however packed; None of earlier files")
+    ] = None
     split_hash: str
     seed: Annotated[int, Field(ge=0)]
     holdout: Annotated[float, Field(ge=0.0, le=0.5)]
@@ -93,6 +97,7 @@ def prior_of(source: Source, space: SearchSpace, *, data: str, command: str, exp
         date=datetime.datetime.now(datetime.UTC).date(),
         weights=settings.weights if settings.weights in ("hub", "none") else "folder",
         pack_hash=settings.pack_hash,
+        pixels_hash=None if (store := pack_of(settings)) is None else pixels_hash(np.asarray(store.digest)),
         split_hash=settings.split_hash,
         seed=settings.seed,
         holdout=settings.holdout,
@@ -137,7 +142,8 @@ def prior_entries(prior: Prior, name: str, space: SearchSpace) -> list[Enqueued]
             f"{first_few(space.choices('backbone'))}); choose another --space, or --prior {NONE}"
         )
     return [
-        Enqueued(origin=f"prior {name}, trial {entry.trial}", params=space.params_of(entry.recipe)) for entry in fitting
+        Enqueued(origin=f"prior {name}, trial {entry.trial}", params=space.params_of(in_one_stage(entry.recipe)))
+        for entry in fitting
     ]
 
 
@@ -145,14 +151,17 @@ def check_prior_holdout(prior: Prior, name: str, store: PatchStore, split: Split
     """Refuse a prior that was searched on this study's holdout; see :func:`~pcam_automl.search.warm_start.check_holdout`.
 
     Returns:
-        What to say where the data are the same; None else.
+        What to say where the data are the same, or where they are others and there is a holdout; None else.
 
     Raises:
         DataError: the same data in another split, and a holdout.
     """
-    if prior.pack_hash != store.content_hash:
-        return None
-    if len(split.holdout_rows()) and prior.split_hash != split.hash:
+    same_patches = prior.pixels_hash is not None and prior.pixels_hash == pixels_hash(np.asarray(store.digest))
+    n_held = len(split.holdout_rows())
+    if prior.pack_hash != store.content_hash and not same_patches:
+        unknown = f"warning: --prior {name}: its data are not at hand, so nobody can say whether it has seen the holdout's patches"
+        return unknown if n_held else None
+    if n_held and prior.split_hash != split.hash:
         raise DataError(
             f"--prior {name} was searched on these data in another split, that is on patches that are set aside here, so their "
             f"score would flatter; take its split (--seed {prior.seed} --holdout {prior.holdout:g}), or --prior {NONE}"

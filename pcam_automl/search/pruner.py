@@ -41,14 +41,14 @@ class SuccessiveHalving(BasePruner):
         if eta < 2:
             raise ValueError(f"eta must be at least 2, got {eta}")
         self.eta, self.pauses = eta, pauses
-        self.first_judged = 0
+        self.misleading: frozenset[int] = frozenset()  # steps at which nothing ends, by the audit
         self.n_looks = 0  # of the audit's
         self.spared: Callable[[str, Iterable[str]], bool] = lambda lineage, earlier: False
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial ends here; see the class."""
         step = trial.last_step
-        if step is None or step >= self.rungs[-1] or step < self.rungs[self.first_judged]:
+        if step is None or step >= self.rungs[-1] or step in self.misleading:
             return False
         sign = sign_of(study)
         own, trials = _score(trial.intermediate_values[step], sign), study.get_trials(deepcopy=False)

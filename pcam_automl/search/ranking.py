@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
-from pcam_automl.intervals import auc_bounds
-from pcam_automl.metrics import auc, auc_draws, n_independent, percentile_interval
+from pcam_automl.intervals import auc_bounds, difference_bounds
+from pcam_automl.metrics import auc, auc_draws, n_independent
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
 from pcam_automl.search.budget import was_short
@@ -145,7 +145,9 @@ def rank(
     behind = drawn[:, :1] - drawn
     ranked = []
     for place, i in enumerate(order):
-        gap = percentile_interval(behind[:, place])
+        gap = (math.nan, math.nan)
+        if len(behind):
+            gap = difference_bounds(top - values[i], behind[:, place], n_slides=n_slides)
         se = float(behind[:, place].std(ddof=1)) if len(behind) > 1 else math.nan
         beaten = place > 0 and gap[0] > 0
         bounds = (math.nan, math.nan)

@@ -166,6 +166,18 @@ class SearchSpace:
         return params
 
 
+def in_one_stage(recipe: Recipe) -> Recipe:
+    """A recipe with stages as a space without them can take it: the last one's rates, in which all layers train, and the stages of the
+    head alone as the frozen share. Any other as it is.
+    """
+    if not recipe.stages:
+        return recipe
+    last = recipe.phases[-1]
+    frozen = sum(stage.share for stage in recipe.stages if stage.trainable == 0.0)
+    decay = recipe.weight_decay if last.weight_decay is None else last.weight_decay
+    return recipe.model_copy(update={"stages": (), "lr": last.lr, "weight_decay": decay, "frozen": frozen})
+
+
 def load_space(
     name_or_path: str, *, pins: Mapping[str, Any] | None = None, backbone_fault: BackboneFault | None = None
 ) -> SearchSpace:

@@ -14,7 +14,7 @@ from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.search.dimension import is_number
 from pcam_automl.search.plan import Plan, stand_in, trial_seconds
 from pcam_automl.search.slots import Slot
-from pcam_automl.search.space import SearchSpace
+from pcam_automl.search.space import SearchSpace, in_one_stage
 
 MOST_SHARE = 0.25
 """Of the study's trials that may be prescribed, trial 0 included."""
@@ -120,8 +120,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:
     """The recipe as a trial of the space can be it, with a word on what stands in; or None and the reason.
 
-    Of a recipe with stages the last one's rates are taken (all layers train in it), and the stages of the head alone
-    become the frozen share.
+    Of a recipe with stages :func:`~pcam_automl.search.space.in_one_stage` is taken.
     """
     tasks = space.choices("task") or ("patch",)
     if recipe.task not in tasks:
@@ -133,13 +132,7 @@ def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | No
     share = views_share(recipe, found, plan)
     if share < LEAST_VIEWS_SHARE:
         return None, f"{found} would see {share:.0%} of a trial's views here, less than {LEAST_VIEWS_SHARE:.0%}"
-    changes: dict[str, object] = {"backbone": found}
-    if recipe.stages:
-        last = recipe.phases[-1]
-        frozen = sum(stage.share for stage in recipe.stages if stage.trainable == 0.0)
-        decay = recipe.weight_decay if last.weight_decay is None else last.weight_decay
-        changes |= {"stages": (), "lr": last.lr, "weight_decay": decay, "frozen": frozen}
-    return recipe.model_copy(update=changes), on_another(recipe.backbone, found)
+    return in_one_stage(recipe).model_copy(update={"backbone": found}), on_another(recipe.backbone, found)
 
 
 def on_another(backbone: str, found: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -118,11 +119,14 @@ def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> Ret
     _make_folder(url, create=create)
     try:
         _probe(url, write=create)
-        return retry_transient(lambda: _build(url, heartbeat_s), only=is_creation_race)
+        storage = retry_transient(lambda: _build(url, heartbeat_s), only=is_creation_race)
     except (sa.exc.SQLAlchemyError, StorageInternalError, ImportError) as fault:
         raise storage_fault(url, fault) from None
     except RuntimeError as fault:  # Optuna's word on a schema of another version
         raise StudyError(f"storage {safe_url(url)}: {scrubbed(fault, url)}") from None
+    # At the process's end, too: the last connection to close moves what is beside an SQLite file into it, so that its copy is whole.
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
 
 
 def _build(url: str, heartbeat_s: int) -> RetryingStorage:

@@ -20,7 +20,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search.diversity import pick_diverse
 from pcam_automl.search.lineages import FINISHED, current_rows, has_diverged, sign_of
 from pcam_automl.search.reading import load_study
-from pcam_automl.search.space import SearchSpace
+from pcam_automl.search.space import SearchSpace, in_one_stage
 from pcam_automl.search.storage import open_storage
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.training.engine import RungResult
@@ -156,7 +156,9 @@ def warm_entries(source: Source, space: SearchSpace) -> list[Enqueued]:
             f"{first_few(names)}; here: {first_few(space.choices('backbone'))}); choose a --space that holds one of them"
         )
     return [
-        Enqueued(origin=f"warm start {source.shown}, trial {one.number}", params=space.params_of(one.recipe))
+        Enqueued(
+            origin=f"warm start {source.shown}, trial {one.number}", params=space.params_of(in_one_stage(one.recipe))
+        )
         for one in chosen
     ]
 
@@ -194,7 +196,7 @@ def check_holdout(store: PatchStore, split: Split, source: Source) -> str | None
             )
         if n_shared is None and same_data:
             raise DataError(
-                f"{what} has the same data in another split, and its split file {source.folder / 'split.npz'} is gone, so "
+                f"{what} has the same data in another split, and its split file is not {source.folder / 'split.npz'}, so "
                 f"that it may have been searched on the holdout; {remedy}"
             )
         if n_shared is None:
@@ -207,20 +209,26 @@ def check_holdout(store: PatchStore, split: Split, source: Source) -> str | None
     return None
 
 
+def pack_of(settings: StudySettings) -> PatchStore | None:
+    """The patches of a study, if they are where they were and can be read; None else."""
+    folder = Path(settings.pack)
+    try:
+        store = open_store(folder) if folder.is_dir() else None
+    except DataError:  # an earlier version's, or damaged
+        return None
+    return store if store is not None and store.content_hash == settings.pack_hash else None
+
+
 def _n_shared(store: PatchStore, holdout: np.ndarray, source: Source) -> int | None:
-    """How many holdout patches the other study trained or validated on, by their pixels; None where its files are gone."""
-    split_file, pack = source.folder / "split.npz", Path(source.settings.pack)
-    if not split_file.is_file():
+    """How many holdout patches the other study trained or validated on, by their pixels; None where its files are gone, or are another study's."""
+    split_file = source.folder / "split.npz"
+    theirs = store if source.settings.pack_hash == store.content_hash else pack_of(source.settings)
+    if theirs is None or not split_file.is_file():
         return None
-    if source.settings.pack_hash == store.content_hash:
-        theirs = store
-    elif pack.is_dir():
-        theirs = open_store(pack)
-        if theirs.content_hash != source.settings.pack_hash:
-            return None
-    else:
+    their_split = load_split(split_file)
+    if their_split.hash != source.settings.split_hash:  # of another storage's study of that name
         return None
-    fold = load_split(split_file).fold
+    fold = their_split.fold
     used = np.asarray(theirs.digest)[(fold != HOLDOUT) & (fold != UNUSED)]
     seen = {row.tobytes() for row in used if row.any()}
     return sum(row.tobytes() in seen for row in np.asarray(store.digest)[holdout])

@@ -15,7 +15,8 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
-from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, first_to_judge, runs_through
+from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, misleading_steps, runs_through
+from pcam_automl.search.connections import keep_on_disk
 from pcam_automl.search.lineages import FINISHED, counts_in, has_diverged, sign_of
 from pcam_automl.search.mirror import forget
 from pcam_automl.search.objective import Objective
@@ -159,6 +160,7 @@ def _run_trials(
         sampler.prescribed = {**prescribed(opened, turn.slot), **({} if entry is None else entry.params)}
         trial = _one_trial(study, objective)
         n_finished += _settle_slot(claim, turn.slot, trial, objective)
+        keep_on_disk(slots.engine)
         trials = study.get_trials(deepcopy=False)
         gone = keep_within(
             opened.checkpoints,
@@ -177,7 +179,7 @@ def _run_trials(
 
 
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
-    """Prune from the second rung on while the audit says that the first one misleads; looked at every so many trials."""
+    """Prune at no rung of which the audit says that it misleads; looked at every so many trials."""
     pruner = study.pruner
     # Of 5,000 rows every 1,000: there the look takes a second.
     every = max(AUDIT_EVERY, 10 ** (len(str(len(trials))) - 1))
@@ -187,11 +189,15 @@ def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTr
     pruner.n_looks = n_looks
     settings = objective.opened.settings
     audit = audit_trials(trials, pruner.rungs, maximise=settings.goal.maximize, seed=settings.seed)
-    first = first_to_judge(audit)
-    if first != pruner.first_judged:
-        pruner.first_judged = first
-        why = audit.rungs[first - 1].why if first else "the first rung's order holds after all"
-        objective.watch.note(f"nothing ends before rung {first + 1} from here on: {why}")
+    steps = misleading_steps(audit)
+    if steps != pruner.misleading:
+        pruner.misleading = steps
+        bad = [f"rung {number}: {rung.why}" for number, rung in enumerate(audit.rungs, 1) if rung.step in steps]
+        objective.watch.note(
+            f"nothing ends any more at {'; '.join(bad)}"
+            if bad
+            else "trials end at every rung again: their orders hold after all"
+        )
 
 
 class SlotOfTrial:

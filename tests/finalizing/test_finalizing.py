@@ -13,20 +13,21 @@ import optuna
 import pytest
 import torch
 
+import pcam_automl.finalize as finalize_module
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import load_bundle
 from pcam_automl.calibration import logits_of, probs_at
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import InputError
-from pcam_automl.finalize import FinalOptions, FinalResult, finalize
+from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.finalizing import decision as decision_module
 from pcam_automl.finalizing.blending import Blend, choose_blend
-from pcam_automl.finalizing.decision import decide
+from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.result import check_options
 from pcam_automl.metrics import auc
 from pcam_automl.predict import build_predictor, row_probs
 from pcam_automl.scores import Scores
-from pcam_automl.search.confirmations import Candidate, Confirmation
+from pcam_automl.search.confirmations import Candidate, Confirmation, top_candidates
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
@@ -275,3 +276,41 @@ def test_of_confirmed_trials_that_tie_the_cheapest_is_taken(
     assert (untimed.members[0].lineage, untimed.tie) == ("0", None), "in a deterministic study no measurement decides"
     on_two = [replace(one, fold=fold) for one in found for fold in (1, 2)]
     assert decide(candidates(2), on_two, Slides(800)).members[0].lineage == "0"  # type: ignore[arg-type]
+
+
+def test_a_tie_is_not_said_of_a_blend_that_does_without_the_tied_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    label, (prob,) = predictions(800, (0.7,))
+    found = [
+        replace(confirmation(k, prob, label, np.arange(800)), images_per_s=speed)
+        for k, speed in enumerate((1.0, 3.0, 1.0))
+    ]
+    assert decide(candidates(3), found, Slides(800)).tie is not None  # type: ignore[arg-type]
+
+    def without_the_cheap_one(logits: np.ndarray, *words: Any, **options: Any) -> Blend:
+        return replace(choose_blend(logits, *words, **options), weights=(0.5, 0.0, 0.5), used=True)
+
+    monkeypatch.setattr(decision_module, "choose_blend", without_the_cheap_one)
+    made = decide(candidates(3), found, Slides(800), most_members=2)  # type: ignore[arg-type]
+    assert [member.lineage for member in made.members] == ["0", "2"]
+    assert made.tie is None
+
+
+@pytest.mark.parametrize("n_confirmed", [0, 1])
+def test_where_no_two_confirmations_fit_ties_are_settled_by_the_search(
+    opened: OpenStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_confirmed: int
+) -> None:
+    """As `status` and the search's end have said: "without a confirmation finalize takes trial N"."""
+    best = top_candidates(opened.study, 2)
+    other = best[1].trial.number
+    confirm = finalize_module.confirm
+    monkeypatch.setattr(
+        finalize_module, "confirm", lambda opened, found, **rest: confirm(opened, found[:n_confirmed], **rest)
+    )
+    monkeypatch.setattr(finalize_module, "settle_ties", lambda opened, which, note: str(other))
+    decided: list[Decision] = []
+    watch = FinalWatch(decided=decided.append)
+    made = finalize(
+        opened, epochs=1.0, device=CPU, options=FinalOptions(confirm=2), out=tmp_path / "final", watch=watch
+    )
+    assert made.trial == other
+    assert decided[0].confirmed == ()

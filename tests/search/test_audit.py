@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from optuna.trial import TrialState, create_trial
 from planted_study import STEPS, pruned_by_thirds, rung_values, settings_of, study_with, trials_of
 from scipy.stats import kendalltau, pearsonr
 
+from pcam_automl.commands.audit import advice
 from pcam_automl.search import worker as worker_module
 from pcam_automl.search.audit import (
     AUDIT_MOST,
@@ -22,6 +24,7 @@ from pcam_automl.search.audit import (
     audit_trials,
     first_rung_advice,
     judge,
+    misleading_steps,
     regret_of_pruning,
     runs_through,
     share_of_spread,
@@ -48,7 +51,18 @@ def test_a_first_rung_of_noise_misleads_and_the_second_holds() -> None:
     assert first.regret > 0
     assert second.regret == 0
     assert audit.misleading == (first,)
+    assert misleading_steps(audit) == {first.step}
     assert first_rung_advice(audit, PLAN) == PLAN[1:]
+
+
+def test_a_later_rung_that_misleads_is_named_though_the_first_may_stay() -> None:
+    late = audit_of(40, (0.05, 9.0, 0.0), seed=2)
+    late = replace(late, rungs=(replace(late.rungs[0], verdict="unclear"), replace(late.rungs[1], verdict="misleads")))
+    assert misleading_steps(late) == {late.rungs[1].step}
+    assert first_rung_advice(late, PLAN) is None
+    said = advice(None, PLAN, [2])
+    assert said == "advice: the first rung may stay; the search ends nothing at rung 2 while that misleads"
+    assert advice(None, PLAN) == "advice: nothing speaks for other rungs so far"
 
 
 def test_faithful_rungs_hold_and_the_plan_stays() -> None:
@@ -195,7 +209,7 @@ def test_the_audit_is_looked_at_whenever_ten_rows_are_new_whoever_made_them(monk
     looks: list[int] = []
 
     monkeypatch.setattr(worker_module, "audit_trials", lambda trials, *_, **__: looks.append(len(trials)))
-    monkeypatch.setattr(worker_module, "first_to_judge", lambda audit: 0)
+    monkeypatch.setattr(worker_module, "misleading_steps", lambda audit: frozenset())
     pruner = SuccessiveHalving([1, 3, 9])
     study: Any = SimpleNamespace(pruner=pruner)
     settings = SimpleNamespace(goal=SimpleNamespace(maximize=True), seed=0)

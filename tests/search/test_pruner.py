@@ -56,6 +56,14 @@ def test_minimised_value_is_better_when_smaller() -> None:
     assert pruned(study_of(0.1, 0.2, direction="minimize"), 0.05) is False
 
 
+def test_nothing_ends_at_a_rung_that_misleads_whichever_it_is() -> None:
+    for step in (100, 300):
+        study = study_of(0.9, 0.8, step=step)
+        assert pruned(study, 0.7, step=step)
+        study.pruner.misleading = frozenset({300})  # type: ignore[attr-defined]
+        assert pruned(study, 0.6, step=step) is (step == 100)
+
+
 def test_fully_trained_trial_is_never_pruned() -> None:
     study = study_of(*np.linspace(0.8, 0.9, 9), step=900)
     assert pruned(study, 0.1, step=900) is False

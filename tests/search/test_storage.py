@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import socket
 import sqlite3
 import time
@@ -22,6 +23,7 @@ from optuna.trial import TrialState
 from pcam_automl.errors import StudyError
 from pcam_automl.search import connections, retrying_storage
 from pcam_automl.search import patience as module
+from pcam_automl.search.connections import keep_on_disk
 from pcam_automl.search.patience import is_transient, retry_transient
 from pcam_automl.search.retrying_storage import end_with, set_user_attrs
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental, storage_fault
@@ -69,6 +71,18 @@ def test_study_survives_reopening_with_heartbeats_and_without_a_warning(tmp_path
     assert len(again.trials) == 2
     assert engine_of(again).url.database == engine_of(study).url.database
     engine_of(again).dispose()
+
+
+def test_what_is_kept_on_the_disk_lies_in_the_file_itself(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    storage = open_storage(url)
+    optuna.create_study(study_name="one", storage=storage)
+    shutil.copy(tmp_path / "s.db", tmp_path / "before.db")
+    keep_on_disk(storage.engine)
+    shutil.copy(tmp_path / "s.db", tmp_path / "after.db")
+    with pytest.raises(StudyError, match="no studies"):
+        open_storage(f"sqlite:///{tmp_path}/before.db", create=False)
+    assert optuna.get_all_study_names(open_storage(f"sqlite:///{tmp_path}/after.db", create=False)) == ["one"]
 
 
 def test_opening_to_read_makes_no_file(tmp_path: Path) -> None:

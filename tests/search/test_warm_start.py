@@ -20,7 +20,15 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search import warm_start
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
-from pcam_automl.search.priors import Prior, check_prior_holdout, load_prior, parse_prior, prior_entries, prior_of
+from pcam_automl.search.priors import (
+    Prior,
+    PriorEntry,
+    check_prior_holdout,
+    load_prior,
+    parse_prior,
+    prior_entries,
+    prior_of,
+)
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.study import Asked, OpenStudy, open_study
@@ -221,9 +229,9 @@ def test_a_holdout_that_the_other_study_searched_on_is_refused(study: OpenStudy,
     assert "the same fold" in str(check_holdout(store, split, same))
     without = make_split(store, seed=1)
     assert "folds that share patches" in str(check_holdout(store, without, other))
-    gone = source(study.settings, tmp_path / "gone", *tried(1e-3))
-    with pytest.raises(DataError, match=r"split\.npz is gone"):
-        check_holdout(store, split, gone)
+    for folder in (tmp_path / "gone", tmp_path):  # there lies the split of another study of that name
+        with pytest.raises(DataError, match=r"its split file is not .*split\.npz"):
+            check_holdout(store, split, source(study.settings, folder, *tried(1e-3)))
 
 
 def test_other_data_are_compared_by_their_pixels(study: OpenStudy, easy_pack: Path, tmp_path: Path) -> None:
@@ -285,7 +293,35 @@ def test_a_prior_gives_entries_of_the_space_and_is_refused_on_its_own_holdout(st
         check_prior_holdout(made, "easy", study.store, split)
     assert "the same data" in str(check_prior_holdout(made, "easy", study.store, make_split(study.store)))
     elsewhere = made.model_copy(update={"pack_hash": "0" * 64})
-    assert check_prior_holdout(elsewhere, "easy", study.store, split) is None
+    with pytest.raises(DataError, match="in another split"):  # the same patches with other groups or domains, say
+        check_prior_holdout(elsewhere, "easy", study.store, split)
+    assert "the same data" in str(check_prior_holdout(elsewhere, "easy", study.store, make_split(study.store)))
+    for unknown in (None, "0" * 64):  # of before there was such a hash, or of other patches
+        foreign = elsewhere.model_copy(update={"pixels_hash": unknown})
+        assert "nobody can say" in str(check_prior_holdout(foreign, "easy", study.store, split))
+        assert check_prior_holdout(foreign, "easy", study.store, make_split(study.store)) is None
+
+
+def test_a_recipe_in_stages_brings_the_rates_that_it_trained_with(study: OpenStudy) -> None:
+    staged = build_recipe(
+        {
+            "backbone": "test_resnet",
+            "views": 64,
+            "stages": [{"share": 0.4, "lr": 2e-2, "trainable": 0.0}, {"share": 0.6, "lr": 4e-4, "weight_decay": 0.01}],
+        }
+    )
+    space = parse_space(
+        "parameters:\n  lr: {float: [1.0e-4, 1.0e-1], log: true}\n  frozen: {choice: [0.0, 0.4]}\n"
+        "  weight_decay: {float: [1.0e-3, 1.0e-1], log: true}\nbase: {backbone: test_resnet, pretrained: true}\n",
+        "here",
+    )
+    wanted = {"lr": pytest.approx(4e-4), "frozen": 0.4, "weight_decay": pytest.approx(0.01)}
+    (entry,) = warm_entries(source(study.settings, study.folder, Tried(3, 0.9, True, staged)), space)
+    assert entry.params == wanted
+    made = prior(study)
+    fields = staged.model_dump(mode="json", include={"backbone", "stages"})
+    held = made.model_copy(update={"recipes": (PriorEntry(trial=3, auc=0.9, fields=fields),)})
+    assert prior_entries(held, "easy", space)[0].params == wanted
 
 
 def test_a_study_takes_a_priors_recipes_and_remembers_it(
