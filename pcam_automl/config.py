@@ -89,19 +89,20 @@ def parse_duration(text: str) -> float:
 
 
 def parse_bytes(text: str, option: str = "--checkpoint-quota") -> int:
-    """``5GB``, ``800 MB``, ``0``: decimal units, in any case; a plain number is bytes.
+    """``5GB``, ``800 MB``, ``2000000 B``, ``0``: decimal units, in any case; a number without one may mean anything.
 
     Raises:
         InputError: anything else.
     """
-    plain = text.strip().lower().removesuffix("b").strip()
+    given = text.strip().lower()
+    plain = given.removesuffix("b").strip()
     units = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     number, unit = (plain[:-1], units[plain[-1]]) if plain[-1:] in units else (plain, 1)
     try:
         size = float(number) * unit
     except ValueError:
         size = -1.0
-    if not 0 <= size < 1e18:
+    if not 0 <= size < 1e18 or (size > 0 and given[-1].isdigit()):
         raise InputError(f"{option} must be a size like 5GB or 800MB, got {text!r}")
     return int(size)
 

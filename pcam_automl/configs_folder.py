@@ -52,7 +52,7 @@ def find_config(kind: Kind, name_or_path: str) -> Path:
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
         raise RecipeError(
-            f"{word} file {name_or_path} {reason}{did_you_mean(path.stem, known)}; known: {', '.join(known)}"
+            f"{word} file {name_or_path} {reason}{did_you_mean(path.stem, known)}; known: {', '.join(known) or 'none'}"
         )
     return path
 

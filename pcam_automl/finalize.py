@@ -22,7 +22,7 @@ from pcam_automl.calibration import Calibration
 from pcam_automl.data.store import PatchStore
 from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
-from pcam_automl.errors import DataError, first_few
+from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.files import check_can_write
 from pcam_automl.finalizing.choice import choose_trial, chosen_trial, settle_ties
 from pcam_automl.finalizing.decision import Decision, decide
@@ -107,6 +107,8 @@ def finalize(
     """
     watch, options, began = watch or FinalWatch(), options or FinalOptions(), time.perf_counter()
     check_threshold(threshold)
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise InputError(f"--epochs must be greater than 0, got {epochs:g}")
     unconfirmed = (
         options.seconds is not None
         and options.ensemble == 1

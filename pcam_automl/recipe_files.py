@@ -23,6 +23,8 @@ def load_recipe(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Re
     where, pins = shown_name(path), overrides or {}
     faults: list[str] = []
     fields = read_yaml(read_config_text(path), where, faults)
+    if not fields and not faults:
+        raise RecipeError(f"{where} is empty; a recipe names at least one field, e.g. backbone: resnet10t")
     try:
         recipe = build_recipe(merge_fields(fields, pins), where=where, pinned=pins)
     except RecipeError as fault:

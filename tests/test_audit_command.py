@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState, create_trial
 from planted_study import (
     probs_of,
     pruned_by_thirds,
@@ -56,6 +57,17 @@ def test_a_study_with_a_probe_is_told_whether_it_ranked_as_the_trainings_did(url
     assert "probe: holds, Kendall tau" in capsys.readouterr().out
     run_audit("pcam", url, as_json=True)
     assert json.loads(capsys.readouterr().out)["probe"]["n_cells"] == 6
+
+
+def test_who_stops_a_search_finds_an_interrupted_trial_and_not_a_failed_one(url: str, capsys: Capture) -> None:
+    reasons = ("interrupted", "worker lost", "error: RuntimeError: out of memory")
+    failed = [create_trial(state=TrialState.FAIL, user_attrs={"reason": reason}) for reason in reasons]
+    study_with([*trials_of(rung_values(3, (0.2, 0.1, 0.0))), *failed], url)
+    run_status("pcam", url, as_json=False)
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert "3 complete, 1 fail, 2 interrupted;" in first
+    assert second.strip().startswith("interrupted: ended with its worker (Ctrl-C, a kill)")
+    assert "RuntimeError" in third
 
 
 def test_audit_as_json_and_of_survivors_alone(url: str, capsys: Capture) -> None:

@@ -475,6 +475,36 @@ def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Pat
     fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40)
 
 
+def test_epochs_that_cannot_be_are_refused_before_the_confirmations(run: Any, easy_pack: Path) -> None:
+    assert (
+        run("search", "--data", easy_pack, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)[0]
+        == 0
+    )
+    for epochs in (-1, 0, "nan"):
+        code, _, err = run("finalize", "--epochs", epochs)
+        assert (code, err.strip().splitlines()[-1].split(", got")[0]) == (2, "error: --epochs must be greater than 0")
+        assert "confirm" not in err
+
+
+def test_a_sample_of_other_images_is_refused_and_unknown_slides_are_said_when_groups_can_still_be_given(
+    run: Any, in_tmp: Path
+) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=60, n_test=4)
+    fails_with(
+        run("prepare", raw, "--out", "pack", "--sample", raw / "train_labels.csv"), "none of the 60 ids of", "in test/"
+    )
+    assert not (in_tmp / "pack").exists()
+    (raw / "train_groups.csv").unlink(missing_ok=True)
+    code, _, err = run("prepare", raw, "--out", "pack")
+    assert code == 0
+    assert "no slides are known" in err
+
+
+def test_an_empty_recipe_is_no_recipe(run: Any, easy_pack: Path, in_tmp: Path) -> None:
+    (in_tmp / "nothing.yaml").write_text("# nothing\n")
+    fails_with(run("train", "nothing.yaml", "--data", easy_pack, "--out", "t"), "nothing.yaml is empty", "backbone")
+
+
 def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) -> None:
     """PCam HDF5: official validation is what the search validates on, the official test is predicted."""
     import h5py

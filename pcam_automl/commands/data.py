@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from pcam_automl import terminal
 from pcam_automl.data.pack import pack, verify
 from pcam_automl.data.quality import findings, write_sheet
 from pcam_automl.data.sources import fingerprint, open_source
+from pcam_automl.data.split_groups import NO_SLIDES
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.errors import DataError
@@ -78,6 +81,9 @@ def _print_store(store: PatchStore, as_json: bool) -> None:
         return
     for line in found.lines():
         terminal.say(line)
+    labelled = np.asarray(store.label) >= 0
+    if labelled.any() and (np.asarray(store.group)[labelled] < 0).all():
+        terminal.say(NO_SLIDES)
     if len(found.rows):
         terminal.say(f"pictures of them: {sheet}")
     terminal.result(f"{store.root}: {len(store):,} patches, content {store.content_hash[:16]}")

@@ -53,6 +53,8 @@ def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iter
             terminal.say(
                 f"training {recipe.backbone} at {recipe.network_px} px on {compute.device} ({compute.precision}"
                 f"{', channels last' if compute.channels_last else ''}): {views:,} views"
+                if views or parts is None
+                else f"training {recipe.backbone} at {recipe.network_px} px on {compute.device}: no time is left for it, so that it has the least that gives a network"
             )
             bars.restart(task, "training views", views)
 
@@ -143,7 +145,9 @@ def finalize_study(
             folder = member_folder(out or opened.folder / "final", number)
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
-        ledger = Ledger(opened.study, "finalize", kept=budget_of(opened.study) is not None and ranks().is_first)
+        ledger = Ledger(
+            opened.study, "finalize", kept=budget_of(opened.study) is not None and within_budget and ranks().is_first
+        )
         at_end.callback(ledger.close)  # however it ends: an interrupted one has spent, too
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))

@@ -43,7 +43,7 @@ def work_on_ray(
         "--max-retries",
         str(work.max_retries),
     ]
-    words += [] if work.quota_bytes is None else ["--checkpoint-quota", str(work.quota_bytes)]
+    words += [] if work.quota_bytes is None else ["--checkpoint-quota", f"{work.quota_bytes}B"]
     words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:g}s"]
     before = n_finished_of(opened.study)
     with terminal.Bars() as bars, stop.deferred(), patient():

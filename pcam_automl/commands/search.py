@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -194,13 +193,12 @@ def _check_time(opened: OpenStudy, clock: BudgetClock | None) -> None:
     Raises:
         StudyError: start-up, or earlier commands, have used up what it could have.
     """
-    if clock is None or not clock.is_over_for_first or n_finished_of(opened.study):
+    from pcam_automl.search.budget import too_late
+
+    if clock is None or n_finished_of(opened.study):
         return
-    used_s = clock.spent_s + time.monotonic() - clock.began
-    raise StudyError(
-        f"{terminal.duration(used_s)} of the budget of {terminal.duration(clock.total_s)} are spent before the first trial, which leaves it no time; "
-        f"give --budget {max(2, math.ceil(used_s / 15))}m or more"
-    )
+    if (why := too_late(clock.total_s, clock.spent_s + time.monotonic() - clock.began)) is not None:
+        raise StudyError(why)
 
 
 def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | None = None) -> None:
@@ -264,6 +262,11 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
             )
         terminal.say(
             f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
+            + (
+                "; scored on the way, too, since start-up has left so little that the first may be cut off"
+                if n_rungs > 1
+                else ""
+            )
         )
     if planned is not None and planned["total_s"] == total:
         eta = 1 if planned.get("short") else ETA  # those few run through

@@ -52,11 +52,13 @@ def print_judged(ranking: Ranking, audit: Audit) -> None:
 
 
 def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
-    states = ", ".join(f"{n} {state}" for state, n in summary.states.items()) or "no trials yet"
+    n_stopped = summary.states.get("fail", 0) - len(summary.errors)
+    shown = {**summary.states, "fail": len(summary.errors), "interrupted": n_stopped}
+    states = ", ".join(f"{n} {state}" for state, n in shown.items() if n) or "no trials yet"
     terminal.result(f"study {summary.study}: {states}; {terminal.duration(summary.seconds)} of trials")
-    if n_stopped := summary.states.get("fail", 0) - len(summary.errors):
+    if n_stopped:
         terminal.result(
-            f"  {n_stopped} of the failed ended with their worker, not by an error: another row of each goes on, or has, unless it was given up"
+            "  interrupted: ended with its worker (Ctrl-C, a kill), not by an error; another row goes on with it, or has, unless it was given up"
         )
     for reason in sorted(set(summary.errors)):
         terminal.result(f"  {summary.errors.count(reason)} x {reason}")

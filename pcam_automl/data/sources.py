@@ -180,6 +180,11 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     if extra := sorted(name for name in found if name not in known):
         notes.append(f"{len(extra)} images in test/ are not in {csv.name} and are left out: {first_few(extra)}")
     names = [name for name in wanted if name in found]
+    if found and not names:
+        raise DataError(
+            f"none of the {len(wanted):,} ids of {csv} has an image among the {len(found):,} in test/; "
+            "give the --sample that lists these images, or remove it: all of test/ is predicted then"
+        )
     return names, [found[name] for name in names], missing, notes, [csv]
 
 

@@ -11,6 +11,10 @@ from pcam_automl.errors import DataError
 
 _MAX_BUNDLES = 500  # scikit-learn places groups one by one in Python: 220,000 patches without a slide take minutes
 _ATTEMPTS = 20
+NO_SLIDES = (
+    "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
+    " optimistic; --groups CSV (id,group) makes it honest"
+)
 
 Ints = NDArray[np.int64]
 
@@ -35,10 +39,7 @@ def joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[st
     code = connected_components(coo_array((np.ones(len(one), np.int8), (one, other)), (size, size)), directed=False)[1]
     notes = []
     if not len(known):
-        notes.append(
-            "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
-            " optimistic; --groups CSV (id,group) makes it honest"
-        )
+        notes.append(NO_SLIDES)
     elif len(known) < n:
         notes.append(f"{n - len(known)} of {n} patches have no slide and count singly: validation will be optimistic")
     n_groups = len(np.unique(code[n : n + n_slides]))

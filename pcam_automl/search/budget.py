@@ -185,6 +185,16 @@ def was_short(study: optuna.Study, planned: Mapping[str, Any] | None) -> bool:
     return short is not None and n_finished_of(study) <= short.n_trials
 
 
+def too_late(total_s: float, used_s: float) -> str | None:
+    """Why no first trial may begin after so many seconds of a budget; None where it may."""
+    if used_s <= FIRST_SHARE * total_s:
+        return None
+    return (
+        f"{used_s:.0f} s of the budget of {total_s:g} s are spent before the first trial, which leaves it no time; "
+        f"give --budget {max(2, math.ceil(used_s / 15))}m or more"
+    )
+
+
 def _latest_short_s(total_s: float, used_s: float, free_s: float = math.inf) -> float:
     """Until when a short search lasts whose trials have ``free_s`` at most, behind the start-up."""
     return min(used_s, (1.0 - SHORT_SHARE) * total_s) + min(SHORT_SHARE * total_s, free_s)

@@ -17,6 +17,7 @@ from pcam_automl.data.domains import Domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
+from pcam_automl.errors import StudyError
 from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
 from pcam_automl.models.factory import backbone_fault
@@ -35,7 +36,7 @@ from pcam_automl.search.asking import (
     recipe_fields,
     without_stage_fields,
 )
-from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget
+from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget, too_late
 from pcam_automl.search.cost import TrialSeconds, mean_trial_s, share_of_views
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
@@ -151,6 +152,8 @@ def _decide(
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
     plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)
+    if budget is not None and (why := too_late(budget.total_s, process_age_s())) is not None:
+        raise StudyError(why)  # before there is a study that others would take up
     check_networks(space, start)
     if plan.dropped:
         space = space.without_choices("backbone", list(plan.dropped))

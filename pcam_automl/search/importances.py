@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import optuna
@@ -18,7 +19,11 @@ def ped_anova(study: optuna.Study) -> dict[str, float]:
     Raises:
         ValueError, RuntimeError: there is nothing to compare, as Optuna says.
     """
-    shares: dict[str, float] = _importance_package().get_param_importances(study)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "some regimes have less than 2 trials", on conditional parameters of few trials
+        shares: dict[str, float] = _importance_package().get_param_importances(study)
     return shares
 
 

@@ -34,7 +34,7 @@ def parse_s3(url: str) -> tuple[str, str]:
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w!.*'()/-]*))?", url)
     if found is None:
         raise InputError(
-            f"--artifacts must look like s3://BUCKET/PREFIX, got {re.sub(r'//[^@/]*@', '//***@', url)!r}; credentials come from AWS_ACCESS_KEY_ID, a server of your own from AWS_ENDPOINT_URL"
+            f"--artifacts must look like s3://BUCKET/PREFIX, BUCKET being 3 to 63 of a-z, 0-9, '.' and '-', got {re.sub(r'//[^@/]*@', '//***@', url)!r}; credentials come from AWS_ACCESS_KEY_ID, a server of your own from AWS_ENDPOINT_URL"
         )
     return found[1], (found[2] or "").strip("/")
 

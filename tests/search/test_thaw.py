@@ -196,13 +196,13 @@ def test_a_thaw_that_its_worker_did_not_begin_is_undone(tmp_path: Path, asked: A
 
 
 @pytest.mark.parametrize(
-    ("text", "want"), [("5GB", 5 * 10**9), ("800 mb", 8 * 10**8), ("1.5k", 1500), ("12", 12), ("0", 0)]
+    ("text", "want"), [("5GB", 5 * 10**9), ("800 mb", 8 * 10**8), ("1.5k", 1500), ("12 B", 12), ("0", 0)]
 )
 def test_sizes_are_read_as_people_write_them(text: str, want: int) -> None:
     assert parse_bytes(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 XB", "nan", "1e30"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 XB", "nan", "1e30", "5", "2e9"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="--checkpoint-quota must be a size like 5GB"):
         parse_bytes(text)
