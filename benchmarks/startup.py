@@ -33,6 +33,7 @@ print(len(study.trials), study.best_value, optuna.importance.get_param_importanc
 
 FIRST_STEP = """
 import os, sys
+from pcam_automl.cli import main  # first, as the console script does
 from pcam_automl.training.engine import Training
 step = Training.step
 def one_step(*words, **options):
@@ -40,7 +41,6 @@ def one_step(*words, **options):
     print("first step done", flush=True)
     os._exit(0)
 Training.step = one_step
-from pcam_automl.cli import main
 sys.argv[0] = "pcam-automl"
 main()
 """

@@ -6,7 +6,7 @@ import gc
 
 THRESHOLDS = (100_000, 20, 20)
 """Python's own are 700, 10 and 10 (2,000 from 3.13 on). Nothing that torch, timm and Optuna leave behind when they are imported is a cycle of
-garbage, and looking for one 1,100 times among 450,000 objects is a quarter of the seconds that the imports take."""
+garbage, and looking for one 1,100 times among 450,000 objects is a quarter of the seconds that the imports take (DECISIONS.md, 2026-11-29)."""
 
 
 def collect_rarely() -> None:
