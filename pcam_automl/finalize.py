@@ -189,6 +189,13 @@ def _decided(
             f"trial {trial.number} is the only candidate: not confirmed, its seconds go to the final training"
         )
         return Decision((chosen,), (1.0,))
+    why: list[str] = []  # of ties, by the search's values
+    if (
+        which == "best" and len(candidates) > 1 and options.seconds is not None
+    ):  # one confirmation shall be of what is trained then
+        trial = choose_trial(opened.study, settle_ties(opened, which, why.append))
+        chosen = Candidate(lineage_of(trial), trial)
+        candidates = [chosen, *(one for one in candidates if one.lineage != chosen.lineage)][: options.confirm]
     folds = confirm_folds(opened, options.confirm_folds)
     if not folds:
         watch.train.note(
@@ -204,12 +211,9 @@ def _decided(
         seconds=_confirm_seconds(opened, chosen, rows, options.seconds, device),
         watch=watch.confirm,
     )
-    if (
-        which == "best" and len(candidates) > 1 and len({one.lineage for one in confirmations}) < 2
-    ):  # nothing to compare
-        settled = choose_trial(opened.study, settle_ties(opened, which, watch.train.note))
-        candidates = [Candidate(lineage_of(settled), settled)]
-        confirmations = [one for one in confirmations if one.lineage == candidates[0].lineage]
+    if len({one.lineage for one in confirmations}) < 2:  # nothing to compare but by the search
+        for line in why:
+            watch.train.note(line)
     left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
     return decide(
         candidates,

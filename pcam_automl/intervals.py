@@ -52,6 +52,12 @@ def difference_bounds(value: float, draws: ArrayLike, *, n_slides: int) -> tuple
     return value - half, value + half
 
 
+def auc_difference_bounds(value: float, draws: ArrayLike, *, n_slides: int) -> tuple[float, float]:
+    """:func:`difference_bounds` of AUCs, which differ by at most 1."""
+    low, high = difference_bounds(value, draws, n_slides=n_slides)
+    return max(-1.0, low), min(1.0, high)
+
+
 def standard_error(draws: ArrayLike, n_slides: int) -> float:
     """Of a mean over so many slides, at least 2, by its bootstrap draws, whose spread is too small by sqrt((n - 1) / n)."""
     return math.sqrt(n_slides / (n_slides - 1)) * float(np.std(np.asarray(draws, np.float64)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pcam_automl.intervals import difference_bounds, share_above_zero
+from pcam_automl.intervals import auc_difference_bounds, difference_bounds, share_above_zero
 from pcam_automl.metrics import auc, auc_draws, group_codes, n_independent, patch_losses
 
 N_DRAWS = 1000
@@ -53,7 +54,7 @@ def auc_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Array
     if n_slides < 2:
         return Gain(value, None, None)
     draws = auc_draws(label, scores, group, n=N_DRAWS, seed=seed)
-    return _gain(value, draws[:, 1] - draws[:, 0], n_slides)
+    return _gain(value, draws[:, 1] - draws[:, 0], n_slides, auc_difference_bounds)
 
 
 def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: ArrayLike, *, seed: int = 0) -> Gain:
@@ -69,12 +70,12 @@ def loss_gain(label: ArrayLike, before: ArrayLike, after: ArrayLike, group: Arra
         return Gain(value, None, None)
     drawn = np.random.default_rng(seed).multinomial(n_groups, np.full(n_groups, 1 / n_groups), N_DRAWS)
     total, n = np.bincount(code, saved, n_groups), np.bincount(code, minlength=n_groups)
-    return _gain(value, (drawn @ total) / (drawn @ n), n_groups)
+    return _gain(value, (drawn @ total) / (drawn @ n), n_groups, difference_bounds)
 
 
-def _gain(value: float, draws: Floats, n_slides: int) -> Gain:
+def _gain(value: float, draws: Floats, n_slides: int, bounds: Callable[..., tuple[float, float]]) -> Gain:
     valid = draws[~np.isnan(draws)]
     if not len(valid):
         return Gain(value, None, None)
-    interval = difference_bounds(value, valid, n_slides=n_slides)
+    interval = bounds(value, valid, n_slides=n_slides)
     return Gain(value, interval, share_above_zero(value, valid, n_slides=n_slides))

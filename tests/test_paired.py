@@ -69,6 +69,14 @@ def test_equal_scorings_gain_nothing_for_sure() -> None:
         assert (found.value, found.interval, found.sure) == (0.0, (0.0, 0.0), 0.5)
 
 
+def test_an_auc_differs_by_at_most_1_whatever_two_slides_leave_open() -> None:
+    label, group = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])
+    found = auc_gain(label, [0.4, 0.6, 0.6, 0.4], [0.1, 0.9, 0.2, 0.8], group)
+    assert found.interval is not None
+    assert -1.0 <= found.interval[0] < found.value < found.interval[1] <= 1.0
+    assert max(map(abs, found.interval)) == 1.0
+
+
 def test_one_slide_says_nothing_of_others_and_unknown_slides_are_drawn_one_by_one() -> None:
     label, noisy, better, _ = scorings()
     for gain in (auc_gain, loss_gain):

@@ -64,7 +64,7 @@ def run_search(
     asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
     with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
-            opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)
+            opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call, spends=launcher is None)
         note_asked(opened.study, n_trials, asked.budget_s)
         work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
         if launcher is None:

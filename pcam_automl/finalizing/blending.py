@@ -21,7 +21,7 @@ PARTS = 5
 LEAST_GAIN = 0.0005
 """AUC that an ensemble must gain on slides that did not choose it; less is not worth another training."""
 LEAST_SURE = 0.8
-"""Share of the bootstrap draws over slides in which it must be better."""
+"""How sure that must be over slides, see :class:`~pcam_automl.paired.Gain`."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -127,8 +127,8 @@ def choose_blend(logits: Floats, label: Ints, group: Ints, *, single: int, most_
     """The greedy blend where it helps, else the single network.
 
     A selection flatters itself on the patches that it was made on, so its gain is measured by :func:`cross_fitted` blends,
-    while the single one, which was chosen with all patches in view, keeps that advantage. It is used from a gain of 0.0005 on that 80 % of
-    the draws over slides share.
+    while the single one, which was chosen with all patches in view, keeps that advantage. It is used from a gain of 0.0005 on that is
+    80 % sure over slides.
 
     Args:
         logits: (k, N) out-of-fold, of networks that did not see the patches.
@@ -151,7 +151,7 @@ def choose_blend(logits: Floats, label: Ints, group: Ints, *, single: int, most_
         return Blend(tuple(alone), tuple(found), False, why, auc_single, None, None, logits[single])
     gain = auc_gain(label, logits[single], blended, group, seed=seed)
     used = gain.value >= LEAST_GAIN and gain.sure is not None and gain.sure >= LEAST_SURE
-    sure = "" if gain.sure is None else f", better in {gain.sure:.0%} of the draws over slides"
+    sure = "" if gain.sure is None else f", {gain.sure:.0%} sure (Student's t over slides)"
     rule = f"wanted are {LEAST_GAIN:+.4f} and {LEAST_SURE:.0%}"
     why = f"out of fold the blend's AUC is {gain.value:+.4f} against the best network's{sure} ({rule})"
     weights, kept = (found, blended) if used else (alone, logits[single])

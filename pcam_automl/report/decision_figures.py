@@ -163,7 +163,7 @@ def steps_table(final: FinalFigures) -> Table:
         ("with", "AUC", "gained", "log-loss (nats)", "saved"),
         rows,
         "On the slides that the network has not seen, each line with one ingredient more than the line above. In brackets 95 % intervals of the difference, "
-        "drawn over slides, both sides on the same draws. A temperature changes no order, so no AUC.",
+        "by Student's t over slides, both sides on the same draws. A temperature changes no order, so no AUC.",
     )
 
 

@@ -82,9 +82,18 @@ from pcam_automl.versions import versions
 
 
 def create_or_open_study(
-    name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None
+    name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None, spends: bool = False
 ) -> OpenStudy:
     """Open the study, or create it from what is asked and the defaults.
+
+    Args:
+        name: the study's.
+        url: of the storage; None is the default one.
+        asked: what a user gave.
+        say: told of what is decided.
+        pack_call: a bar for the packing.
+        spends: whether the budget's seconds are this process's, so that a budget that they have used up makes no study; a study that is
+            queued begins its budget when it is served.
 
     Raises:
         StudyError, DataError, RecipeError, InputError: anything at fault, before a trial starts.
@@ -105,7 +114,7 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     check_free(folder, url)
-    settings, split, domains = _decide(name, url, asked, folder, say, pack_call)
+    settings, split, domains = _decide(name, url, asked, folder, say, pack_call, spends)
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
     except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
@@ -136,7 +145,7 @@ class _Data:
 
 
 def _decide(
-    name: str, url: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
+    name: str, url: str, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None, spends: bool
 ) -> tuple[StudySettings, Split, Domains | None]:
     """Everything a new study remembers."""
     device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
@@ -152,7 +161,7 @@ def _decide(
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
     plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)
-    if budget is not None and (why := too_late(budget.total_s, process_age_s())) is not None:
+    if spends and budget is not None and (why := too_late(budget.total_s, process_age_s())) is not None:
         raise StudyError(why)  # before there is a study that others would take up
     check_networks(space, start)
     if plan.dropped:

@@ -24,7 +24,7 @@ from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.budget import ROW_S, BudgetClock
-from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged
+from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged, lineage_of
 from pcam_automl.search.plan import SLOWEST_SHARE, scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES
@@ -292,7 +292,7 @@ class Objective:
                 write_now(trial)  # what it is about to try, before it times the network
             compute = self._speed.compute_for(recipe, self.device)
         # Of a short search's trial that was cut off before its first rung nothing is kept, and less time is left.
-        if earlier is None or (self._is_short_follower and "rungs" not in earlier):
+        if earlier is None or (self._is_short_follower and not self._has_a_rung(lineage)):
             views = scaled(opened.rungs, self._share(recipe))[-1].views
             recipe = recipe.model_copy(update={"views": views, "epochs": None})
         rungs = scaled(opened.rungs, recipe.n_views(0) / opened.rungs[-1].views)
@@ -360,6 +360,11 @@ class Objective:
             if other.number != number and attrs.get("lineage") == lineage and "recipe" in attrs and "compute" in attrs:
                 return attrs
         return None
+
+    def _has_a_rung(self, lineage: str) -> bool:
+        """Whether any row of the lineage has come to the end of one, so that a checkpoint may hold it."""
+        rows = self.opened.study.get_trials(deepcopy=False)
+        return any(row.intermediate_values for row in rows if lineage_of(row) == lineage)
 
     def build(self, recipe: Recipe, compute: Compute) -> tuple[Training, Rows]:
         """The recipe's training at its start on the study's validation fold, and its rows; a replay starts here, too."""

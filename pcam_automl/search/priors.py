@@ -97,7 +97,7 @@ def prior_of(source: Source, space: SearchSpace, *, data: str, command: str, exp
         date=datetime.datetime.now(datetime.UTC).date(),
         weights=settings.weights if settings.weights in ("hub", "none") else "folder",
         pack_hash=settings.pack_hash,
-        pixels_hash=None if (store := pack_of(settings)) is None else pixels_hash(np.asarray(store.digest)),
+        pixels_hash=None if (store := pack_of(settings)) is None else _pixels(store),
         split_hash=settings.split_hash,
         seed=settings.seed,
         holdout=settings.holdout,
@@ -147,6 +147,11 @@ def prior_entries(prior: Prior, name: str, space: SearchSpace) -> list[Enqueued]
     ]
 
 
+def _pixels(store: PatchStore) -> str:
+    """Which labelled patches they are."""
+    return pixels_hash(np.asarray(store.digest)[store.development_rows()])
+
+
 def check_prior_holdout(prior: Prior, name: str, store: PatchStore, split: Split) -> str | None:
     """Refuse a prior that was searched on this study's holdout; see :func:`~pcam_automl.search.warm_start.check_holdout`.
 
@@ -156,14 +161,20 @@ def check_prior_holdout(prior: Prior, name: str, store: PatchStore, split: Split
     Raises:
         DataError: the same data in another split, and a holdout.
     """
-    same_patches = prior.pixels_hash is not None and prior.pixels_hash == pixels_hash(np.asarray(store.digest))
+    same_patches = prior.pixels_hash is not None and prior.pixels_hash == _pixels(store)
     n_held = len(split.holdout_rows())
     if prior.pack_hash != store.content_hash and not same_patches:
         unknown = f"warning: --prior {name}: its data are not at hand, so nobody can say whether it has seen the holdout's patches"
         return unknown if n_held else None
+    same_pack = prior.pack_hash == store.content_hash  # else no seed makes its split of other groups
+    remedy = (
+        f"take its split (--seed {prior.seed} --holdout {prior.holdout:g}), or --prior {NONE}"
+        if same_pack
+        else f"--prior {NONE} goes without"
+    )
     if n_held and prior.split_hash != split.hash:
         raise DataError(
             f"--prior {name} was searched on these data in another split, that is on patches that are set aside here, so their "
-            f"score would flatter; take its split (--seed {prior.seed} --holdout {prior.holdout:g}), or --prior {NONE}"
+            f"score would flatter; {remedy}"
         )
     return f"--prior {name} was searched on the same data: validation scores of its recipes flatter"

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
-from pcam_automl.intervals import auc_bounds, difference_bounds
+from pcam_automl.intervals import auc_bounds, auc_difference_bounds
 from pcam_automl.metrics import auc, auc_draws, n_independent
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
@@ -147,7 +147,7 @@ def rank(
     for place, i in enumerate(order):
         gap = (math.nan, math.nan)
         if len(behind):
-            gap = difference_bounds(top - values[i], behind[:, place], n_slides=n_slides)
+            gap = auc_difference_bounds(top - values[i], behind[:, place], n_slides=n_slides)
         se = float(behind[:, place].std(ddof=1)) if len(behind) > 1 else math.nan
         beaten = place > 0 and gap[0] > 0
         bounds = (math.nan, math.nan)
@@ -301,7 +301,9 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     compared = complete[: max(2, min(limit, MOST_ROWS_READ // max(len(cluster), 1)))]
     rows, probs, notes = _alike(first, compared, folder)
     if n_clusters < FEW_SLIDES:
-        notes.append(f"{n_clusters} slides are few: the intervals are rather too narrow")
+        notes.append(
+            f"{n_clusters} slides are few: the intervals are wide, and hardly any trial can be told from another"
+        )
     if any(_device(row) != _device(best) for row in rows):
         notes.append("speeds are compared among trials of the best one's device only")
     trials = rank(

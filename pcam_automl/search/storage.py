@@ -125,7 +125,9 @@ def open_storage(url: str, *, heartbeat_s: int = 60, create: bool = True) -> Ret
     except RuntimeError as fault:  # Optuna's word on a schema of another version
         raise StudyError(f"storage {safe_url(url)}: {scrubbed(fault, url)}") from None
     # At the process's end, too: the last connection to close moves what is beside an SQLite file into it, so that its copy is whole.
-    weakref.finalize(storage, storage.engine.dispose)
+    weakref.finalize(
+        storage.engine, storage.engine.pool.dispose
+    )  # whoever keeps the engine may have dropped the storage
     return storage
 
 

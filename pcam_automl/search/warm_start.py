@@ -132,7 +132,7 @@ def diverse_best(tried: Sequence[Tried], space: SearchSpace, k: int = MOST) -> l
     """
     usable = [one for one in tried if fits_space(one.recipe, space)]
     top = usable[: math.ceil(TOP_SHARE * len(usable))]
-    params = [space.params_of(one.recipe) for one in top]
+    params = [space.params_of(in_one_stage(one.recipe)) for one in top]
     return [top[index] for index in pick_diverse(params, space.parameters, k)]
 
 

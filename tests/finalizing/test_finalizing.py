@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
+from pcam_automl.train import TrainWatch
 from pcam_automl.training.compute import Compute
 
 CPU = torch.device("cpu")
@@ -306,11 +308,33 @@ def test_where_no_two_confirmations_fit_ties_are_settled_by_the_search(
     monkeypatch.setattr(
         finalize_module, "confirm", lambda opened, found, **rest: confirm(opened, found[:n_confirmed], **rest)
     )
-    monkeypatch.setattr(finalize_module, "settle_ties", lambda opened, which, note: str(other))
+
+    def settled(opened: OpenStudy, which: str, note: Callable[[str], None]) -> str:
+        note(f"trial {other} is taken: it is cheaper")
+        return str(other)
+
+    monkeypatch.setattr(finalize_module, "settle_ties", settled)
     decided: list[Decision] = []
-    watch = FinalWatch(decided=decided.append)
-    made = finalize(
-        opened, epochs=1.0, device=CPU, options=FinalOptions(confirm=2), out=tmp_path / "final", watch=watch
-    )
+    notes: list[str] = []
+    watch = FinalWatch(TrainWatch(note=notes.append), decided=decided.append)
+    options = FinalOptions(confirm=2, seconds=60.0)
+    made = finalize(opened, epochs=1.0, device=CPU, options=options, out=tmp_path / "final", watch=watch)
     assert made.trial == other
-    assert decided[0].confirmed == ()
+    assert [one.trial for one in decided[0].confirmed] == [other] * n_confirmed, "its own is kept"
+    assert (decided[0].calibration is not None) == (n_confirmed == 1)
+    assert f"trial {other} is taken: it is cheaper" in notes
+
+
+def test_two_confirmations_decide_whatever_the_search_says_of_ties(
+    opened: OpenStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = top_candidates(opened.study, 2)[1].trial.number
+    monkeypatch.setattr(finalize_module, "settle_ties", lambda opened, which, note: note("settled") or str(other))
+    decided: list[Decision] = []
+    notes: list[str] = []
+    watch = FinalWatch(TrainWatch(note=notes.append), decided=decided.append)
+    options = FinalOptions(confirm=2, seconds=600.0)
+    finalize(opened, epochs=1.0, device=CPU, options=options, out=tmp_path / "final", watch=watch)
+    assert len(decided[0].confirmed) == 2
+    assert decided[0].tie is not None or decided[0].members[0].lineage == decided[0].confirmed[0].lineage
+    assert "settled" not in notes

@@ -6,6 +6,8 @@ import pickle
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 import uuid
 from contextlib import closing
@@ -83,6 +85,23 @@ def test_what_is_kept_on_the_disk_lies_in_the_file_itself(tmp_path: Path) -> Non
     with pytest.raises(StudyError, match="no studies"):
         open_storage(f"sqlite:///{tmp_path}/before.db", create=False)
     assert optuna.get_all_study_names(open_storage(f"sqlite:///{tmp_path}/after.db", create=False)) == ["one"]
+
+
+def test_an_engine_that_outlives_its_storage_is_closed_at_the_end_of_the_process(tmp_path: Path) -> None:
+    """As `worker` and `serve` keep one."""
+    code = f"""
+import atexit, os, optuna, sqlalchemy as sa
+from pcam_automl.search.storage import engine_of, open_storage
+url = "sqlite:///{tmp_path}/s.db"
+engine = engine_of(open_storage(url))
+with engine.connect() as connection:
+    connection.execute(sa.text("SELECT * FROM studies")).all()
+optuna.create_study(study_name="one", storage=open_storage(url))
+atexit._run_exitfuncs()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["s.db"]
 
 
 def test_opening_to_read_makes_no_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -13,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcam_automl.config import StudySettings
 from pcam_automl.configs_folder import list_configs
-from pcam_automl.data.splits import make_split, write_split
-from pcam_automl.data.store import open_store
+from pcam_automl.data.splits import Split, make_split, write_split
+from pcam_automl.data.store import open_store, pixels_hash
 from pcam_automl.errors import DataError, Interrupted, RecipeError, StudyError
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search import warm_start
@@ -298,8 +299,25 @@ def test_a_prior_gives_entries_of_the_space_and_is_refused_on_its_own_holdout(st
     assert "the same data" in str(check_prior_holdout(elsewhere, "easy", study.store, make_split(study.store)))
     for unknown in (None, "0" * 64):  # of before there was such a hash, or of other patches
         foreign = elsewhere.model_copy(update={"pixels_hash": unknown})
+        assert "--seed" in str(check_holdout_fault(made, study, split))
+        assert "--seed" not in str(check_holdout_fault(elsewhere, study, split)), "no seed makes that split here"
         assert "nobody can say" in str(check_prior_holdout(foreign, "easy", study.store, split))
         assert check_prior_holdout(foreign, "easy", study.store, make_split(study.store)) is None
+
+
+def check_holdout_fault(made: Prior, study: OpenStudy, split: Split) -> DataError:
+    with pytest.raises(DataError) as fault:
+        check_prior_holdout(made, "easy", study.store, split)
+    return fault.value
+
+
+def test_a_prior_is_known_by_its_labelled_patches_however_they_were_packed(study: OpenStudy) -> None:
+    store, made = study.store, prior(study)
+    labelled = store.development_rows()
+    assert len(labelled) < len(store), "there is a test part"
+    without_test = np.asarray(store.digest)[labelled][::-1]
+    assert made.pixels_hash == pixels_hash(without_test)
+    assert made.pixels_hash != pixels_hash(without_test[1:])
 
 
 def test_a_recipe_in_stages_brings_the_rates_that_it_trained_with(study: OpenStudy) -> None:
