@@ -40,8 +40,8 @@ def auc_bounds(draws: ArrayLike, auc: float, *, n_slides: int, n_positive: int, 
 def difference_bounds(value: float, draws: ArrayLike, *, n_slides: int) -> tuple[float, float]:
     """Of a difference of two scorings of the same patches: Student's t over slides, the variance being the paired draws'.
 
-    Quantiles of the draws would exclude a true 0 in 47 % of simulated cases of two slides, in 22 % of four, in 11 % of ten
-    (`tests/test_paired.py` simulates them).
+    Quantiles of the draws would exclude a true 0 of two to four slides in more than 15 % of simulated cases
+    (`tests/test_paired.py`; 47 and 22 % of two and four in another simulation, DECISIONS.md).
 
     Args:
         value: measured.

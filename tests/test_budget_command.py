@@ -75,14 +75,19 @@ def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> 
     assert len(card["metrics"]["epochs"]) == 20
 
 
+def short_search(monkeypatch: pytest.MonkeyPatch, pack: Path, *, least_views: int) -> tuple[object, ...]:
+    """Options of a search of two whole trials, for which a busy machine has time enough, too."""
+    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)  # a tiny set's final training would have enough
+    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():
+        monkeypatch.setattr(budget_module, name, value)
+    monkeypatch.setattr(plan_module, "LEAST_VIEWS", least_views)
+    return ("--data", pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+
+
 def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)  # a tiny set's final training would have enough
-    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():  # a busy machine shall do, too
-        monkeypatch.setattr(budget_module, name, value)
-    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 90)
-    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+    options = short_search(monkeypatch, easy_pack, least_views=90)
     code, _, err = run("search", *options)
     assert code == 0, err
     assert "too little time to search in: 2 whole trials" in err
@@ -116,13 +121,11 @@ def test_the_second_of_two_whole_trials_sees_what_is_left_at_the_first_one_s_pac
     run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off by the clock it could not be compared: so it was in two of three runs of three minutes."""
-    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
-    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():
-        monkeypatch.setattr(budget_module, name, value)
-    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 600)  # the cap on seconds shall not bind at 96 px on a busy machine
+    options = short_search(
+        monkeypatch, easy_pack, least_views=600
+    )  # the cap on seconds shall not bind at 96 px on a busy machine
     pace = Objective._pace
     monkeypatch.setattr(Objective, "_pace", lambda self: 1e9)
-    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
     assert run("search", *options)[0] == 0
     first, second = load_study("pcam")[0].get_trials()
     assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.COMPLETE)
@@ -143,11 +146,7 @@ def test_the_second_of_two_whole_trials_sees_what_is_left_at_the_first_one_s_pac
 def test_a_second_whole_trial_that_was_cut_off_sees_what_is_left_when_it_goes_on(
     run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget_module, "MOST_FINAL_EPOCHS", 1e6)
-    for name, value in {"LEAST_TRIAL_S": 0.5, "SHORT_SHARE": 0.8, "ROW_S": 6.0}.items():
-        monkeypatch.setattr(budget_module, name, value)
-    monkeypatch.setattr(plan_module, "LEAST_VIEWS", 600)
-    options = ("--data", easy_pack, "--set", "backbone=test_resnet", "--weights", "none", "--budget", "18s")
+    options = short_search(monkeypatch, easy_pack, least_views=600)
     check = Objective._check
 
     def cut_off(self: Objective) -> None:
