@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,14 +85,16 @@ def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
     choose_waiting()
     try:
-        app()
+        code = app(standalone_mode=False)  # else the parser would frame its own faults and end the process
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort:
+        sys.exit(1)
     except Exception as fault:
-        if os.environ.get("PCAM_AUTOML_DEBUG"):
+        if os.environ.get("PCAM_AUTOML_DEBUG") and not isinstance(fault, _PARSER_FAULT):
             raise
         text, code = _in_one_line(fault)
-        if (
-            "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
-        ):  # of torchrun's processes one speaks
+        speaks = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"  # one of torchrun's
+        if text and speaks:
             print(text, file=sys.stderr)
         sys.exit(code)
 
@@ -120,12 +122,27 @@ def run() -> None:
 
 def _in_one_line(fault: Exception) -> tuple[str, int]:
     """What a person reads of a fault, and the exit code."""
+    if isinstance(fault, _PARSER_FAULT):
+        return _of_parser(fault), 2
     if isinstance(fault, Interrupted):
         return str(fault), fault.exit_code
     if isinstance(fault, PcamError):
         return f"error: {fault}", fault.exit_code
     first = (str(fault).strip().splitlines() or [""])[0][:300]
     return f"error: unexpected {type(fault).__name__}: {first} (--debug shows where; please report it)", 1
+
+
+_PARSER_FAULT: type[Any] = typer.BadParameter.__mro__[2]
+"""click's base of all faults, of which newer typers have a copy of their own under no public name."""
+
+
+def _of_parser(fault: Any) -> str:
+    """An unknown command or option, a value that is no number: one line, too; nothing where help was shown in place of a fault."""
+    text, context = " ".join(fault.format_message().split()), getattr(fault, "ctx", None)
+    if not text:
+        return ""
+    command = "pcam-automl" if context is None else context.command_path
+    return f"error: {text[:1].lower()}{text[1:].rstrip('.')} ({command} --help shows what there is)"
 
 
 if __name__ == "__main__":

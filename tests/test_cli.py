@@ -330,6 +330,12 @@ def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any
     [
         (("search", "--trials", 1, "--data", "nowhere"), ("does not exist", "quickstart")),
         (("search", "--trials", 1), ("no data", "kaggle competitions download")),
+        (("serch",), ("no such command 'serch'. Did you mean 'search'", "(pcam-automl --help shows")),
+        (("search", "--foo", 3), ("no such option: --foo (pcam-automl search --help shows what there is)",)),
+        (("search", "--trials", "abc"), ("invalid value for '--trials'", "a valid integer")),
+        (("search", "--trials", 1, "--data", ".", "--no-thaw"), ("--no-thaw goes with --budget",)),
+        (("search", "--trials"), ("option '--trials' requires an argument",)),
+        (("search", "--trials", 1, "--data", ".", "--sampler", "foo"), ("--sampler must be one of tpe,", "'foo'")),
         (("search", "--trials", 1, "--set", "cropsize=3"), ("not a field of a recipe", "crop_size")),
         (("search", "--trials", 1, "--timeout", "soon"), ("duration must be positive", "'soon'")),
         (("search", "--trials", 1, "--study", "a/b"), ("--study must be", "'a/b'")),

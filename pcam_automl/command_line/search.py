@@ -93,11 +93,14 @@ def search(
     """Search training recipes with Optuna; every result is stored as it comes."""
     options = dict(locals())
     from pcam_automl.config import parse_bytes, parse_duration
+    from pcam_automl.errors import InputError
 
     timeout_s = None if timeout is None else parse_duration(timeout)
     quota_bytes = parse_bytes(checkpoint_quota)
     storage_can_be(storage)
     asked = asked_of("search", options)
+    if no_thaw and asked.budget_s is None:
+        raise InputError("--no-thaw goes with --budget: without one no paused trial goes on")
     from pcam_automl.commands.search import run_search
 
     run_search(

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from pcam_automl.recipe import CENTRE_PX
 from pcam_automl.search.dimension import UPSCALE
 from pcam_automl.search.quick_tpe import QuickTPE
 from pcam_automl.search.space import SearchSpace
@@ -49,7 +50,7 @@ class TrialSeconds:
         fields = {**self.fields, **params}
         px = fields.get("tile_size") or fields.get("input_size") or fields["crop_size"]
         if UPSCALE in fields:
-            px = fields["crop_size"] * fields[UPSCALE]
+            px = max(CENTRE_PX, fields["crop_size"] * fields[UPSCALE])
         seconds = self.images / self.images_per_s[fields["backbone"]] * (px / self.planned_px) ** 2
         return float(seconds if self.cap_s is None else min(seconds, self.cap_s))
 

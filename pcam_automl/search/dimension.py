@@ -19,8 +19,8 @@ from pcam_automl.errors import did_you_mean, first_few
 from pcam_automl.recipe import Recipe, key_of, validation_faults
 
 UPSCALE = "upscale"
-"""A dimension that is no recipe field: ``input_size = even(crop_size * upscale)``."""
-_UPSCALE_MAX = 4.0  # 96 px * 4 is the recipe's largest input
+"""A dimension that is no recipe field: ``input_size = even(crop_size * upscale)``, at least 32 px; below 1 the crop is shrunk."""
+_UPSCALE_MIN, _UPSCALE_MAX = 0.25, 4.0  # 96 px * 4 is the recipe's largest input
 _GRID_CHECKED = 4096  # so many values of an integer range are checked one by one
 _KINDS = ("choice", "int", "float")
 FIELDS = [*Recipe.model_fields, UPSCALE]
@@ -291,8 +291,8 @@ def checked_value(name: str, value: Any, where: str, faults: list[str], shown: s
     own_key = key_of(where, name)
     shown = shown or own_key
     if name == UPSCALE:
-        if not is_number(value) or not 1.0 <= value <= _UPSCALE_MAX:
-            faults.append(f"{shown} must be in [1, {_UPSCALE_MAX:g}], got {value!r}")
+        if not is_number(value) or not _UPSCALE_MIN <= value <= _UPSCALE_MAX:
+            faults.append(f"{shown} must be in [{_UPSCALE_MIN:g}, {_UPSCALE_MAX:g}], got {value!r}")
             return value
         return float(value)
     try:  # rules between two fields are checked once for the whole space

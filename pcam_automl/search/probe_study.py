@@ -152,10 +152,13 @@ def values_of(parameter: Parameter | None, fixed: float) -> list[float]:
 
 
 def views_of(space: SearchSpace, fields: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """(crop_size, upscale) of every view that the space gives a patch."""
+    """(crop_size, upscale) of every view that the space gives a patch, none shrunk if it can be helped: frozen features are of
+    objects that are larger than a patch's.
+    """
     crops = values_of(space.parameters.get("crop_size"), fields["crop_size"])
     fixed = float(space.base.get(UPSCALE, 1.0))
     upscales = values_of(space.parameters.get(UPSCALE), fixed) if not fields.get("input_size") else [1.0]
+    upscales = [scale for scale in upscales if scale >= 1.0] or upscales
     return [(2 * round(crop / 2), upscale) for crop in crops for upscale in upscales]
 
 

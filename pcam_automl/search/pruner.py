@@ -123,7 +123,7 @@ def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False) -> Ba
     if name == "none":
         return NopPruner()
     known = get_args(PrunerName)
-    raise RecipeError(f"pruner must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
+    raise RecipeError(f"--pruner must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
 
 
 def _checked_rungs(rungs: Sequence[int]) -> tuple[int, ...]:

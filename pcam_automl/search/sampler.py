@@ -203,7 +203,7 @@ def check_cost_aware(name: str) -> None:
 def _check(name: str, seed: int, *, cost_aware: bool) -> None:
     known = get_args(SamplerName)
     if name not in known:
-        raise RecipeError(f"sampler must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
+        raise RecipeError(f"--sampler must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
     if seed < 0:
         raise RecipeError(f"seed must be at least 0, got {seed}")
     if cost_aware:

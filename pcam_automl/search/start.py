@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pcam_automl.config import Enqueued
 from pcam_automl.recipe import PATCH_PX, Recipe
-from pcam_automl.search.dimension import is_number
+from pcam_automl.search.dimension import UPSCALE, is_number
 from pcam_automl.search.plan import Plan, stand_in, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, in_one_stage
@@ -71,8 +71,10 @@ def start_list(
     left_out: list[str] = []
     on = f" ({on})" if on else ""
     listed = [Enqueued(origin=f"recipe {name}{on}", params=space.params_of(start)), *asked_for]
-    if (whole := at_largest_crop(start, space, plan, least_share)) is not None:
-        listed.append(Enqueued(origin=f"recipe {name} at {whole.crop_size} px{on}", params=space.params_of(whole)))
+    for whole in at_largest_crop(start, space, plan, least_share):
+        shrunk = f" shown at {whole.network_px}" if whole.network_px < whole.crop_size else ""
+        origin = f"recipe {name} at {whole.crop_size} px{shrunk}{on}"
+        listed.append(Enqueued(origin=origin, params=space.params_of(whole)))
     listed += probed
     for own, recipe in recipes.items():
         if own == name:
@@ -101,20 +103,35 @@ def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
     return recipe.model_copy(update={"batch_size": max(enough, default=min(sizes))}) if sizes else recipe
 
 
-def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> Recipe | None:
-    """The recipe with the largest crop of the space, at the same scale; None where that is its own, is not searched, or is too slow, or
-    where the sampler would fill in values that the recipe lacks: two such trials would not compare crops.
+def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> list[Recipe]:
+    """The recipe with the largest crop of the space: from scratch first shrunk to the side that the recipe's network sees, which costs
+    nothing, then at the same scale.
+
+    None where the largest is its own, is not searched, or is too slow, or where the sampler would fill in values that the recipe
+    lacks: two such trials would not compare crops. Pretrained networks know larger objects, and are not shown smaller ones.
     """
     crop = space.parameters.get("crop_size")
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
     if not isinstance(largest, int) or largest <= recipe.crop_size:
-        return None
-    size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
-    pixels = ((size or largest) / plan.planned_px) ** 2
-    if views_share(recipe, recipe.backbone, plan, pixels=pixels) < least_share:
-        return None
-    whole = recipe.model_copy(update={"crop_size": largest, "input_size": size})
-    return whole if space.is_whole(whole) else None
+        return []
+    whole = recipe.model_copy(update={"crop_size": largest})
+    sizes = [None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)]
+    if not recipe.pretrained and recipe.input_size is None and _can_shrink(space, whole, recipe.network_px):
+        sizes.insert(0, recipe.network_px)
+    found = [whole.model_copy(update={"input_size": size}) for size in sizes]
+    pixels = [(one.network_px / plan.planned_px) ** 2 for one in found]
+    return [
+        one
+        for one, area in zip(found, pixels, strict=True)
+        if views_share(recipe, recipe.backbone, plan, pixels=area) >= least_share and space.is_whole(one)
+    ]
+
+
+def _can_shrink(space: SearchSpace, recipe: Recipe, px: int) -> bool:
+    """Whether a trial of the space can show the recipe's crop at that side, to an eighth."""
+    scale = space.parameters.get(UPSCALE)
+    nearest = None if scale is None else scale.nearest(px / recipe.crop_size)
+    return nearest is not None and abs(nearest * recipe.crop_size / px - 1.0) <= 1 / 8
 
 
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:

@@ -101,10 +101,17 @@ def test_condition_may_name_a_fixed_field() -> None:
     assert space.suggest(fixed(frozen=0.2), {}).frozen == 0.2
 
 
-@pytest.mark.parametrize(("crop", "upscale", "want"), [(64, 1.0, None), (64, 1.5, 96), (48, 1.5, 72)])
+@pytest.mark.parametrize(
+    ("crop", "upscale", "want"),
+    [(64, 1.0, None), (64, 1.5, 96), (48, 1.5, 72), (96, 0.67, 64), (48, 0.67, 32), (32, 0.67, None)],
+)
 def test_upscale_sets_an_even_input_size(crop: int, upscale: float, want: int | None) -> None:
-    recipe = parse_space(SMALL, "s").suggest(fixed(crop_size=crop, upscale=upscale), {})
+    space = parse_space(SMALL.replace("[1.0, 1.5]", "[0.67, 1.0, 1.5]"), "s")
+    recipe = space.suggest(fixed(crop_size=crop, upscale=upscale), {})
     assert recipe.input_size == want
+    assert recipe.network_px >= 32, "no network is made for less"
+    if want is not None:
+        assert space.params_of(recipe)["upscale"] == upscale
 
 
 @pytest.mark.parametrize(("smallest", "want"), [(64, 64), (75, 76), (32, 64)])
@@ -218,7 +225,7 @@ FAULTS = [
     ("base: {epochs: 1, views: 3}\nparameters: {}", "epochs and views exclude each other"),
     ("parameters: {warmup: {float: [0.0, 0.6]}, decay: {float: [0.1, 0.6]}}", r"warmup \+ decay must be at most 1"),
     ("base: {input_size: 96}\nparameters: {upscale: {choice: [1, 2]}}", "input_size and upscale exclude each other"),
-    ("parameters: {upscale: {float: [0.5, 2.0]}}", r"upscale.float must be in \[1, 4\], got 0.5"),
+    ("parameters: {upscale: {float: [0.2, 2.0]}}", r"upscale.float must be in \[0.25, 4\], got 0.2"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {optimiser: sgd}}}", r"neither.*did you mean 'optimizer'"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {lr: 0.1}}}", "lr cannot depend on itself"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {optimizer: []}}}", "when.optimizer names no value"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import optuna
 import pytest
 
 from pcam_automl.config import Enqueued
@@ -41,7 +42,7 @@ def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[
 @pytest.mark.parametrize(
     ("space", "pretrained", "expected"),
     [
-        ("default", False, ["recipe default", "recipe default at 96 px"]),
+        ("default", False, ["recipe default", "recipe default at 96 px shown at 64", "recipe default at 96 px"]),
         (
             "default",
             True,
@@ -72,7 +73,8 @@ def test_the_start_is_tried_at_the_largest_crop_where_that_is_not_its_own_and_no
 
     found = second(start)
     assert found is not None
-    assert found == {**space.params_of(start), "crop_size": 96}
+    assert found == {**space.params_of(start), "crop_size": 96, "upscale": 0.67}
+    assert space.suggest(optuna.trial.FixedTrial(found), start.model_dump()).network_px == 64, "as quick as the start"
     upscaled = second(start.model_copy(update={"crop_size": 48, "input_size": 96}))
     assert upscaled is not None
     assert (upscaled["crop_size"], upscaled["upscale"]) == (96, 2.0)
@@ -80,9 +82,30 @@ def test_the_start_is_tried_at_the_largest_crop_where_that_is_not_its_own_and_no
         "9 times the pixels"
     )
     assert second(start.model_copy(update={"crop_size": 96})) is None
-    assert second(start, rate=200.0) is None, "2.25 times the pixels: a third of the views"
+    entries = start_list(space, start, (), {}, plan_for(space, 1000.0), name="mine").entries
+    assert entries[2].params == {**found, "upscale": 1.0}
+    entries = start_list(space, start, (), {}, plan_for(space, 200.0), name="mine").entries
+    assert len(entries) == 2, "2.25 times the pixels: a third of the views"
     fixed = space.pinned({"crop_size": 64})
     assert len(start_list(fixed, start, (), {}, plan_for(fixed), name="mine").entries) == 1
+
+
+def test_a_crop_is_not_shrunk_for_pretrained_networks_nor_where_the_space_cannot_nor_beyond_what_the_start_shows() -> (
+    None
+):
+    def sides(space: SearchSpace, start: Recipe) -> list[int]:
+        entries = start_list(space, start, (), {}, plan_for(space), name="mine").entries
+        shown = [space.suggest(optuna.trial.FixedTrial(entry.params), start.model_dump()) for entry in entries]
+        return [recipe.network_px for recipe in shown]
+
+    scratch, own = space_of("default", False), start_recipe("default", False)
+    assert sides(scratch, own) == [64, 64, 96]
+    assert sides(space_of("default", True), start_recipe("default", True)) == [64, 96]
+    scale = replace(scratch.parameters["upscale"], choices=(1.0, 1.5))
+    whole_only = replace(scratch, parameters={**scratch.parameters, "upscale": scale})
+    assert sides(whole_only, own) == [64, 96]
+    assert sides(scratch, own.model_copy(update={"crop_size": 48})) == [48, 96], "0.67 of 96 px is a third more than 48"
+    assert sides(scratch, own.model_copy(update={"input_size": 96})) == [96, 144], "a side of its own is kept in scale"
 
 
 def test_a_recipe_too_slow_for_half_of_the_views_is_left_out_by_name() -> None:
@@ -135,6 +158,7 @@ def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() 
     space = space_of("default", False)
     assert origins(space, plan_for(space), asked=asked[:1])[1:] == [
         "warm start other, trial 3",
+        "recipe default at 96 px shown at 64",
         "recipe default at 96 px",
     ]
     many = tuple(Enqueued(origin=f"{i}", params={"lr": 1e-4 * (i + 1)}) for i in range(20))
@@ -190,9 +214,10 @@ def test_a_short_search_compares_the_crops_also_where_the_larger_sees_few_views(
     seconds = trial_seconds(recipe, plan.rungs, plan.n_score, plan.images_per_s[recipe.backbone])
     plan = replace(plan, cap_s=0.3 * 2.25 * seconds, planned_px=64)
     origins = [entry.origin for entry in start_list(space, recipe, (), {}, plan, name="default").entries]
-    assert origins == ["recipe default"]
+    shrunk = "recipe default at 96 px shown at 64"
+    assert origins == ["recipe default", shrunk]
     short = start_list(space, recipe, (), {}, plan, name="default", least_share=0.2)
-    assert [entry.origin for entry in short.entries] == ["recipe default", "recipe default at 96 px"]
+    assert [entry.origin for entry in short.entries] == ["recipe default", shrunk, "recipe default at 96 px"]
 
 
 def test_what_was_asked_for_goes_before_the_largest_crop_and_a_probe_s_ranking_behind_it() -> None:
@@ -252,4 +277,8 @@ def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
     space = space_of("default", False).pinned({"backbone": "resnet18d"})
     start = start_recipe("default", False).model_copy(update={"backbone": "resnet18d"})  # as a new study does
     entries = start_list(space, start, (), {}, plan_for(space), name="default").entries
-    assert [entry.params["crop_size"] for entry in entries] == [64, 96]
+    assert [(entry.params["crop_size"], entry.params["upscale"]) for entry in entries] == [
+        (64, 1.0),
+        (96, 0.67),
+        (96, 1.0),
+    ]
