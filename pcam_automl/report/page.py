@@ -161,9 +161,11 @@ def summary(content: ReportContent) -> Facts:
         facts.append((f"{len(content.store):,}", content.of_store.many))
     if recipe is not None:
         shown = f"tiles of {recipe.tile_size} px" if recipe.task == "dense" else f"the centre {recipe.crop_size} px"
-        facts.append((recipe.backbone, f"sees {shown}"))
+        resized = f", resized to {recipe.network_px}" if recipe.input_size not in (None, recipe.crop_size) else ""
+        facts.append((recipe.backbone, f"sees {shown}{resized}"))
     if content.study is not None:
-        facts.append((f"{len(content.study.get_trials(deepcopy=False))}", "trials of the search"))
+        n_trials = len(content.study.get_trials(deepcopy=False))
+        facts.append((f"{n_trials}", "trial of the search" if n_trials == 1 else "trials of the search"))
     return Facts(tuple(facts))
 
 
