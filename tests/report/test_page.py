@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 from report_content import RECIPE, bundle_of, epochs_of, full_content, scores_of, study_of
 
@@ -20,7 +21,7 @@ from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.predict import build_predictor
 from pcam_automl.report.blocks import Picture, Section, Table, Text
 from pcam_automl.report.content import RateCurve, ReportContent
-from pcam_automl.report.page import MARKER, Written, build_sections, write_report
+from pcam_automl.report.page import MARKER, Written, build_sections, summary, write_report
 from pcam_automl.training.compute import Compute
 
 SECTIONS = ["scores", "examples", "data", "search", "network", "training", "recipe"]
@@ -102,6 +103,20 @@ def test_report_of_a_study_alone(easy_pack: Path) -> None:
     expected = {"search_history.png", "search_parallel.png", "search_crop.png", "search_backbones.png"}
     assert pictures_of(sections) == expected
     assert any("no pack" in line for line in left_out_of(sections)["data"])
+
+
+def test_the_summary_says_what_the_network_is_shown_and_counts_one_trial_as_one() -> None:
+    study = study_of()
+    lone = optuna.create_study()
+    lone.add_trial(study.get_trials()[0])
+    shrunk = RECIPE.model_copy(update={"crop_size": 96, "input_size": 64})
+    facts = dict(fact[::-1] for fact in summary(ReportContent("x", recipe=shrunk, study=lone)).facts)
+    assert facts["sees the centre 96 px, resized to 64"] == shrunk.backbone
+    assert facts["trial of the search"] == "1"
+    whole = RECIPE.model_copy(update={"crop_size": 96, "input_size": None})
+    facts = dict(fact[::-1] for fact in summary(ReportContent("x", recipe=whole, study=study)).facts)
+    assert facts["sees the centre 96 px"] == whole.backbone
+    assert facts["trials of the search"] == f"{len(study.get_trials())}"
 
 
 def test_report_of_a_training_alone() -> None:
