@@ -73,6 +73,13 @@ def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
     return space.pinned({name: fields[name] for name in sorted(own) if name not in pins})
 
 
+def without_shrinking(space: SearchSpace) -> SearchSpace:
+    """The space without scales below 1: pretrained networks know larger objects than a patch's, and gain from enlarging them."""
+    scale = space.parameters.get(UPSCALE)
+    shrinks = [] if scale is None else [value for value in scale.choices if value < 1.0]
+    return space.without_choices(UPSCALE, shrinks) if shrinks else space
+
+
 def check_networks(space: SearchSpace, start: Recipe) -> None:
     """Whether the fields that the space gives each of its backbones are options of that backbone, by a few draws of each.
 

@@ -34,6 +34,7 @@ from pcam_automl.search.asking import (
     drop_backbones_without_weights,
     may_be_pretrained,
     recipe_fields,
+    without_shrinking,
     without_stage_fields,
 )
 from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget, too_late
@@ -273,9 +274,12 @@ def _asked_settings(asked: Asked) -> dict[str, Any]:
 
 
 def _with_weights(space: SearchSpace, asked: Asked, weights: Weights, say: Say) -> SearchSpace:
-    """The space with ``pretrained`` fixed, and without backbones that the weights do not have."""
+    """The space with ``pretrained`` fixed, and without what does not go with that: backbones that the weights do not have, smaller inputs."""
     pretrained = (asked.pins or {}).get("pretrained", weights.pretrained and may_be_pretrained(asked))
-    return drop_backbones_without_weights(space.pinned({"pretrained": pretrained}), weights, say)
+    space = space.pinned({"pretrained": pretrained})
+    if pretrained and asked.space is None and asked.recipe is None:
+        space = without_shrinking(space)
+    return drop_backbones_without_weights(space, weights, say)
 
 
 def _data_of(path: Path, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> _Data:

@@ -99,6 +99,29 @@ def test_a_fine_tuning_too_begins_in_batches_small_enough(easy_pack: Path, tmp_p
     assert begun("named", replace(asked, recipe="default"))[0] == ("recipe default", 64, 64)
 
 
+def test_a_fine_tuning_of_the_default_space_is_shown_nothing_smaller_a_training_from_scratch_is(
+    easy_pack: Path, tmp_path: Path, folder: Path
+) -> None:
+    asked = Asked(
+        data=easy_pack, pins={"backbone": "test_resnet"}, weights=str(folder), views=192, device="cpu", probe="off"
+    )
+
+    def scales(name: str, asked: Asked) -> tuple[tuple[float, ...], list[str]]:
+        opened = create_or_open_study(name, url_of(tmp_path), asked, say=lambda text: None)
+        return opened.space.choices("upscale"), [one.origin for one in opened.settings.enqueued]
+
+    tuned, origins = scales("fine", asked)
+    assert tuned == (1.0, 1.5, 2.0)
+    assert not any("shown at" in origin for origin in origins)
+    assert scales("scratch", replace(asked, weights="none")) == (
+        (0.5, 0.67, 1.0, 1.5, 2.0),
+        ["recipe default", "recipe default at 96 px shown at 48", "recipe default at 96 px"],
+    )
+    named = tmp_path / "mine.yaml"
+    named.write_text("parameters: {upscale: {choice: [0.5, 1.0]}}\n")
+    assert scales("named", replace(asked, space=str(named)))[0] == (0.5, 1.0), "who names a space means it"
+
+
 @pytest.mark.parametrize(
     ("n_started", "n_ahead", "n_backbones", "short", "followed"),
     [
@@ -241,7 +264,7 @@ def test_an_unknown_mode_is_refused_before_anything_is_packed(asked: Asked, tmp_
 def test_views_of_the_default_space_are_every_crop_and_upscale() -> None:
     space = load_space("default")
     views = views_of(space, {"crop_size": 64})
-    assert len(views) == len(set(views)) == 15
+    assert len(views) == len(set(views)) == 15, "what shrinks is left out"
     assert {crop for crop, _ in views} == {32, 48, 64, 80, 96}
     assert views_of(space.pinned({"input_size": 96}), {"crop_size": 64, "input_size": 96}) == [
         (crop, 1.0) for crop in (32, 48, 64, 80, 96)
