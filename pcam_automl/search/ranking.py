@@ -30,6 +30,7 @@ MORE_ERROR = 0.05
 """Nor one whose error (1 - AUC) is larger by more than this share: 0.002 is little at an AUC of 0.95, much at 0.995."""
 LEAST_SAVING = 0.1
 """Nor one whose training images take not at least this much less time: speeds of equal networks differ that much."""
+CHANCE = 0.5
 FEWER_VIEWS = 0.8
 """Of a short search's trials one has seen fewer views than another if it is less than this share,"""
 MORE_ERROR_OF_FEWER = 0.5
@@ -219,7 +220,8 @@ def choose_least_trained_tied(trials: Sequence[Ranked], views: Sequence[int]) ->
     """The same for the few trials of a short search: of those that cannot be told from the best the one that has seen the fewest views.
 
     What follows is a training several times as long, of the same seconds for whichever is taken: the larger crop, or the slower
-    network, has more to gain from it, and none is cheaper.
+    network, has more to gain from it, and none is cheaper. Where not even the best is told from chance, they have not begun to learn, and
+    the earliest is taken, the recipe that the search starts from.
 
     Args:
         trials: the best first, at least one.
@@ -227,6 +229,11 @@ def choose_least_trained_tied(trials: Sequence[Ranked], views: Sequence[int]) ->
     """
     best, least = trials[0], FEWER_VIEWS * views[0]
     most = MORE_ERROR_OF_FEWER * (1.0 - best.auc)
+    earliest = min(trials, key=lambda trial: trial.number)
+    if best.interval[0] <= CHANCE and not earliest.beaten and len(trials) > 1:
+        low, high = best.interval
+        shown = f"trial {best.number} ({best.auc:.4f}, 95 % {low:.4f} to {high:.4f}) is not told from chance"
+        return earliest.number, f"{shown}, and the search starts from what is known to be good"
     alike = [
         (n, t)
         for n, t in zip(views, trials, strict=True)

@@ -148,6 +148,20 @@ def test_of_a_short_searchs_ties_the_one_with_fewer_views_is_taken() -> None:
     assert choose_least_trained_tied([best], [900]) == (0, "it is the only complete one")
 
 
+def test_of_a_short_searchs_trials_that_have_learnt_nothing_the_first_is_taken() -> None:
+    best = replace(ranked(1, 0.0), auc=0.56, interval=(0.47, 0.66))
+    start = replace(ranked(0, 0.03), auc=0.53)
+    number, why = choose_least_trained_tied([best, start], [900, 900])
+    assert number == 0
+    assert why.startswith("trial 1 (0.5600, 95 % 0.4700 to 0.6600) is not told from chance")
+    assert choose_least_trained_tied([best, start], [400, 900])[0] == 0
+    assert choose_least_trained_tied([replace(best, number=0), replace(start, number=1)], [900, 400])[0] == 0
+    assert choose_least_trained_tied([best], [900]) == (1, "it is the only complete one")
+    for other in (replace(best, interval=(0.501, 0.66)), replace(best, interval=(math.nan, math.nan))):
+        assert choose_least_trained_tied([other, start], [900, 900])[0] == 1
+    assert choose_least_trained_tied([best, replace(start, beaten=True)], [900, 900])[0] == 1
+
+
 def test_a_study_of_a_short_search_takes_the_tie_that_has_more_to_gain(store: PatchStore, tmp_path: Path) -> None:
     prob = probs_of(store, 0.1)
     trials = [
