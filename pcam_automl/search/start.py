@@ -24,9 +24,6 @@ MOST_ENTRIES = 12
 """That a study remembers; a quarter of 50 trials."""
 LEAST_VIEWS_SHARE = 0.5
 """A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
-SHRUNK_PX = 48
-"""Side to which the largest crop is shrunk first, from scratch. What a training of minutes lacks is views, not detail: 96 px of colon96
-shown at 48 had a fifth to a quarter of the error of 96 as they are in equal seconds, shown at 64 a third (docs/proof.md)."""
 LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
@@ -107,7 +104,9 @@ def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
 
 
 def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> list[Recipe]:
-    """The recipe with the largest crop of the space: from scratch first shrunk to ``SHRUNK_PX``, then at the same scale.
+    """The recipe with the largest crop of the space: from scratch first shrunk to the side that the recipe's network sees, for
+    which it costs nothing more, then at the same scale. What a training of minutes from scratch lacks is views, not detail: 96 px of
+    colon96 shown at 64 had a third to six tenths of the error of 96 px as they are in equal seconds (docs/proof.md).
 
     None where the largest is its own, is not searched, or is too slow, or where the sampler would fill in values that the recipe
     lacks: two such trials would not compare crops. Pretrained networks know larger objects, and are not shown smaller ones.
@@ -118,9 +117,8 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
         return []
     whole = recipe.model_copy(update={"crop_size": largest})
     sizes = [None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)]
-    shrunk_px = min(SHRUNK_PX, recipe.network_px)
-    if not recipe.pretrained and recipe.input_size is None and _can_shrink(space, whole, shrunk_px):
-        sizes.insert(0, shrunk_px)
+    if not recipe.pretrained and recipe.input_size is None and _can_shrink(space, whole, recipe.network_px):
+        sizes.insert(0, recipe.network_px)
     found = [whole.model_copy(update={"input_size": size}) for size in sizes]
     pixels = [(one.network_px / plan.planned_px) ** 2 for one in found]
     return [

@@ -114,8 +114,8 @@ def test_a_fine_tuning_of_the_default_space_is_shown_nothing_smaller_a_training_
     assert tuned == (1.0, 1.5, 2.0)
     assert not any("shown at" in origin for origin in origins)
     assert scales("scratch", replace(asked, weights="none")) == (
-        (0.5, 0.67, 1.0, 1.5, 2.0),
-        ["recipe default", "recipe default at 96 px shown at 48", "recipe default at 96 px"],
+        (0.67, 1.0, 1.5, 2.0),
+        ["recipe default", "recipe default at 96 px shown at 64", "recipe default at 96 px"],
     )
     named = tmp_path / "mine.yaml"
     named.write_text("parameters: {upscale: {choice: [0.5, 1.0]}}\n")

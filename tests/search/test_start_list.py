@@ -42,7 +42,7 @@ def origins(space: SearchSpace, plan: Plan, name: str = "default", asked: tuple[
 @pytest.mark.parametrize(
     ("space", "pretrained", "expected"),
     [
-        ("default", False, ["recipe default", "recipe default at 96 px shown at 48", "recipe default at 96 px"]),
+        ("default", False, ["recipe default", "recipe default at 96 px shown at 64", "recipe default at 96 px"]),
         (
             "default",
             True,
@@ -73,8 +73,8 @@ def test_the_start_is_tried_at_the_largest_crop_where_that_is_not_its_own_and_no
 
     found = second(start)
     assert found is not None
-    assert found == {**space.params_of(start), "crop_size": 96, "upscale": 0.5}
-    assert space.suggest(optuna.trial.FixedTrial(found), start.model_dump()).network_px == 48
+    assert found == {**space.params_of(start), "crop_size": 96, "upscale": 0.67}
+    assert space.suggest(optuna.trial.FixedTrial(found), start.model_dump()).network_px == 64, "as quick as the start"
     upscaled = second(start.model_copy(update={"crop_size": 48, "input_size": 96}))
     assert upscaled is not None
     assert (upscaled["crop_size"], upscaled["upscale"]) == (96, 2.0)
@@ -99,12 +99,12 @@ def test_a_crop_is_not_shrunk_for_pretrained_networks_nor_where_the_space_cannot
         return [recipe.network_px for recipe in shown]
 
     scratch, own = space_of("default", False), start_recipe("default", False)
-    assert sides(scratch, own) == [64, 48, 96]
+    assert sides(scratch, own) == [64, 64, 96]
     assert sides(space_of("default", True), start_recipe("default", True)) == [64, 96]
     scale = replace(scratch.parameters["upscale"], choices=(1.0, 1.5))
     whole_only = replace(scratch, parameters={**scratch.parameters, "upscale": scale})
     assert sides(whole_only, own) == [64, 96]
-    assert sides(scratch, own.model_copy(update={"crop_size": 32})) == [32, 96], "0.5 of 96 px is half more than 32"
+    assert sides(scratch, own.model_copy(update={"crop_size": 48})) == [48, 96], "0.67 of 96 px is a third more than 48"
     assert sides(scratch, own.model_copy(update={"input_size": 96})) == [96, 144], "a side of its own is kept in scale"
 
 
@@ -158,7 +158,7 @@ def test_what_was_asked_for_goes_before_the_recipes_and_equal_sets_stand_once() 
     space = space_of("default", False)
     assert origins(space, plan_for(space), asked=asked[:1])[1:] == [
         "warm start other, trial 3",
-        "recipe default at 96 px shown at 48",
+        "recipe default at 96 px shown at 64",
         "recipe default at 96 px",
     ]
     many = tuple(Enqueued(origin=f"{i}", params={"lr": 1e-4 * (i + 1)}) for i in range(20))
@@ -214,7 +214,7 @@ def test_a_short_search_compares_the_crops_also_where_the_larger_sees_few_views(
     seconds = trial_seconds(recipe, plan.rungs, plan.n_score, plan.images_per_s[recipe.backbone])
     plan = replace(plan, cap_s=0.3 * 2.25 * seconds, planned_px=64)
     origins = [entry.origin for entry in start_list(space, recipe, (), {}, plan, name="default").entries]
-    shrunk = "recipe default at 96 px shown at 48"
+    shrunk = "recipe default at 96 px shown at 64"
     assert origins == ["recipe default", shrunk]
     short = start_list(space, recipe, (), {}, plan, name="default", least_share=0.2)
     assert [entry.origin for entry in short.entries] == ["recipe default", shrunk, "recipe default at 96 px"]
@@ -279,6 +279,6 @@ def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
     entries = start_list(space, start, (), {}, plan_for(space), name="default").entries
     assert [(entry.params["crop_size"], entry.params["upscale"]) for entry in entries] == [
         (64, 1.0),
-        (96, 0.5),
+        (96, 0.67),
         (96, 1.0),
     ]
