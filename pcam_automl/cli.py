@@ -85,11 +85,12 @@ def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
     choose_waiting()
     try:
-        code = app(standalone_mode=False)  # else the parser would frame its own faults and end the process
+        # Standalone the parser would frame its own faults and end the process.
+        code = app(prog_name="pcam-automl", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except typer.Abort:
-        sys.exit(1)
     except Exception as fault:
+        if isinstance(fault, typer.Abort) and isinstance(fault.__cause__, Exception):
+            fault = fault.__cause__  # an EOFError, of which the parser makes its own
         if os.environ.get("PCAM_AUTOML_DEBUG") and not isinstance(fault, _PARSER_FAULT):
             raise
         text, code = _in_one_line(fault)
@@ -137,10 +138,10 @@ _PARSER_FAULT: type[Any] = typer.BadParameter.__mro__[2]
 
 
 def _of_parser(fault: Any) -> str:
-    """An unknown command or option, a value that is no number: one line, too; nothing where help was shown in place of a fault."""
+    """An unknown command or option, a value that is no number: one line, too. Of no command at all the help, which rich has shown."""
+    if type(fault).__name__ == "NoArgsIsHelpError":
+        return str(fault.format_message())
     text, context = " ".join(fault.format_message().split()), getattr(fault, "ctx", None)
-    if not text:
-        return ""
     command = "pcam-automl" if context is None else context.command_path
     return f"error: {text[:1].lower()}{text[1:].rstrip('.')} ({command} --help shows what there is)"
 

@@ -95,11 +95,11 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     assert "confirmation" not in err
     assert "planned: a whole trial takes about " in err
     assert "2 trials, 2 complete, 0 went on after a pause" in err
-    assert "first: recipe default; recipe default at 96 px\n" in err
+    assert "first: recipe default; recipe default at 96 px shown at 64\n" in err
     study, _ = load_study("pcam")
     trials = study.get_trials()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
-    assert [trial.params["crop_size"] for trial in trials] == [64, 96]
+    assert [(trial.params["crop_size"], trial.params["upscale"]) for trial in trials] == [(64, 1.0), (96, 0.67)]
     assert [trial.params["batch_size"] for trial in trials] == [32, 32]
     (line,) = overview(engine_of(study))
     assert (line.total, line.wants_workers) == (2, False)

@@ -402,6 +402,46 @@ def test_what_needs_no_torch_to_be_refused_is_refused_before_its_seconds(words: 
     assert ran.stderr.startswith("error: ")
 
 
+def _ended(words: list[str], before: str = "", **environment: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command line in a process of its own, after some code."""
+    code = f"import sys; from pcam_automl import cli\n{before}\nsys.argv = ['pcam-automl', *{words!r}]\ncli.run()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def test_without_a_command_the_help_is_shown_with_and_without_rich(in_tmp: Path) -> None:
+    for environment in ({}, {"TYPER_USE_RICH": "0"}):
+        code, out, err = _ended([], **environment)
+        assert code == 2
+        assert "finalize" in out + err
+        assert len((out + err).splitlines()) > 20
+        assert "error:" not in out + err
+
+
+def test_a_fault_that_the_parser_turns_into_its_own_end_is_still_named(in_tmp: Path) -> None:
+    """Typer makes an EOFError, of a codec or a pipe, an Abort without a word."""
+    breaks = "def broken(): raise EOFError('the stream ended')\ncli.app.command('broken')(broken)"
+    code, _, err = _ended(["broken"], breaks)
+    assert code == 1
+    assert "error: unexpected EOFError: the stream ended" in err
+    code, _, err = _ended(["--debug", "broken"], breaks)
+    assert code == 1
+    assert "Traceback" in err
+    assert "the stream ended" in err
+
+
+def test_an_exit_code_and_an_interruption_reach_the_shell(in_tmp: Path) -> None:
+    breaks = (
+        "import typer\ndef seven(): raise typer.Exit(7)\ndef stopped(): raise KeyboardInterrupt\n"
+        "cli.app.command('seven')(seven); cli.app.command('stopped')(stopped)"
+    )
+    assert _ended(["seven"], breaks)[0] == 7
+    assert _ended(["stopped"], breaks)[0] == 130
+    assert _ended(["--version"])[0] == 0
+
+
 def test_the_process_ends_as_python_would_end_it_but_for_the_search_for_cycles(in_tmp: Path) -> None:
     code = (
         "import atexit, sys, threading, time; from pcam_automl import cli\n"

@@ -18,7 +18,7 @@ from pcam_automl.models.factory import network_faults
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.recipe_files import load_recipe
-from pcam_automl.search.dimension import UPSCALE
+from pcam_automl.search.dimension import UPSCALE, Parameter, scaled_side
 from pcam_automl.search.domains import ESTIMATE, split_of
 from pcam_automl.search.mirror import parse_s3
 from pcam_automl.search.priors import NONE, load_prior
@@ -67,15 +67,26 @@ def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
     recipe, pins = load_recipe(find_config("recipes", asked.recipe)), asked.pins or {}
     fields = {**recipe.model_dump(), UPSCALE: recipe.network_px / recipe.crop_size}
     own = {name for name, p in space.parameters.items() if p.active(fields) and not p.contains(fields[name])}
-    if UPSCALE in own:
+    if UPSCALE in own and not _shows(space.parameters[UPSCALE], recipe):
         own = own - {UPSCALE} | {"input_size"}
+    own -= {UPSCALE}
     own |= {"backbone"} | ({"decoder", "tile_size"} if recipe.task == "dense" else set())
     return space.pinned({name: fields[name] for name in sorted(own) if name not in pins})
 
 
-def without_shrinking(space: SearchSpace) -> SearchSpace:
-    """The space without scales below 1: pretrained networks know larger objects than a patch's, and gain from enlarging them."""
+def _shows(scale: Parameter, recipe: Recipe) -> bool:
+    """Whether a value of the scale gives the recipe's input: two thirds of 96 px are 64, so are 0.67."""
+    nearest = scale.nearest(recipe.network_px / recipe.crop_size)
+    return nearest is not None and scaled_side(recipe.crop_size, nearest) == recipe.network_px
+
+
+def without_shrinking(space: SearchSpace, start: Recipe) -> SearchSpace:
+    """The space of a fine-tuning without scales below 1, unless the start itself is shrunk: pretrained networks know larger objects
+    than a patch's, and gain from enlarging them.
+    """
     scale = space.parameters.get(UPSCALE)
+    if not start.pretrained or start.task != "patch" or start.network_px < start.crop_size:
+        return space
     shrinks = [] if scale is None else [value for value in scale.choices if value < 1.0]
     return space.without_choices(UPSCALE, shrinks) if shrinks else space
 

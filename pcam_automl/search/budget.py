@@ -102,7 +102,7 @@ class BudgetPlan:
 
         Args:
             whole_s: of the network that the search starts with.
-            mean_s: of the others, most of which show larger inputs; None is ``whole_s``.
+            mean_s: of the others, many of which show larger inputs; None is ``whole_s``.
             n_short: trials of a short search, at least one; what they do not need goes to the final training.
         """
         if not self.short:

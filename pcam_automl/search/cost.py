@@ -14,8 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from pcam_automl.recipe import CENTRE_PX
-from pcam_automl.search.dimension import UPSCALE
+from pcam_automl.search.dimension import UPSCALE, scaled_side
 from pcam_automl.search.quick_tpe import QuickTPE
 from pcam_automl.search.space import SearchSpace
 
@@ -50,7 +49,7 @@ class TrialSeconds:
         fields = {**self.fields, **params}
         px = fields.get("tile_size") or fields.get("input_size") or fields["crop_size"]
         if UPSCALE in fields:
-            px = max(CENTRE_PX, fields["crop_size"] * fields[UPSCALE])
+            px = scaled_side(fields["crop_size"], fields[UPSCALE])
         seconds = self.images / self.images_per_s[fields["backbone"]] * (px / self.planned_px) ** 2
         return float(seconds if self.cap_s is None else min(seconds, self.cap_s))
 
@@ -95,7 +94,9 @@ def share_of_views(seconds: TrialSeconds, cap_s: float, least: float, space: Sea
         quickest["backbone"] = max(backbones, key=rates.__getitem__)
     for name in ("crop_size", "input_size", "tile_size", UPSCALE):
         if (dimension := space.parameters.get(name)) is not None:
-            quickest[name] = dimension.smallest()
+            quickest[name] = (
+                1.0 if name == UPSCALE and dimension.when else dimension.smallest()
+            )  # else it may not apply
     return ViewsShare(seconds, cap_s, least, quickest)
 
 

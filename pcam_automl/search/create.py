@@ -157,6 +157,7 @@ def _decide(
     space = _with_weights(around_recipe(space, asked), asked, weights, say)
     data = _data_of(path, asked, folder, say, pack_call)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    space = without_shrinking(space, start) if asked.space is None else space
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
     _check_common(common, data, say)
@@ -274,12 +275,9 @@ def _asked_settings(asked: Asked) -> dict[str, Any]:
 
 
 def _with_weights(space: SearchSpace, asked: Asked, weights: Weights, say: Say) -> SearchSpace:
-    """The space with ``pretrained`` fixed, and without what does not go with that: backbones that the weights do not have, smaller inputs."""
+    """The space with ``pretrained`` fixed, and without backbones that the weights do not have."""
     pretrained = (asked.pins or {}).get("pretrained", weights.pretrained and may_be_pretrained(asked))
-    space = space.pinned({"pretrained": pretrained})
-    if pretrained and asked.space is None and asked.recipe is None:
-        space = without_shrinking(space)
-    return drop_backbones_without_weights(space, weights, say)
+    return drop_backbones_without_weights(space.pinned({"pretrained": pretrained}), weights, say)
 
 
 def _data_of(path: Path, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> _Data:

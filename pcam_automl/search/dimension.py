@@ -16,11 +16,11 @@ from optuna.trial import BaseTrial
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pcam_automl.errors import did_you_mean, first_few
-from pcam_automl.recipe import Recipe, key_of, validation_faults
+from pcam_automl.recipe import CENTRE_PX, Recipe, key_of, validation_faults
 
 UPSCALE = "upscale"
-"""A dimension that is no recipe field: ``input_size = even(crop_size * upscale)``, at least 32 px; below 1 the crop is shrunk."""
-_UPSCALE_MIN, _UPSCALE_MAX = 0.25, 4.0  # 96 px * 4 is the recipe's largest input
+"""A dimension that is no recipe field, see :func:`scaled_side`; below 1 the crop is shrunk."""
+_UPSCALE_MIN, _UPSCALE_MAX = 0.33, 4.0  # of 96 px the recipe's smallest and largest input
 _GRID_CHECKED = 4096  # so many values of an integer range are checked one by one
 _KINDS = ("choice", "int", "float")
 FIELDS = [*Recipe.model_fields, UPSCALE]
@@ -328,6 +328,11 @@ def _accepts(name: str) -> Literal["int", "float", "other"]:
     members = [typing.get_origin(m) or m for m in (typing.get_args(annotation) if union else (annotation,))]
     plain = {typing.get_args(m)[0] if typing.get_origin(m) is typing.Annotated else m for m in members}
     return "float" if float in plain else "int" if int in plain else "other"
+
+
+def scaled_side(crop_size: int, upscale: float) -> int:
+    """The input side in px that a scale of the crop gives: even, at least 32."""
+    return max(2 * round(crop_size * upscale / 2), CENTRE_PX)
 
 
 def is_number(value: Any) -> bool:

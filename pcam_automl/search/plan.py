@@ -16,6 +16,7 @@ from pcam_automl.models.factory import check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.budget import N_RUNGS
+from pcam_automl.search.dimension import UPSCALE, scaled_side
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.fit import stable_views
@@ -134,7 +135,7 @@ def make_plan(
         n_rungs: of each trial; one where none is pruned, so that nothing is spent on scores that decide nothing.
         progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
-    fields = merge_fields(default.model_dump(), dict(space.base))
+    fields = merge_fields(default.model_dump(), {name: v for name, v in space.base.items() if name != UPSCALE})
     asked = views if views is not None else _asked_views(fields, space, n_train)
     planned_px = planned_side(fields, space)
     recipes, dropped = _recipes_that_run(fields, space, planned_px)
@@ -245,9 +246,10 @@ def planned_side(fields: dict[str, Any], space: SearchSpace) -> int:
     """
     if fields["task"] == "dense":
         return int(fields["tile_size"])
+    scale = float(space.base.get(UPSCALE, 1.0))
     if fields["input_size"] or (crop := space.parameters.get("crop_size")) is None:
-        return int(fields["input_size"] or fields["crop_size"])
-    return max(64, int(crop.nearest(fields["crop_size"])))  # as trial 0 shows it
+        return int(fields["input_size"] or scaled_side(fields["crop_size"], scale))
+    return max(64, scaled_side(int(crop.nearest(fields["crop_size"])), scale))  # as trial 0 shows it
 
 
 def planned_recipe(fields: dict[str, Any], backbone: str, px: int) -> Recipe:

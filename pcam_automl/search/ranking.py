@@ -216,24 +216,28 @@ def choose_cheapest_tied(trials: Sequence[Ranked]) -> tuple[int, str]:
     return fastest.number, f"trial {best.number} {lead if fastest.behind else 'scored the same'} and {slower}"
 
 
-def choose_least_trained_tied(trials: Sequence[Ranked], views: Sequence[int]) -> tuple[int, str]:
+def choose_least_trained_tied(
+    trials: Sequence[Ranked], views: Sequence[int], start: int | None = None
+) -> tuple[int, str]:
     """The same for the few trials of a short search: of those that cannot be told from the best the one that has seen the fewest views.
 
     What follows is a training several times as long, of the same seconds for whichever is taken: the larger crop, or the slower
-    network, has more to gain from it, and none is cheaper. Where not even the best is told from chance, they have not begun to learn, and
-    the earliest is taken, the recipe that the search starts from.
+    network, has more to gain from it, and none is cheaper. Where not even the best is told from chance, they have hardly begun to
+    learn, and the recipe that the search starts from is taken, unless it is beaten or has far more error: few slides tell nothing from
+    chance.
 
     Args:
         trials: the best first, at least one.
         views: of each, by the end of its training.
+        start: number of the trial of the recipe that the search starts from; None where it is not among them.
     """
     best, least = trials[0], FEWER_VIEWS * views[0]
     most = MORE_ERROR_OF_FEWER * (1.0 - best.auc)
-    earliest = min(trials, key=lambda trial: trial.number)
-    if best.interval[0] <= CHANCE and not earliest.beaten and len(trials) > 1:
+    first = next((t for t in trials if t.number == start and not t.beaten and t.behind <= most), None)
+    if best.interval[0] <= CHANCE and first is not None and len(trials) > 1:
         low, high = best.interval
         shown = f"trial {best.number} ({best.auc:.4f}, 95 % {low:.4f} to {high:.4f}) is not told from chance"
-        return earliest.number, f"{shown}, and the search starts from what is known to be good"
+        return first.number, f"{shown}, and the search starts from what is known to be good"
     alike = [
         (n, t)
         for n, t in zip(views, trials, strict=True)
@@ -323,7 +327,8 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     )
     views = [_views(row) if _device(row) == _device(best) else 0 for row in rows]
     if short and timed and all(views):
-        picked, why = choose_least_trained_tied(trials, views)
+        start = next((row.number for row in rows if row.user_attrs.get("slot") == 0), None)
+        picked, why = choose_least_trained_tied(trials, views, start)
     else:
         picked, why = choose_cheapest_tied(trials)
     return Ranking(trials, len(complete), len(cluster), n_clusters, picked, why, tuple(notes))

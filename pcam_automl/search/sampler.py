@@ -205,7 +205,7 @@ def _check(name: str, seed: int, *, cost_aware: bool) -> None:
     if name not in known:
         raise RecipeError(f"--sampler must be one of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}")
     if seed < 0:
-        raise RecipeError(f"seed must be at least 0, got {seed}")
+        raise RecipeError(f"--seed must be at least 0, got {seed}")
     if cost_aware:
         check_cost_aware(name)
     missing = [package for package in _NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import RecipeError, did_you_mean, first_few
 from pcam_automl.files import sha256_of_json
-from pcam_automl.recipe import CENTRE_PX, PINS, Recipe, build_recipe, validation_faults
+from pcam_automl.recipe import PINS, Recipe, build_recipe, validation_faults
 from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.dimension import (
     FIELDS,
@@ -25,6 +25,7 @@ from pcam_automl.search.dimension import (
     checked_value,
     is_number,
     read_parameter,
+    scaled_side,
 )
 from pcam_automl.yaml_text import read_config_text, read_yaml
 
@@ -129,7 +130,7 @@ class SearchSpace:
         upscale = fields.pop(UPSCALE, None)
         if upscale is not None:
             crop_size = _with_recipe_defaults(fields)["crop_size"]
-            input_size = max(_even(crop_size * upscale), CENTRE_PX)
+            input_size = scaled_side(crop_size, upscale)
             fields["input_size"] = None if input_size == crop_size else input_size
         recipe = build_recipe(fields, where="trial")
         if smallest_input is None or recipe.task == "dense":
@@ -294,7 +295,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _even(px: float) -> int:
-    return 2 * round(px / 2)

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from optuna.trial import FixedTrial
+
 from pcam_automl.config import Enqueued
+from pcam_automl.models.factory import smallest_input
 from pcam_automl.recipe import PATCH_PX, Recipe
-from pcam_automl.search.dimension import UPSCALE, is_number
+from pcam_automl.search.dimension import is_number
 from pcam_automl.search.plan import Plan, stand_in, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, in_one_stage
@@ -24,6 +27,8 @@ MOST_ENTRIES = 12
 """That a study remembers; a quarter of 50 trials."""
 LEAST_VIEWS_SHARE = 0.5
 """A recipe fits the budget if its network sees at least this share of the planned views within a trial's seconds."""
+MOST_SHRUNK = 1.125
+"""Of the side that the start shows, that of the shrunk crop at most: a space may have no scale that gives just that side."""
 LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
@@ -71,8 +76,8 @@ def start_list(
     left_out: list[str] = []
     on = f" ({on})" if on else ""
     listed = [Enqueued(origin=f"recipe {name}{on}", params=space.params_of(start)), *asked_for]
-    for whole in at_largest_crop(start, space, plan, least_share):
-        shrunk = f" shown at {whole.network_px}" if whole.network_px < whole.crop_size else ""
+    for whole, px in at_largest_crop(start, space, plan, least_share):
+        shrunk = f" shown at {px}" if px < whole.crop_size else ""
         origin = f"recipe {name} at {whole.crop_size} px{shrunk}{on}"
         listed.append(Enqueued(origin=origin, params=space.params_of(whole)))
     listed += probed
@@ -103,36 +108,44 @@ def with_steps_enough(recipe: Recipe, space: SearchSpace, plan: Plan) -> Recipe:
     return recipe.model_copy(update={"batch_size": max(enough, default=min(sizes))}) if sizes else recipe
 
 
-def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> list[Recipe]:
-    """The recipe with the largest crop of the space: from scratch first shrunk to the side that the recipe's network sees, for
-    which it costs nothing more, then at the same scale. What a training of minutes from scratch lacks is views, not detail: 96 px of
-    colon96 shown at 64 had a third to six tenths of the error of 96 px as they are in equal seconds (docs/proof.md).
+def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share: float) -> list[tuple[Recipe, int]]:
+    """The recipe with the largest crop of the space, and the side in px that its network is shown: from scratch first shrunk to what
+    the recipe itself shows, for which it costs nothing more, then at the same scale.
+
+    What a training of minutes from scratch lacks is views, not detail: 96 px of colon96 shown at 64 had a quarter to six tenths of the
+    error of 96 px as they are in equal seconds (docs/proof.md). Pretrained networks know larger objects, and are not shown smaller ones.
 
     None where the largest is its own, is not searched, or is too slow, or where the sampler would fill in values that the recipe
-    lacks: two such trials would not compare crops. Pretrained networks know larger objects, and are not shown smaller ones.
+    lacks: two such trials would not compare crops.
     """
     crop = space.parameters.get("crop_size")
     largest = None if crop is None or recipe.task != "patch" else crop.nearest(PATCH_PX)
-    if not isinstance(largest, int) or largest <= recipe.crop_size:
+    if not isinstance(largest, int) or largest <= recipe.crop_size or not space.is_whole(recipe):
         return []
-    whole = recipe.model_copy(update={"crop_size": largest})
-    sizes = [None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)]
-    if not recipe.pretrained and recipe.input_size is None and _can_shrink(space, whole, recipe.network_px):
-        sizes.insert(0, recipe.network_px)
-    found = [whole.model_copy(update={"input_size": size}) for size in sizes]
-    pixels = [(one.network_px / plan.planned_px) ** 2 for one in found]
-    return [
-        one
-        for one, area in zip(found, pixels, strict=True)
-        if views_share(recipe, recipe.backbone, plan, pixels=area) >= least_share and space.is_whole(one)
-    ]
+    own = _as_trial(space, recipe, recipe)
+    size = None if recipe.input_size is None else round(recipe.input_size * largest / recipe.crop_size)
+    whole = recipe.model_copy(update={"crop_size": largest, "input_size": size})
+    shrunk = whole.model_copy(update={"input_size": own.network_px})
+    may_shrink = not recipe.pretrained and recipe.input_size is None
+    taken: list[tuple[Recipe, int]] = []
+    seen: list[Recipe] = []
+    for one in (shrunk, whole) if may_shrink else (whole,):
+        if not space.is_whole(one):
+            continue
+        shown = _as_trial(space, recipe, one)
+        pixels = (shown.network_px / plan.planned_px) ** 2
+        too_large = one is shrunk and shown.network_px > MOST_SHRUNK * own.network_px
+        too_slow = views_share(recipe, recipe.backbone, plan, pixels=pixels) < least_share
+        if not too_large and not too_slow and shown not in seen:
+            taken.append((one, shown.network_px))
+            seen.append(shown)
+    return taken
 
 
-def _can_shrink(space: SearchSpace, recipe: Recipe, px: int) -> bool:
-    """Whether a trial of the space can show the recipe's crop at that side, to an eighth."""
-    scale = space.parameters.get(UPSCALE)
-    nearest = None if scale is None else scale.nearest(px / recipe.crop_size)
-    return nearest is not None and abs(nearest * recipe.crop_size / px - 1.0) <= 1 / 8
+def _as_trial(space: SearchSpace, start: Recipe, recipe: Recipe) -> Recipe:
+    """What a trial of the space with a recipe's values trains, the start being ``start``."""
+    fixed = FixedTrial(space.params_of(recipe))
+    return space.suggest(fixed, {**start.model_dump(), "epochs": None}, smallest_input)
 
 
 def fitting(recipe: Recipe, space: SearchSpace, plan: Plan) -> tuple[Recipe | None, str]:

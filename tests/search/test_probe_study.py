@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from easy_set import TINY
@@ -117,9 +118,32 @@ def test_a_fine_tuning_of_the_default_space_is_shown_nothing_smaller_a_training_
         (0.67, 1.0, 1.5, 2.0),
         ["recipe default", "recipe default at 96 px shown at 64", "recipe default at 96 px"],
     )
+    tuned_pins = {"backbone": "test_resnet", "pretrained": True}
+    assert scales("by_recipe", replace(asked, recipe="default", pins=tuned_pins))[0] == (1.0, 1.5, 2.0)
+    shrunk = tmp_path / "shrunk.yaml"
+    shrunk.write_text(
+        "pretrained: true\ncrop_size: 96\ninput_size: 64\nbackbone: test_resnet\nbatch_size: 32\nviews: 192\n"
+    )
+    from_shrunk = replace(asked, recipe=str(shrunk), views=None)
+    assert scales("shrunk", from_shrunk)[0] == (0.67, 1.0, 1.5, 2.0)
+    opened = create_or_open_study("shrunk", url_of(tmp_path), from_shrunk, say=lambda text: None)
+    assert opened.settings.enqueued[0].params["upscale"] == 0.67, "trial 0 is that recipe"
     named = tmp_path / "mine.yaml"
     named.write_text("parameters: {upscale: {choice: [0.5, 1.0]}}\n")
     assert scales("named", replace(asked, space=str(named)))[0] == (0.5, 1.0), "who names a space means it"
+
+
+@pytest.mark.parametrize(("scale", "px"), [(0.5, 32), (1.5, 96)])
+def test_a_pinned_scale_makes_a_study_whose_trials_show_it(
+    easy_pack: Path, tmp_path: Path, scale: float, px: int
+) -> None:
+    pins = {"backbone": "test_resnet", "upscale": scale}
+    asked = Asked(data=easy_pack, pins=pins, weights="none", device="cpu", probe="off")
+    opened = create_or_open_study("s", url_of(tmp_path), asked, say=lambda text: None)
+    first = opened.settings.enqueued[0].params
+    shown = opened.space.suggest(optuna.trial.FixedTrial(first), {**opened.start.model_dump(), "epochs": None})
+    assert (shown.crop_size, shown.network_px) == (64, px)
+    assert opened.settings.plan["planned_px"] == max(64, px)
 
 
 @pytest.mark.parametrize(

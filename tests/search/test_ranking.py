@@ -148,18 +148,28 @@ def test_of_a_short_searchs_ties_the_one_with_fewer_views_is_taken() -> None:
     assert choose_least_trained_tied([best], [900]) == (0, "it is the only complete one")
 
 
-def test_of_a_short_searchs_trials_that_have_learnt_nothing_the_first_is_taken() -> None:
+def test_of_a_short_searchs_trials_that_have_learnt_nothing_the_start_is_taken() -> None:
     best = replace(ranked(1, 0.0), auc=0.56, interval=(0.47, 0.66))
     start = replace(ranked(0, 0.03), auc=0.53)
-    number, why = choose_least_trained_tied([best, start], [900, 900])
+    number, why = choose_least_trained_tied([best, start], [900, 900], 0)
     assert number == 0
     assert why.startswith("trial 1 (0.5600, 95 % 0.4700 to 0.6600) is not told from chance")
-    assert choose_least_trained_tied([best, start], [400, 900])[0] == 0
-    assert choose_least_trained_tied([replace(best, number=0), replace(start, number=1)], [900, 400])[0] == 0
-    assert choose_least_trained_tied([best], [900]) == (1, "it is the only complete one")
+    assert choose_least_trained_tied([best, start], [400, 900], 0)[0] == 0
+    assert choose_least_trained_tied([best, start], [900, 900], 1)[0] == 1
+    assert choose_least_trained_tied([best, start], [900, 400], 1)[0] == 1, "though the other has seen fewer views"
+    assert choose_least_trained_tied([best], [900], 1) == (1, "it is the only complete one")
+    assert choose_least_trained_tied([best, start], [900, 900], None)[0] == 1, "the start has diverged, say"
     for other in (replace(best, interval=(0.501, 0.66)), replace(best, interval=(math.nan, math.nan))):
-        assert choose_least_trained_tied([other, start], [900, 900])[0] == 1
-    assert choose_least_trained_tied([best, replace(start, beaten=True)], [900, 900])[0] == 1
+        assert choose_least_trained_tied([other, start], [900, 900], 0)[0] == 1
+    assert choose_least_trained_tied([best, replace(start, beaten=True)], [900, 900], 0)[0] == 1
+
+
+def test_that_few_slides_tell_nothing_from_chance_does_not_make_a_far_worse_start_the_winner() -> None:
+    best = replace(ranked(1, 0.0), auc=0.957, interval=(0.41, 1.0))
+    worse = replace(ranked(0, 0.2), auc=0.756)
+    assert choose_least_trained_tied([best, worse], [900, 900], 0)[0] == 1
+    near = replace(ranked(0, 0.02), auc=0.937)
+    assert choose_least_trained_tied([best, near], [900, 900], 0)[0] == 0, "half of the best's error at most"
 
 
 def test_a_study_of_a_short_search_takes_the_tie_that_has_more_to_gain(store: PatchStore, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ FAULTS = [
     ("base: {epochs: 1, views: 3}\nparameters: {}", "epochs and views exclude each other"),
     ("parameters: {warmup: {float: [0.0, 0.6]}, decay: {float: [0.1, 0.6]}}", r"warmup \+ decay must be at most 1"),
     ("base: {input_size: 96}\nparameters: {upscale: {choice: [1, 2]}}", "input_size and upscale exclude each other"),
-    ("parameters: {upscale: {float: [0.2, 2.0]}}", r"upscale.float must be in \[0.25, 4\], got 0.2"),
+    ("parameters: {upscale: {float: [0.2, 2.0]}}", r"upscale.float must be in \[0.33, 4\], got 0.2"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {optimiser: sgd}}}", r"neither.*did you mean 'optimizer'"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {lr: 0.1}}}", "lr cannot depend on itself"),
     ("parameters: {lr: {float: [0.1, 0.2], when: {optimizer: []}}}", "when.optimizer names no value"),

@@ -108,6 +108,29 @@ def test_a_crop_is_not_shrunk_for_pretrained_networks_nor_where_the_space_cannot
     assert sides(scratch, own.model_copy(update={"input_size": 96})) == [96, 144], "a side of its own is kept in scale"
 
 
+def test_what_a_trial_would_really_show_is_named_counted_and_listed_once() -> None:
+    start = start_recipe("default", False)
+
+    def listed(space: SearchSpace, plan: Plan | None = None) -> list[str]:
+        entries = start_list(space, start, (), {}, plan or plan_for(space), name="mine").entries
+        return [entry.origin.removeprefix("recipe mine") for entry in entries]
+
+    def with_scale(**changes: object) -> SearchSpace:
+        space = space_of("default", False)
+        scale = replace(space.parameters["upscale"], **changes)  # type: ignore[arg-type]
+        return replace(space, parameters={**space.parameters, "upscale": scale})
+
+    assert listed(with_scale(choices=(0.75, 1.0))) == ["", " at 96 px shown at 72", " at 96 px"]
+    assert listed(with_scale(when=(("backbone", ("resnet18d",)),))) == ["", " at 96 px"], (
+        "it does not apply to resnet10t"
+    )
+    pinned = space_of("default", False).pinned({"upscale": 0.5})
+    assert planned_side(start.model_dump(), pinned) == 64
+    assert planned_side({**start.model_dump(), "crop_size": 80}, pinned.pinned({"crop_size": 80})) == 40
+    slow = plan_for(pinned, 200.0)
+    assert listed(pinned, slow) == ["", " at 96 px shown at 48"], "a quarter of the pixels that it would have"
+
+
 def test_a_recipe_too_slow_for_half_of_the_views_is_left_out_by_name() -> None:
     space = space_of("default", True)
     plan = plan_for(space, slow=("densenet121",))

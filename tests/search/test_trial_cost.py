@@ -36,6 +36,8 @@ def test_seconds_follow_the_backbone_and_the_pixels() -> None:
     assert model({"crop_size": 32}) == 1.5
     assert model({"crop_size": 32, "upscale": 2.0}) == 6.0
     assert model({"crop_size": 32, "input_size": 128}) == 24.0
+    assert model({"crop_size": 96, "upscale": 0.67}) == 6.0
+    assert model({"crop_size": 32, "upscale": 0.67}) == 1.5, "no input is below 32 px"
 
 
 def test_no_trial_costs_more_than_the_cap() -> None:
@@ -64,6 +66,17 @@ def test_the_mean_trial_is_of_what_is_drawn_under_the_limit() -> None:
     fixed = parse_space("base: {backbone: large}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2]}\n", "here")
     fields = {**FIELDS, "backbone": "large"}
     assert mean_trial_s(share_of_views(seconds_of(fields=fields), 90.0, 0.2, fixed), fixed) == 60.0
+
+
+def test_a_scale_that_may_not_apply_does_not_make_a_network_look_quick() -> None:
+    space = parse_space(
+        "parameters:\n  backbone: {choice: [small, large]}\n  upscale: {choice: [0.5, 1.0], when: {backbone: [small]}}\n",
+        "x",
+    )
+    share = share_of_views(seconds_of(), 30.0, 0.2, space)
+    assert share({"backbone": "large"}) == 0.5
+    always = parse_space("parameters:\n  upscale: {choice: [0.5, 1.0]}\n", "x")
+    assert share_of_views(seconds_of(), 30.0, 0.2, always)({"backbone": "large"}) == 1.0
 
 
 def test_improvement_per_cost_is_the_published_formula() -> None:
