@@ -28,10 +28,9 @@ CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
 """Of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
 MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
-FEW = 12
-"""Lineages, a bracket and what is prescribed. A search that would start fewer can choose nothing by its rungs: it is cut
-down to ``N_SHORT`` whole trials, of which the better is taken unconfirmed. With more, six minutes on two cores, the small network of
-the start has learnt in half the final training what it can, and the rest is better spent on choosing."""
+FEW = 18
+"""Lineages, two brackets. A search that would start fewer can choose hardly anything by its rungs: it is cut down to ``N_SHORT`` whole
+trials, of which the better is taken unconfirmed."""
 N_SHORT = 2
 N_RUNGS = 3
 """Of a trial of a search that prunes."""

@@ -32,15 +32,16 @@ class SuccessiveHalving(BasePruner):
     Args:
         rungs: the steps at which trials report, ascending, at least one.
         eta: one in ``eta`` goes on, at least 2.
-        pauses: a pruned trial may be promoted later. Then a trial that has fewer than ``eta`` values beside it waits,
-            the study's first lineage excepted: without promotion it would be lost, so that it goes on.
+        pauses: a pruned trial may be promoted later. Then a trial that has fewer than ``eta`` values beside it waits:
+            without promotion it would be lost, so that it goes on.
+        n_first: the study's first slots, whose trials go on all the same.
     """
 
-    def __init__(self, rungs: Sequence[int], eta: int = 3, *, pauses: bool = False) -> None:
+    def __init__(self, rungs: Sequence[int], eta: int = 3, *, pauses: bool = False, n_first: int = 1) -> None:
         self.rungs = _checked_rungs(rungs)
         if eta < 2:
             raise ValueError(f"eta must be at least 2, got {eta}")
-        self.eta, self.pauses = eta, pauses
+        self.eta, self.pauses, self.n_first = eta, pauses, n_first
         self.misleading: frozenset[int] = frozenset()  # steps at which nothing ends, by the audit
         self.n_looks = 0  # of the audit's
         self.spared: Callable[[str, Iterable[str]], bool] = lambda lineage, earlier: False
@@ -59,7 +60,7 @@ class SuccessiveHalving(BasePruner):
         others = values_at(step, trials, trial)
         scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)
         if len(scores) < self.eta:
-            return self.pauses and trial.user_attrs.get("slot") != 0
+            return self.pauses and trial.user_attrs.get("slot") not in range(self.n_first)
         n_kept = max(1, len(scores) // self.eta)
         return own == -math.inf or own < scores[n_kept - 1]
 
@@ -103,17 +104,17 @@ class _FinishingMedian(MedianPruner):
         return (trial.last_step or 0) < self._last_rung and bool(super().prune(study, trial))
 
 
-def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False) -> BasePruner:
+def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False, n_first: int = 1) -> BasePruner:
     """The pruner of that name for trials that report at ``rungs`` (ascending steps, the last one the whole budget).
 
-    ``pauses`` is for asha, see :class:`SuccessiveHalving`. ``hyperband`` spends at least 40 trials on start-up and is for studies far beyond 50.
+    ``pauses`` and ``n_first`` are for asha, see :class:`SuccessiveHalving`. ``hyperband`` spends at least 40 trials on start-up and is for studies far beyond 50.
 
     Raises:
         RecipeError: an unknown name.
     """
     steps = _checked_rungs(rungs)
     if name == "asha":
-        return SuccessiveHalving(steps, pauses=pauses)
+        return SuccessiveHalving(steps, pauses=pauses, n_first=n_first)
     if name == "hyperband":
         return _FinishingHyperband(steps)
     if name == "median":

@@ -29,7 +29,7 @@ from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.settling import end_silent, settle_lost
 from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
-from pcam_automl.search.start import enqueued_for
+from pcam_automl.search.start import FIRST, enqueued_for
 from pcam_automl.search.storage import engine_of, rdb_of
 from pcam_automl.search.turns import NEVER_ENDS, Limits, held_elsewhere, n_expected_of, next_turn, prescribed
 
@@ -66,7 +66,8 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
     study, slots = opened.study, Slots(engine_of(opened.study), opened.name)
     steps = [views for views, _ in opened.settings.rungs]
     pauses = limits.clock is not None and limits.thaws
-    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=pauses)
+    n_first = min(FIRST, len(opened.settings.enqueued))
+    study.pruner = build_pruner(opened.settings.pruner, rungs=steps, pauses=pauses, n_first=n_first)
     seconds_of = opened.trial_seconds() if opened.settings.cost_aware else None
     sampler = PerTrialSampler(
         opened.settings.sampler, seed=opened.settings.seed, seconds_of=seconds_of, share_of=opened.views_share()

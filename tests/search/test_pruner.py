@@ -32,6 +32,19 @@ def pruned(study: optuna.Study, value: float, *, step: int = 100, lineage: str |
         return trial.should_prune()
 
 
+@pytest.mark.parametrize(("slot", "waits"), [(0, False), (1, False), (2, True), (None, True)])
+def test_among_few_a_trial_waits_but_those_that_a_search_begins_with(slot: int | None, waits: bool) -> None:
+    study = optuna.create_study(direction="maximize", pruner=build_pruner("asha", rungs=RUNGS, pauses=True, n_first=2))
+    study.add_trial(create_trial(state=TrialState.COMPLETE, value=0.9, intermediate_values={100: 0.9}))
+    trial = study.ask()
+    if slot is not None:
+        trial.set_user_attr("slot", slot)
+    trial.report(0.1, 100)
+    assert trial.should_prune() is waits
+    study.add_trial(create_trial(state=TrialState.PRUNED, value=0.8, intermediate_values={100: 0.8}))
+    assert trial.should_prune(), "beside others all are judged alike"
+
+
 @pytest.mark.parametrize(
     ("others", "value", "want"),
     [
