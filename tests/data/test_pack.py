@@ -182,6 +182,7 @@ def test_ctrl_c_ends_the_workers_quietly_and_leaves_nothing(tmp_path: Path) -> N
         import os, signal, sys
         from pathlib import Path
         if __name__ == "__main__":
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             import pcam_automl.data.pack as packing
             from pcam_automl.data.sources import open_source
             packing.CHUNK_PATCHES = 2
