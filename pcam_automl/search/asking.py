@@ -68,7 +68,7 @@ def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:
     fields = {**recipe.model_dump(), UPSCALE: recipe.network_px / recipe.crop_size}
     own = {name for name, p in space.parameters.items() if p.active(fields) and not p.contains(fields[name])}
     if UPSCALE in own and not _shows(space.parameters[UPSCALE], recipe):
-        own = own - {UPSCALE} | {"input_size"}
+        own |= {"input_size"}
     own -= {UPSCALE}
     own |= {"backbone"} | ({"decoder", "tile_size"} if recipe.task == "dense" else set())
     return space.pinned({name: fields[name] for name in sorted(own) if name not in pins})
