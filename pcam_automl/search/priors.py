@@ -14,6 +14,7 @@ from pcam_automl.configs_folder import find_config
 from pcam_automl.data.splits import Split
 from pcam_automl.data.store import PatchStore, pixels_hash
 from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
+from pcam_automl.models.factory import smallest_input
 from pcam_automl.recipe import Recipe, build_recipe, validation_faults
 from pcam_automl.search.space import SearchSpace, in_one_stage
 from pcam_automl.search.warm_start import Source, diverse_best, fits_space, pack_of
@@ -142,7 +143,10 @@ def prior_entries(prior: Prior, name: str, space: SearchSpace) -> list[Enqueued]
             f"{first_few(space.choices('backbone'))}); choose another --space, or --prior {NONE}"
         )
     return [
-        Enqueued(origin=f"prior {name}, trial {entry.trial}", params=space.params_of(in_one_stage(entry.recipe)))
+        Enqueued(
+            origin=f"prior {name}, trial {entry.trial}",
+            params=space.params_of(in_one_stage(entry.recipe), smallest_input),
+        )
         for entry in fitting
     ]
 

@@ -135,10 +135,8 @@ class SearchSpace:
         recipe = build_recipe(fields, where="trial")
         if smallest_input is None or recipe.task == "dense":
             return recipe
-        least_px = smallest_input(recipe.backbone)
-        if recipe.network_px >= least_px:
-            return recipe
-        return build_recipe({**fields, "input_size": least_px + least_px % 2}, where="trial")
+        raised = _raised(recipe.network_px, smallest_input(recipe.backbone))
+        return recipe if raised == recipe.network_px else build_recipe({**fields, "input_size": raised}, where="trial")
 
     def is_whole(self, recipe: Recipe) -> bool:
         """Whether :meth:`params_of` the recipe leaves the sampler nothing to fill in."""
@@ -146,11 +144,15 @@ class SearchSpace:
         fields = {**recipe.model_dump(), **self.base, **params}
         return all(name in params for name, parameter in self.parameters.items() if parameter.active(fields))
 
-    def params_of(self, recipe: Recipe) -> dict[str, Any]:
+    def params_of(self, recipe: Recipe, smallest_input: Callable[[str], int] | None = None) -> dict[str, Any]:
         """The trial parameters that reproduce a recipe as nearly as the space allows.
 
         A value outside a range is moved to its nearest end or step, a number that is no choice to the nearest one; a
         name that is no choice is left out, for the sampler to fill.
+
+        Args:
+            recipe: of this space or any other.
+            smallest_input: as :meth:`suggest` has it: of several scales the one whose input, raised, is nearest.
         """
         fields = recipe.model_dump()
         fields[UPSCALE] = recipe.network_px / recipe.crop_size
@@ -161,10 +163,30 @@ class SearchSpace:
                 continue
             if parameter.name == UPSCALE:  # of the crop that the space could give
                 fields[UPSCALE] = recipe.network_px / fields["crop_size"]
-            value = parameter.nearest(fields[parameter.name])
+                least_px = 0 if smallest_input is None or recipe.task == "dense" else smallest_input(fields["backbone"])
+                value = _nearest_scale(parameter, fields["crop_size"], recipe.network_px, least_px)
+            else:
+                value = parameter.nearest(fields[parameter.name])
             if value is not None or (parameter.kind == "choice" and None in parameter.choices):
                 params[parameter.name] = fields[parameter.name] = value
         return params
+
+
+def _nearest_scale(scale: Parameter, crop_size: int, network_px: int, least_px: int) -> Any:
+    """The scale at which the crop, raised to the smallest input, is shown nearest to ``network_px``."""
+    if scale.kind != "choice":
+        return scale.nearest(network_px / crop_size)
+
+    def distance(choice: float) -> tuple[float, float]:
+        shown = _raised(scaled_side(crop_size, choice), least_px)
+        return abs(shown - network_px), abs(choice - network_px / crop_size)
+
+    return min(filter(is_number, scale.choices), key=distance)
+
+
+def _raised(px: int, least_px: int) -> int:
+    """An input side in px, raised to the smallest that a backbone takes, made even."""
+    return px if px >= least_px else least_px + least_px % 2
 
 
 def in_one_stage(recipe: Recipe) -> Recipe:

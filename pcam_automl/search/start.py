@@ -75,11 +75,11 @@ def start_list(
     """
     left_out: list[str] = []
     on = f" ({on})" if on else ""
-    listed = [Enqueued(origin=f"recipe {name}{on}", params=space.params_of(start)), *asked_for]
+    listed = [Enqueued(origin=f"recipe {name}{on}", params=space.params_of(start, smallest_input)), *asked_for]
     for whole, px in at_largest_crop(start, space, plan, least_share):
         shrunk = f" shown at {px}" if px < whole.crop_size else ""
         origin = f"recipe {name} at {whole.crop_size} px{shrunk}{on}"
-        listed.append(Enqueued(origin=origin, params=space.params_of(whole)))
+        listed.append(Enqueued(origin=origin, params=space.params_of(whole, smallest_input)))
     listed += probed
     for own, recipe in recipes.items():
         if own == name:
@@ -89,7 +89,7 @@ def start_list(
             left_out.append(f"recipe {own}: {said}")
         else:
             origin = f"recipe {own}" + (f" ({said})" if said else "")
-            listed.append(Enqueued(origin=origin, params=space.params_of(fitted)))
+            listed.append(Enqueued(origin=origin, params=space.params_of(fitted, smallest_input)))
     entries: list[Enqueued] = []
     for entry in listed:
         if all(entry.params != other.params for other in entries):
@@ -144,7 +144,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
 
 def _as_trial(space: SearchSpace, start: Recipe, recipe: Recipe) -> Recipe:
     """What a trial of the space with a recipe's values trains, the start being ``start``."""
-    fixed = FixedTrial(space.params_of(recipe))
+    fixed = FixedTrial(space.params_of(recipe, smallest_input))
     return space.suggest(fixed, {**start.model_dump(), "epochs": None}, smallest_input)
 
 

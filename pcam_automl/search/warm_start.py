@@ -16,6 +16,7 @@ from pcam_automl.config import Enqueued, StudySettings, storage_url, studies_fol
 from pcam_automl.data.splits import HOLDOUT, UNUSED, Split, load_split
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, StudyError, first_few
+from pcam_automl.models.factory import smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.search.diversity import pick_diverse
 from pcam_automl.search.lineages import FINISHED, current_rows, has_diverged, sign_of
@@ -132,7 +133,7 @@ def diverse_best(tried: Sequence[Tried], space: SearchSpace, k: int = MOST) -> l
     """
     usable = [one for one in tried if fits_space(one.recipe, space)]
     top = usable[: math.ceil(TOP_SHARE * len(usable))]
-    params = [space.params_of(in_one_stage(one.recipe)) for one in top]
+    params = [space.params_of(in_one_stage(one.recipe), smallest_input) for one in top]
     return [top[index] for index in pick_diverse(params, space.parameters, k)]
 
 
@@ -157,7 +158,8 @@ def warm_entries(source: Source, space: SearchSpace) -> list[Enqueued]:
         )
     return [
         Enqueued(
-            origin=f"warm start {source.shown}, trial {one.number}", params=space.params_of(in_one_stage(one.recipe))
+            origin=f"warm start {source.shown}, trial {one.number}",
+            params=space.params_of(in_one_stage(one.recipe), smallest_input),
         )
         for one in chosen
     ]

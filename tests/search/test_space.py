@@ -54,8 +54,24 @@ def test_params_of_reproduces_every_suggested_recipe(seed: int, pretrained: bool
     space = load_space("default", pins={"pretrained": pretrained})
     (trial,) = random_trials(space, seed, 1)
     recipe = space.suggest(trial, {"views": 100}, smallest_input=lambda _: smallest)
-    again = optuna.trial.FixedTrial(space.params_of(recipe))
+    again = optuna.trial.FixedTrial(space.params_of(recipe, lambda _: smallest))
     assert space.suggest(again, {"views": 100}, smallest_input=lambda _: smallest) == recipe
+
+
+@given(
+    crop=st.integers(16, 48).map(lambda half: 2 * half),
+    smallest=st.integers(1, 224),
+    scales=st.lists(st.floats(0.33, 4.0), min_size=1, max_size=5, unique=True),
+    data=st.data(),
+)
+def test_scale_of_a_raised_input_is_found_again(
+    crop: int, smallest: int, scales: list[float], data: st.DataObject
+) -> None:
+    space = parse_space(f"parameters: {{upscale: {{choice: {scales}}}}}", "s").pinned({"crop_size": crop})
+    trial = optuna.trial.FixedTrial({"upscale": data.draw(st.sampled_from(scales))})
+    recipe = space.suggest(trial, {}, smallest_input=lambda _: smallest)
+    again = optuna.trial.FixedTrial(space.params_of(recipe, lambda _: smallest))
+    assert space.suggest(again, {}, smallest_input=lambda _: smallest) == recipe
 
 
 @pytest.mark.parametrize("name", ["default", "quick"])
