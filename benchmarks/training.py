@@ -91,8 +91,15 @@ def our_side(recipe: Recipe, root: Path, compute: Compute, n_steps: int, determi
     return our_training(start(recipe, store, compute), store.development_rows(), n_steps)
 
 
+def _use(device: torch.device) -> None:
+    """What names no device goes to this one: fastai's own normalisation does not."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def plain_side(recipe: Recipe, root: Path, device: torch.device, settings: dict[str, int]) -> Side:
     """The plain loop, in a process that is left as Python and torch make it."""
+    _use(device)
     images, label, norm = _in_memory(recipe, root)
     dataset = ImageDataset(images, label, training_transform(recipe.crop_size, norm.mean, norm.std))
     loader = build_loader(
@@ -107,6 +114,7 @@ def plain_side(recipe: Recipe, root: Path, device: torch.device, settings: dict[
 
 def fastai_side(recipe: Recipe, root: Path, device: torch.device, settings: dict[str, int]) -> Side:
     """Fastai's Learner, in a process of its own."""
+    _use(device)
     images, label, norm = _in_memory(recipe, root)
     loaders = fastai_loaders(
         images,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -101,7 +102,8 @@ class StreamedPatches:
         """The batch on the device, and what says when its copy is made."""
         if self._stream is None:
             return held.clone(), None
-        with torch.cuda.stream(self._stream):
+        # The device first: leaving the stream, this thread would go back to the first GPU and open a context there.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             batch = held.to(self.device, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
@@ -167,7 +169,8 @@ def _open(store: PatchStore, name: str, device: torch.device) -> Patches:
     mapped = mapped if mapped.ndim == 4 else mapped[..., None]
     if device.type == "cpu":
         return ResidentPatches(mapped, device)
-    torch.cuda.empty_cache()  # a pack that was held before, by a probe or a search, is free but not given back
+    gc.collect()  # a trial that failed holds its search's pack through its traceback
+    torch.cuda.empty_cache()  # what was held before is free now, but not given back
     free_bytes, _ = torch.cuda.mem_get_info(device)
     if mapped.nbytes <= RESIDENT_SHARE * free_bytes:  # uint8: 6.1 GB for Kaggle's train set
         return ResidentPatches(mapped.to(device), device)

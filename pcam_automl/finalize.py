@@ -22,7 +22,7 @@ from pcam_automl.calibration import Calibration
 from pcam_automl.data.store import PatchStore
 from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
-from pcam_automl.errors import DataError, InputError, first_few
+from pcam_automl.errors import DataError, InputError, StudyError, first_few
 from pcam_automl.files import check_can_write
 from pcam_automl.finalizing.choice import choose_trial, chosen_trial, settle_ties
 from pcam_automl.finalizing.decision import Decision, decide
@@ -32,7 +32,7 @@ from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, final_seconds, was_short
+from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, was_short
 from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -41,7 +41,9 @@ from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import check_threshold
-from pcam_automl.train import check_ranks, train_to_bundle
+from pcam_automl.terminal import duration
+from pcam_automl.train import can_go_on, check_ranks, checkpoints_beside, train_to_bundle
+from pcam_automl.training.checkpoint import newest_checkpoint
 from pcam_automl.training.engine import Training
 from pcam_automl.training.pace import Pace
 from pcam_automl.training.ranks import from_first, part, ranks
@@ -129,10 +131,18 @@ def finalize(
     )
     out = (out or opened.folder / "final").resolve()
     check_can_write(out)  # before minutes of confirmations
+    used_up = options.seconds is not None and options.seconds <= 0 and epochs is None
+    n_members = options.ensemble
+    if used_up and not from_first(lambda: any(_is_begun(out, number) for number in range(n_members))):
+        raise _used_up(opened)
+    if used_up:
+        watch.train.note(
+            "the budget is used up: what an earlier finalize trained is completed, and nothing trained anew"
+        )
     if unconfirmed and options.confirm > 0 and len(rows.held) > 0:  # else nothing would judge the result
         watch.train.note(f"trial {trial.number} is not confirmed: its seconds go to the final training")
         options = replace(options, confirm=0)
-    decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, device, options, watch, began))
+    decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, out, device, options, watch, began))
     watch.decided(decision)
     if ranks().is_first:
         (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
@@ -141,7 +151,7 @@ def finalize(
         if options.seconds is not None and epochs is None:
             until = began + options.seconds
             pace = _pace(opened, member, rows, until, len(decision.members) - number, device)
-        _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick)
+        _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick, used_up)
     if not part().is_first:
         raise Assisted
     _settle_members(out, decision)
@@ -169,6 +179,7 @@ def _decided(
     which: str,
     epochs: float | None,
     rows: FinalRows,
+    out: Path,
     device: torch.device,
     options: FinalOptions,
     watch: FinalWatch,
@@ -214,12 +225,21 @@ def _decided(
     if len({one.lineage for one in confirmations}) < 2:  # nothing to compare but by the search
         for line in why:
             watch.train.note(line)
-    left = None if options.seconds is None else options.seconds - (time.perf_counter() - began)
+    most_members = options.ensemble
+    if most_members > 1 and options.seconds is not None:
+        left_s = options.seconds - (time.perf_counter() - began)
+        begun = sum(_is_begun(out, number) for number in range(most_members))  # by an earlier call
+        fit = _members_that_fit(opened, candidates, epochs, rows, device, left_s)
+        most_members = max(1, min(most_members, begun + fit))
+        if most_members < options.ensemble:
+            watch.train.note(
+                f"--ensemble {options.ensemble}: the time that is left is enough for {most_members} final training{'s' * (most_members > 1)}"
+            )
     return decide(
         candidates,
         confirmations,
         opened.store,
-        most_members=_most_members(opened, candidates, epochs, rows, device, options.ensemble, left),
+        most_members=most_members,
         seed=opened.settings.seed,
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
@@ -238,25 +258,22 @@ def _confirm_seconds(
     return max(CONFIRM_PART * seconds, min(0.5 * seconds, seconds - needed_s))
 
 
-def _most_members(
+def _members_that_fit(
     opened: OpenStudy,
     candidates: list[Candidate],
     epochs: float | None,
     rows: FinalRows,
     device: torch.device,
-    wanted: int,
-    left: float | None,
+    left_s: float,
 ) -> int:
-    """As many final trainings, and predictions of the test patches, as fit the seconds left; at least one."""
-    if wanted == 1 or left is None:
-        return wanted
+    """As many final trainings of the candidates, and predictions of the test patches, as fit the seconds left."""
     slowest = 0.0
     for candidate in candidates:
         recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
         rate = images_per_s(opened, candidate, recipe, device)
         steps_s = OVERHEAD * recipe.n_views(n_train) / rate
         slowest = max(slowest, steps_s + _predict_seconds(opened, recipe, rows, rate, device))
-    return max(1, min(wanted, int(left / slowest)))
+    return max(0, int(left_s / slowest))
 
 
 def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device) -> float:
@@ -293,8 +310,13 @@ def _train_member(
     watch: FinalWatch,
     pace: Pace | None,
     pick: Pick,
+    used_up: bool,
 ) -> None:
-    """One of the final networks, as a bundle with its calibration; nothing where it lies there already."""
+    """One of the final networks, as a bundle with its calibration; nothing where it lies there already.
+
+    Raises:
+        StudyError: it is neither there nor begun, and the budget is used up.
+    """
     trial, folder = member.trial, member_folder(out, number)
     recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     watch.plan(trial, recipe, n_train, folder)
@@ -305,6 +327,10 @@ def _train_member(
         )
     )
     if not done:
+        if used_up and not from_first(
+            lambda: can_go_on(recipe, opened.store, rows.train, rows.train[:0], folder, by_clock=True)
+        ):
+            raise _used_up(opened)
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
             "study": opened.name,
@@ -340,6 +366,18 @@ def _train_member(
             write_bundle(out / RAW, replace(trained.bundle, state=last))
     if ranks().is_first:
         _calibrate(folder, decision.calibrations[number])
+
+
+def _is_begun(out: Path, number: int) -> bool:
+    """Whether a network, or a checkpoint of its training, lies where that one of the final networks belongs."""
+    folder = member_folder(out, number)
+    return (folder / CARD).is_file() or newest_checkpoint(checkpoints_beside(folder)) is not None
+
+
+def _used_up(opened: OpenStudy) -> StudyError:
+    return StudyError(
+        f"study {opened.name!r} has used up its budget of {duration(budget_of(opened.study) or 0.0)}; give finalize --epochs E, or --no-budget"
+    )
 
 
 def _weights_of(training: Training) -> dict[str, Tensor]:

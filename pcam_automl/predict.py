@@ -23,6 +23,7 @@ from pcam_automl.training.scoring import (
     Views,
     logits_of_images,
     logits_of_rows,
+    unless_out_of_memory,
 )
 
 Stop = Callable[[], None]
@@ -99,7 +100,13 @@ class Predictor:
 
     def image_logits(self, images: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(images).to(self.compute.device).permute(0, 3, 1, 2)
-        return logits_of_images(self.network, batch, self.views, self.compute).cpu().numpy()
+        found = unless_out_of_memory(
+            lambda some: logits_of_images(self.network, some, self.views, self.compute), batch, len(images)
+        )
+        if found is not None:
+            return found.cpu().numpy()
+        half = len(images) // 2
+        return np.concatenate([self.image_logits(images[:half]), self.image_logits(images[half:])])
 
 
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:

@@ -81,7 +81,9 @@ def write_submission(
     file = folder / "submission.csv"
     write_probabilities(file, ids, probs)
     check_submission(file, ids)
-    if threshold is not None:
+    if threshold is None:
+        (folder / "submission_labels.csv").unlink(missing_ok=True)  # of an earlier network
+    else:
         labels = pd.DataFrame({"id": list(ids), "label": (probs >= threshold).astype(int)})
         with written_whole(folder / "submission_labels.csv") as partial:
             labels.to_csv(partial, index=False)

@@ -28,7 +28,7 @@ from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import clusters_of_rows, scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
-from pcam_automl.training.compute import Compute, device_name
+from pcam_automl.training.compute import Compute, autotuned, device_name
 from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
@@ -104,8 +104,8 @@ def train_to_bundle(
     """
     watch = watch or TrainWatch()
     check_ranks(recipe)
-    checkpoints = out.parent / f".{out.name}.checkpoints"
-    with _alone_in(out):
+    checkpoints = checkpoints_beside(out)
+    with _alone_in(out), autotuned(device):
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
         rungs = epoch_rungs(recipe, len(rows.train))
@@ -153,6 +153,29 @@ def train_to_bundle(
             speed.note_micro_batch(recipe, device, training.micro_batch)
             shutil.rmtree(checkpoints, ignore_errors=True)
     return Trained(bundle, training.results, time.perf_counter() - began)
+
+
+def checkpoints_beside(out: Path) -> Path:
+    """Where a training into ``out`` leaves its checkpoints."""
+    return out.parent / f".{out.name}.checkpoints"
+
+
+def can_go_on(
+    recipe: Recipe,
+    store: PatchStore,
+    train_rows: np.ndarray,
+    score_rows: np.ndarray,
+    out: Path,
+    *,
+    by_clock: bool,
+) -> bool:
+    """Whether :func:`train_to_bundle` would go on from a checkpoint there, by the clock or by epochs."""
+    found = newest_checkpoint(checkpoints_beside(out))
+    if found is None:
+        return False
+    state, rows = found[2], choose_rows(store, recipe, train_rows, score_rows)
+    theirs = (state["recipe"], state.get("data"), state.get("by_clock", by_clock))
+    return theirs == (recipe.hash, data_key(store, rows), by_clock)
 
 
 def check_ranks(recipe: Recipe) -> None:

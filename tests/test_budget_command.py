@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pcam_automl.finalize as finalize_module
 import pcam_automl.search.budget as budget_module
 import pcam_automl.search.plan as plan_module
 from pcam_automl.errors import Interrupted, NoStudyError
+from pcam_automl.files import sha256_of_file
 from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
@@ -24,7 +26,7 @@ from pcam_automl.search.overview import overview
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import open_study
-from pcam_automl.training.pace import N_PARTS
+from pcam_automl.training.pace import N_PARTS, Pace
 
 SPACE = """\
 base: {batch_size: 16, crop_size: 32}
@@ -196,6 +198,37 @@ def test_a_used_up_budget_is_said_with_the_ways_out(run: Any, easy_pack: Path) -
     assert run("finalize", "--no-report", "--confirm", 0, "--no-budget")[0] == 0
     assert len(intervals_of(load_study("pcam")[0])) == n_booked, "what goes beyond a budget is not booked on it"
     assert optuna.load_study(study_name="pcam", storage="sqlite:///studies/pcam.db").user_attrs
+
+
+def test_what_was_trained_is_completed_though_the_budget_is_used_up(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the test patches are predicted: little of the budget is left, and start-up takes it."""
+    code, _, err = run(
+        *("search", "--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--trials", 1, "--views", 64)
+    )
+    assert code == 0, err
+    study, _ = load_study("pcam")
+    set_budget(study, 30.0)
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise Interrupted("interrupted", 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize_module, "finish_patches", cut_off)
+        patch.setattr(finalize_module, "_pace", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
+        assert run("finalize", "--no-report")[0] == 130
+    trained = sha256_of_file(Path("studies/pcam/final/model/model.safetensors"))
+    set_budget(study, 0.001)
+    code, _, err = run("finalize", "--no-report", "--keep-back", 0)
+    assert (code, "has used up its budget" in err) == (2, True), "a network on other patches would be a new training"
+    code, _, err = run("finalize", "--no-report")
+    assert code == 0, err
+    assert "the budget is used up: what an earlier finalize trained is completed" in err
+    assert Path("studies/pcam/final/submission.csv").is_file()
+    assert sha256_of_file(Path("studies/pcam/final/model/model.safetensors")) == trained
+    shutil.rmtree("studies/pcam/final/model")
+    assert run("finalize", "--no-report")[0] == 2, "nothing is left to complete"
 
 
 def test_a_search_needs_a_number_of_trials_or_a_budget(run: Any, easy_pack: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from pcam_automl.search.placement import shared_packs
 from pcam_automl.search.processes import WorkerTask, run_workers
 from pcam_automl.search.study import Asked
 from pcam_automl.search.turns import Limits
-from pcam_automl.training.compute import Compute, has_precision
+from pcam_automl.training.compute import Compute, fixed_variant, has_precision, peak_of_step
 from pcam_automl.training.engine import Rung, Training
 from pcam_automl.training.fit import fit
-from pcam_automl.training.speed import SpeedBook
+from pcam_automl.training.scoring import outputs_of_rows
 from pcam_automl.training.task import PatchTask, TrainingData
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # of CUDA builds' own
 RECIPE = Recipe(backbone=TINY, crop_size=32, batch_size=16, schedule="wsd", decay=0.25, lr=2e-3, ema=0.9)
 RUNGS = (Rung(160, 60), Rung(480, 60))
 
@@ -97,14 +98,49 @@ def test_a_training_that_began_on_a_cpu_goes_on(gpu: torch.device, tmp_path: Pat
     assert results[-1].auc > 0.9
 
 
-def test_the_memory_of_a_step_is_measured_before_anything_has_used_the_device(
-    gpu: torch.device, tmp_path: Path
-) -> None:
-    small, large = (
-        SpeedBook(tmp_path / "speed.json").peak_bytes(RECIPE.model_copy(update={"batch_size": n}), gpu)
-        for n in (16, 64)
-    )
+def test_the_memory_of_a_step_is_measured_before_anything_has_used_the_device(gpu: torch.device) -> None:
+    def build() -> torch.nn.Module:
+        return build_network(RECIPE, Weights("none"), seed=0)
+
+    small, large = (peak_of_step(build, 96, n, fixed_variant(gpu)) for n in (16, 256))
     assert 0 < small < large
+
+
+@pytest.fixture
+def little_memory(gpu: torch.device) -> Iterator[None]:
+    """Half a GB above what is held."""
+    total = torch.cuda.get_device_properties(gpu).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(gpu) + 2**29) / total, gpu)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+
+
+def test_a_step_that_does_not_fit_is_cut_into_micro_batches(gpu: torch.device, little_memory: None) -> None:
+    patches, label = patches_on(gpu)
+    rows = np.arange(90)
+    recipe = RECIPE.model_copy(
+        update={"backbone": "resnet10t", "crop_size": 96, "batch_size": 512, "views": 1024}
+    )  # its weights take 0.1 GB
+    compute = Compute(str(gpu), "fp32", True)
+    data = TrainingData(patches, label, rows[:60], rows[60:], normalisation(TINY))
+    network = build_network(recipe, Weights("none"), seed=0)
+    training = Training(recipe, network, PatchTask(recipe, data, compute, 9), compute, key=9)
+    shown = np.arange(512)
+    training.step(shown % 60, shown)
+    assert 2 <= training.micro_batch < 512
+
+
+def test_scoring_that_does_not_fit_takes_fewer_patches_at_once(gpu: torch.device, little_memory: None) -> None:
+    seen: list[int] = []
+
+    def hungry(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return torch.zeros(len(images), 2**20, device=gpu).sum(dim=1)  # 4 MiB each
+
+    patches, _ = patches_on(gpu)
+    assert outputs_of_rows(hungry, patches, np.arange(1024) % 90) is not None
+    assert min(seen) < max(seen)
 
 
 def test_two_workers_train_on_one_copy_of_the_pack_and_give_it_back(

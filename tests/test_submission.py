@@ -17,7 +17,10 @@ def test_what_is_written_passes_the_check_and_keeps_ids_as_text(tmp_path: Path) 
     file = write_submission(tmp_path, IDS, np.array([0.0, 0.25, 1.0]), {"seed": 0}, threshold=0.25)
     assert file.read_text() == "id,label\na1,0.0\n007,0.25\n1e5,1.0\n"
     assert check_submission(file, IDS) == 3
-    assert (tmp_path / "submission_labels.csv").read_text() == "id,label\na1,0\n007,1\n1e5,1\n"
+    labels = tmp_path / "submission_labels.csv"
+    assert labels.read_text() == "id,label\na1,0\n007,1\n1e5,1\n"
+    write_submission(tmp_path, IDS, np.array([0.5, 0.5, 0.5]), {"seed": 0}, threshold=None)
+    assert not labels.exists(), "labels of an earlier network"
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,10 @@ def ranking_lines(ranking: Ranking) -> Iterator[str]:
             lone = f"all {of[4:]}" if ranking.n_clusters < 2 else f"all of a label among {of}"
             yield f"trial {best.number}: no interval, since {lone} are of one slide"
         else:
+            alone = ranking.n_clusters == ranking.n_patches  # no slide is known, or each has one patch
+            drawn = ", each drawn by itself" if alone else f" drawn by {ranking.n_clusters:,} slides"
             yield (
-                f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} "
-                f"({ranking.n_patches:,} validation patches drawn by {ranking.n_clusters:,} slides)"
+                f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} ({ranking.n_patches:,} validation patches{drawn})"
             )
             unbeaten = first_few([str(number) for number in ranking.unbeaten], 10)
             compared = f"{len(ranking.trials)} of {ranking.n_complete} complete trials compared"

@@ -23,7 +23,7 @@ from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
-from pcam_automl.errors import InputError, StudyError, did_you_mean
+from pcam_automl.errors import InputError, did_you_mean
 from pcam_automl.finalize import Assisted, FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
@@ -190,10 +190,8 @@ def finalize_study(
 
 
 def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
-    """What is left of the study's budget for confirming, training and predicting; None where it has none.
-
-    Raises:
-        StudyError: it is used up.
+    """What is left of the study's budget for confirming, training and predicting; None where it has none. 0 where it is used up: an
+    earlier finalize that was cut off while it predicted is completed all the same.
     """
     total_s = budget_of(opened.study)
     if total_s is None:
@@ -201,9 +199,7 @@ def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
     report_s = REPORT_S if torch.get_num_threads() > 1 else REPORT_ON_ONE_CORE_S
     left_s = total_s - spent_with(opened.study, process_age_s()) - (report_s if with_report else 0.0)
     if left_s <= 0:
-        raise StudyError(
-            f"study {opened.name!r} has used up its budget of {terminal.duration(total_s)}; give finalize --epochs E, or --no-budget"
-        )
+        return 0.0
     terminal.say(f"{terminal.duration(left_s)} of the budget of {terminal.duration(total_s)} are left for finalize")
     return left_s
 

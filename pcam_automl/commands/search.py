@@ -355,12 +355,12 @@ def _of(done: int, n_trials: int | None) -> str:
 def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
     """The plan beside what happened."""
     from pcam_automl.search.budget import budget_of, spent_s
-    from pcam_automl.search.lineages import lineages_of
+    from pcam_automl.search.lineages import THAWED_FROM, lineages_of
 
     steps = [views for views, _ in opened.settings.rungs]
     lineages = lineages_of(opened.study.get_trials(deepcopy=False))
     reached = [sum(step in lineage.values for lineage in lineages) for step in steps]
-    n_thawed = sum(len(lineage.rows) > 1 for lineage in lineages)
+    n_thawed = sum(any(THAWED_FROM in row.user_attrs for row in lineage.rows) for lineage in lineages)
     rungs = (
         f"{' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, "
         if len(steps) > 1

@@ -37,6 +37,7 @@ from pcam_automl.training.start import without_excluded
 RAW = "model-raw"
 """Bundle of the first member's weights before averaging, kept where a holdout can say what the average was worth."""
 OOF = "oof.csv"
+SLIDES_UNKNOWN = ", whose slides are unknown and may be in its training: likely too high"
 THRESHOLDS, REJECTS = "thresholds.csv", "reject.csv"
 
 
@@ -162,11 +163,8 @@ def _on_held(
         return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
     label, group = np.asarray(store.label)[held].astype(np.int64), np.asarray(store.group)[held].astype(np.int64)
     logits = end.logits(held, rows.name)
-    on = (
-        f"{len(held):,} patches of slides kept back from its training"
-        if rows.kept_back
-        else f"holdout of {len(held)} patches"
-    )
+    on = f"{_kept_back(held, group)} from its training" if rows.kept_back else f"holdout of {len(held):,} patches"
+    on += SLIDES_UNKNOWN if (group < 0).all() else ""
     probs = probs_at(logits, end.judge.temperature)
     scores = Scores(held, label, probs, on)
     write_scores(end.out / SCORES, scores, store.ids)
@@ -182,9 +180,14 @@ def _on_held(
 def _calibrated(end: _Ending, decision: Decision, rows: FinalRows) -> Decision:
     """The decision with a temperature that is fitted to the slides kept back, where nothing was predicted out of fold."""
     label = np.asarray(end.opened.store.label)[rows.held].astype(np.int64)
-    fitted = calibrate(end.logits(rows.held, rows.name), label, f"{len(rows.held):,} patches of slides kept back")
+    on = _kept_back(rows.held, np.asarray(end.opened.store.group)[rows.held])
+    fitted = calibrate(end.logits(rows.held, rows.name), label, on)
     write_calibration(member_folder(end.out, 0), fitted)
     return replace(decision, calibrations=(fitted,), calibration=fitted)
+
+
+def _kept_back(held: np.ndarray, group: np.ndarray) -> str:
+    return f"{len(held):,} patches{'' if (group < 0).all() else ' of slides'} kept back"
 
 
 def _shorter(decision: Decision, network: Predictor) -> str:

@@ -29,7 +29,8 @@ class FinalOptions:
         confirm_folds: on so many folds each, 1 to 4.
         ensemble: at most so many networks judge together, if that helps out of fold.
         compare: measure on the holdout, or on the slides kept back, what each ingredient was worth.
-        seconds: wall clock of all of it, for choosing how many are confirmed and blended; None is no limit.
+        seconds: wall clock of all of it, for choosing how many are confirmed and blended; None is no limit. 0 trains nothing anew: what
+            an earlier call trained is completed.
         keep_back: share of the patches, in whole slides, that the final training leaves out to be judged by; None is a tenth
             where ``seconds`` are limited and there is no holdout, else nothing.
     """
@@ -80,7 +81,9 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
         raise InputError(
             f"--keep-back {options.keep_back:g} is for studies without a holdout, and this one has a holdout of {n_holdout} patches; leave it out"
         )
-    if options.compare and not (n_holdout or options.keep_back or (options.seconds and options.keep_back is None)):
+    if options.compare and not (
+        n_holdout or options.keep_back or (options.seconds is not None and options.keep_back is None)
+    ):
         raise InputError(
             "--compare needs slides that the final network has not seen, and this study has no holdout; give --keep-back 0.1, or search with --holdout 0.1"
         )

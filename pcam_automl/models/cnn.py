@@ -95,7 +95,9 @@ class ElementPReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *shape) -> (B, *shape)."""
-        return torch.where(x > 0, x, self.slope * x)
+        return torch.where(
+            x > 0, x, self.slope.to(x.dtype) * x
+        )  # else all that follows would be float32 under autocast
 
 
 class BlockCnn(nn.Module):

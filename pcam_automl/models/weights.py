@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from pcam_automl.errors import RecipeError, first_few
 
@@ -129,13 +131,10 @@ def load_folder_weights(network: nn.Module, backbone: str, weights: Weights) -> 
         raise RecipeError(f"{file} is not a readable safetensors file ({str(fault)[:120]})") from None
     classifier = {f"{name}.{leaf}" for name in _classifier_names(network) for leaf in ("weight", "bias")}
     expected = network.state_dict()
-    wrong = [
-        name
-        for name, tensor in expected.items()
-        if name not in classifier
-        and (name not in tensors or tensors[name].shape != tensor.shape)
-        and not name.endswith("num_batches_tracked")
-    ]
+    wrong = _misfits(tensors, expected, classifier)
+    if wrong and tensors.keys() >= set(wrong):  # other shapes: a windowed network of another input side, say
+        tensors = _as_timm_fits_them(tensors, network)
+        wrong = _misfits(tensors, expected, classifier)
     if wrong:
         raise RecipeError(
             f"{file} does not fit timm's {backbone}: {len(wrong)} tensors are missing or of another shape ({first_few(wrong, 3)})"
@@ -148,6 +147,35 @@ def load_folder_weights(network: nn.Module, backbone: str, weights: Weights) -> 
         },
         strict=False,
     )
+
+
+def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], classifier: Collection[str]) -> list[str]:
+    """What the network wants and the file lacks, or has in another shape."""
+    return [
+        name
+        for name, tensor in expected.items()
+        if name not in classifier
+        and (name not in tensors or tensors[name].shape != tensor.shape)
+        and not name.endswith("num_batches_tracked")
+    ]
+
+
+def _as_timm_fits_them(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """By the architecture's own rule for its checkpoints (position tables are resized), as timm loads them from its hub."""
+    fit = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if fit is None:
+        return tensors
+    try:
+        return dict(fit(tensors, network))
+    except (
+        AttributeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # of another architecture: said by the caller
+        return tensors
 
 
 def _classifier_names(network: nn.Module) -> tuple[str, ...]:

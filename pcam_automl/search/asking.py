@@ -15,7 +15,7 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, InputError, RecipeError, first_few
 from pcam_automl.goals import AUC, goal_of
 from pcam_automl.models.factory import network_faults
-from pcam_automl.models.weights import Weights
+from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.dimension import UPSCALE, Parameter, scaled_side
@@ -52,8 +52,32 @@ def recipe_fields(space: SearchSpace) -> dict[str, Any]:
 
 
 def may_be_pretrained(asked: Asked) -> bool:
-    """Whether pretrained weights are used where there are some: always for the default recipe, else as the recipe says."""
-    return asked.recipe is None or load_recipe(find_config("recipes", asked.recipe)).pretrained
+    """Whether pretrained weights are looked for where ``--weights`` is not given: always for the default recipe, else as the recipe says."""
+    return asked.recipe in (None, DEFAULT_RECIPE) or load_recipe(find_config("recipes", asked.recipe)).pretrained
+
+
+def with_weights(space: SearchSpace, asked: Asked, say: Say) -> tuple[SearchSpace, Weights]:
+    """The space with ``pretrained`` fixed, without backbones that the weights do not have; and where they come from.
+
+    ``--set`` and the space's own ``base`` decide whether networks are pretrained, else an explicit ``--weights``, else the recipe.
+
+    Raises:
+        RecipeError: the space searches ``pretrained``, or fixes it to true and there are no weights; or no backbone has any.
+    """
+    if "pretrained" in space.parameters:
+        raise RecipeError(
+            "space.parameters.pretrained cannot be searched: one study has one kind of start; fix it in base, or leave it to --weights"
+        )
+    own = space.base.get("pretrained")
+    wanted = may_be_pretrained(asked) if own is None else own
+    weights, text = decide_weights(asked.weights or ("auto" if wanted else "none"))  # asks the network, up to 10 s
+    if own and not weights.pretrained:
+        raise RecipeError(
+            f"pretrained is set to true, and there are none to start from ({text}); give --weights DIR or hub, or leave pretrained out"
+        )
+    pretrained = weights.pretrained if own is None else own
+    say(text if pretrained or not weights.pretrained else "weights: from scratch, since pretrained is set to false")
+    return drop_backbones_without_weights(space.pinned({"pretrained": pretrained}), weights, say), weights
 
 
 def around_recipe(space: SearchSpace, asked: Asked) -> SearchSpace:

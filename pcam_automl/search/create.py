@@ -20,8 +20,8 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import StudyError
 from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
+from pcam_automl.interrupt import signals_held
 from pcam_automl.models.factory import backbone_fault
-from pcam_automl.models.weights import Weights, decide_weights
 from pcam_automl.recipe import Recipe, build_recipe, scratch_warning
 from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.asking import (
@@ -31,9 +31,8 @@ from pcam_automl.search.asking import (
     check_networks,
     check_options,
     default_space,
-    drop_backbones_without_weights,
-    may_be_pretrained,
     recipe_fields,
+    with_weights,
     without_shrinking,
     without_stage_fields,
 )
@@ -73,6 +72,7 @@ from pcam_automl.search.study import (
     OpenStudy,
     Say,
     open_study,
+    own_files,
     start_recipe,
 )
 from pcam_automl.search.whose_folder import check_free, give_id
@@ -116,10 +116,26 @@ def create_or_open_study(
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     check_free(folder, url)
     settings, split, domains = _decide(name, url, asked, folder, say, pack_call, spends)
+    with signals_held():  # a study without its settings could never be opened
+        is_new = _new_study(name, storage, settings, split, domains, folder, url)
+    # Where another process was quicker, its settings hold.
+    return open_study(name, url, None if is_new else asked, say=say, pack_call=pack_call)
+
+
+def _new_study(
+    name: str,
+    storage: optuna.storages.BaseStorage,
+    settings: StudySettings,
+    split: Split,
+    domains: Domains | None,
+    folder: Path,
+    url: str,
+) -> bool:
+    """Write the study with everything that it remembers; False where one of that name is there by now."""
     try:
         study = optuna.create_study(study_name=name, storage=storage, direction=settings.goal.direction)
-    except optuna.exceptions.DuplicatedStudyError:  # another process was quicker: its settings hold
-        return open_study(name, url, asked, say=say, pack_call=pack_call)
+    except optuna.exceptions.DuplicatedStudyError:
+        return False
     study.set_user_attr(f"{SETTINGS_KEY}:creating", True)
     give_id(study, folder, url)
     Slots(engine_of(study), name).clear()  # a deleted study of this name may have left its slots
@@ -130,7 +146,7 @@ def create_or_open_study(
         write_domains(domains, folder / DOMAINS)
     write_json(folder / "settings.json", settings.model_dump(mode="json"))
     study.set_user_attr(SETTINGS_KEY, settings.model_dump_json())
-    return open_study(name, url, say=say, pack_call=pack_call)
+    return True
 
 
 @dataclass(frozen=True)
@@ -152,9 +168,7 @@ def _decide(
     device = use_device(asked.device, n_workers=asked.n_workers, deterministic=asked.deterministic)
     space = _load_asked_space(asked)
     path = find_data(asked.data)
-    weights, text = decide_weights(asked.weights or "auto")  # asks the network, up to 10 s: after what needs none
-    say(text)
-    space = _with_weights(around_recipe(space, asked), asked, weights, say)
+    space, weights = with_weights(around_recipe(space, asked), asked, say)  # after what needs no network
     data = _data_of(path, asked, folder, say, pack_call)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
     space = without_shrinking(space, start) if asked.space is None else space
@@ -217,6 +231,7 @@ def _decide(
         "device": str(device),
         "space_name": asked.space or default_space(asked),
         "recipe_name": asked.recipe or DEFAULT_RECIPE,
+        "files": own_files(asked),
         "n_train": len(rows.train),
         "n_valid": len(rows.score),
         "budget": None if budget is None else asdict(budget),
@@ -272,12 +287,6 @@ def _asked_settings(asked: Asked) -> dict[str, Any]:
         "artifacts": asked.artifacts,
         "grace_s": GRACE_S if asked.grace_s is None else asked.grace_s,
     }
-
-
-def _with_weights(space: SearchSpace, asked: Asked, weights: Weights, say: Say) -> SearchSpace:
-    """The space with ``pretrained`` fixed, and without backbones that the weights do not have."""
-    pretrained = (asked.pins or {}).get("pretrained", weights.pretrained and may_be_pretrained(asked))
-    return drop_backbones_without_weights(space.pinned({"pretrained": pretrained}), weights, say)
 
 
 def _data_of(path: Path, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None) -> _Data:

@@ -73,7 +73,13 @@ def _settings_of(study: optuna.Study) -> StudySettings:
     """Settings of a study; waits while another process is still creating it."""
     deadline = time.monotonic() + _WAIT_FOR_CREATOR_S
     while (text := study.user_attrs.get(SETTINGS_KEY)) is None:
-        if study.user_attrs.get(f"{SETTINGS_KEY}:creating") is None or time.monotonic() > deadline:
+        being_made = study.user_attrs.get(f"{SETTINGS_KEY}:creating") is not None
+        if being_made and time.monotonic() > deadline:
+            raise StudyError(
+                f"study {study.study_name!r} was never finished being created: its process was killed; take another --study name, or remove "
+                f"it (optuna delete-study --study-name {study.study_name} --storage URL)"
+            )
+        if not being_made:
             raise StudyError(
                 f"study {study.study_name!r} was not made by pcam-automl search (it has no settings); take another --study name"
             )

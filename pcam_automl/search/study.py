@@ -10,11 +10,11 @@ from typing import Any
 import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
-from pcam_automl.configs_folder import find_config
+from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.domains import with_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
-from pcam_automl.data.store import PatchStore, open_store
+from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.errors import DataError, RecipeError, StudyError
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
@@ -26,7 +26,7 @@ from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
 from pcam_automl.search.mirror import Mirror, find_mirror
 from pcam_automl.search.plan import SLOWEST_SHARE, trial_seconds
 from pcam_automl.search.reading import load_study
-from pcam_automl.search.space import SearchSpace, parse_space
+from pcam_automl.search.space import SearchSpace, load_space, parse_space
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.whose_folder import claim
 from pcam_automl.training.engine import Rung
@@ -196,6 +196,16 @@ def open_study(
     return OpenStudy(study, settings, parse_space(settings.space, name), store, split, folder, storage_url(url), mirror)
 
 
+def own_files(asked: Asked) -> dict[str, str]:
+    """Hashes of what the user's own YAML files say, by the option that names them (space, recipe); none of shipped ones."""
+    found = {}
+    if asked.space is not None and asked.space not in list_configs("space"):
+        found["space"] = load_space(asked.space).hash
+    if asked.recipe is not None and asked.recipe not in list_configs("recipes"):
+        found["recipe"] = load_recipe(find_config("recipes", asked.recipe)).hash
+    return found
+
+
 def split_as(store: PatchStore, settings: StudySettings) -> Split:
     """The split of a study, over a store under the study's domains."""
     return make_split(
@@ -236,6 +246,11 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["prior"], remembered["prior"] = asked.prior, settings.prior or "none"
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
+    for option, digest in own_files(asked).items():
+        held = settings.plan.get("files", {}).get(option)
+        if held not in (None, digest):  # the name is the same
+            file = getattr(asked, option)
+            given[option], remembered[option] = _Shown(f"{file} as it is now"), _Shown(f"{file} as it was then")
     check_unchanged(remembered, given, name)
 
 
@@ -277,6 +292,20 @@ def check_pins(pins: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
+def _remembered_table(option: str, table: str | None, data: Path) -> Path | None:
+    """The CSV that the study was made with.
+
+    Raises:
+        DataError: it is not on this machine.
+    """
+    if table is not None and not Path(table).is_file():
+        raise DataError(
+            f"the study was made with --{option} {table}, which is not here; make a pack with your copy of it (pcam-automl prepare {data} "
+            f"PACK --{option} CSV) and give that as --data"
+        )
+    return None if table is None else Path(table)
+
+
 def _open_store(
     settings: StudySettings, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
 ) -> PatchStore:
@@ -286,8 +315,10 @@ def _open_store(
         store = open_store(remembered)
     else:
         path = find_data(asked.data, settings.data)
-        groups = asked.groups or (Path(settings.groups) if settings.groups else None)
-        domains = asked.domains or (Path(settings.domains) if settings.domains else None)
+        groups, domains = asked.groups, asked.domains
+        if not is_pack(path):  # a pack holds what it was made with; its hash is compared below
+            groups = groups or _remembered_table("groups", settings.groups, path)
+            domains = domains or _remembered_table("domains", settings.domains, path)
         store = find_pack(path, folder.parent / "packs", groups=groups, domains=domains, say=say, call=pack_call)
     if store.content_hash != settings.pack_hash:
         raise DataError(

@@ -127,6 +127,7 @@ def _run_trials(
     if isinstance(study.pruner, SuccessiveHalving) and n_expected >= AUDITED_FROM:
         study.pruner.spared = lambda lineage, earlier: runs_through(lineage, earlier, seed=opened.settings.seed)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
+    earlier = trials  # what failed before this process began was for a cause that may be mended
     while True:
         objective.stop()
         objective.writer.check()  # a disk that is full shall not meet another trial
@@ -176,7 +177,7 @@ def _run_trials(
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
-        check_failures(trials, limits.n_trials)
+        check_failures(trials, limits.n_trials, earlier)
 
 
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
@@ -315,10 +316,12 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
     return 0 if objective.thawed_from is not None else 1
 
 
-def check_failures(trials: list[FrozenTrial], n_trials: int) -> None:
-    """Raise SearchFailed once max(10, n_trials) trials ended in an error; of a search by budget, 10 and as many as finished."""
-    errors = errors_of(trials)
-    allowed = n_trials if n_trials < NEVER_ENDS else n_finished_in(trials)
+def check_failures(trials: list[FrozenTrial], n_trials: int, earlier: list[FrozenTrial]) -> None:
+    """Raise SearchFailed once max(10, n_trials) trials ended in an error since the search began (``earlier`` were there by then); of a
+    search by budget, 10 and as many as finished since.
+    """
+    errors = errors_of(trials)[len(errors_of(earlier)) :]
+    allowed = n_trials if n_trials < NEVER_ENDS else n_finished_in(trials) - n_finished_in(earlier)
     if len(errors) >= max(LEAST_FAILURES_ALLOWED, allowed):
         ((commonest, n),) = collections.Counter(errors).most_common(1)
         raise SearchFailed(

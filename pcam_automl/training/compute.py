@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -167,9 +169,27 @@ def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) ->
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over all that is allocated
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose abilities are asked for without naming it
-        torch.backends.cudnn.benchmark = not deterministic
-        torch.set_float32_matmul_precision("highest" if deterministic else "high")  # high: TF32 where float32 is left
+        with warnings.catch_warnings():  # torch 2.9 announces another interface, which breaks its own compiler
+            warnings.simplefilter("ignore")
+            torch.set_float32_matmul_precision(
+                "highest" if deterministic else "high"
+            )  # high: TF32 where float32 is left
     return device
+
+
+@contextlib.contextmanager
+def autotuned(device: torch.device) -> Iterator[None]:
+    """Inside, cuDNN times its algorithms for every new shape: seconds that a long training of one shape earns back. A search has a new
+    shape in nearly every trial, and goes by cuDNN's own choice.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def device_name(device: torch.device) -> str:
@@ -231,7 +251,12 @@ def measure(
             bar_s = min(times.values()) * (2.0 if round_ == 1 else 1.3)
             for variant, best_s in times.items():
                 if round_ == 0 or best_s <= bar_s:
-                    times[variant] = min(best_s, _step_seconds(variant, network, px, batch_size, probe.turn_s))
+                    taken = _step_seconds_if_it_fits(variant, network, px, batch_size, probe.turn_s)
+                    times[variant] = min(best_s, taken)
+            if not math.isfinite(min(times.values())):
+                raise torch.OutOfMemoryError(
+                    f"out of memory: no variant of {batch_size} images of {px} px fits on {device}"
+                )
     fastest = min(times, key=times.__getitem__)
     return replace(fastest, step_s=times[fastest])
 
@@ -286,7 +311,11 @@ def measure_compiled(
     return ready_s, step_s
 
 
-_OUT_OF_MEMORY = ("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    *("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED"),  # cuDNN 9's names
+    "unable to find an engine to execute",  # what torch says when no algorithm's workspace fits
+)
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
@@ -336,6 +365,21 @@ def _rng_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def _step_seconds_if_it_fits(variant: Compute, network: nn.Module, px: int, batch_size: int, turn_s: float) -> float:
+    """:func:`_step_seconds`; infinite where memory is too short for this variant, which says nothing of the others."""
+    try:
+        return _step_seconds(variant, network, px, batch_size, turn_s)
+    except (torch.OutOfMemoryError, RuntimeError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+    network.zero_grad(
+        set_to_none=True
+    )  # of a backward pass that was cut off; here its traceback holds nothing any more
+    if variant.device != "cpu":
+        torch.cuda.empty_cache()
+    return math.inf
 
 
 def _step_seconds(variant: Compute, network: nn.Module, px: int, batch_size: int, turn_s: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pcam_automl.augment import augment, augment_spec, centre_view, draw, eight_views
-from pcam_automl.batches import Patches, in_batches
+from pcam_automl.batches import Patches
 from pcam_automl.calibration import probs_at
 from pcam_automl.counter import key_of
 from pcam_automl.metrics import auc
 from pcam_automl.models.factory import Normalisation, logit_of
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.compute import Compute, Precision
+from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
 
 EVAL_BATCH = 256
+LEAST_BATCH = 16
+"""Patches at once where memory is short; a device that cannot judge so many can train nothing either."""
 N_JUDGED = 1_000
 SAME_AUC = 1e-4
 """Low precision predicts only where the AUC of this many patches moves by no more than this."""
@@ -100,6 +101,22 @@ def logits_of_rows(
     return np.zeros(0, np.float32) if answers is None else answers
 
 
+def unless_out_of_memory(of_images: Callable[[Tensor], Tensor], images: Tensor, n: int) -> Tensor | None:
+    """What the function gives for ``n`` images, None where memory is too short for so many and fewer can be tried.
+
+    Raises:
+        RuntimeError: another fault, or not even ``LEAST_BATCH`` fit.
+    """
+    try:
+        return of_images(images)
+    except (torch.OutOfMemoryError, RuntimeError) as fault:
+        if not is_out_of_memory(fault) or n <= LEAST_BATCH:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # not inside `except`, where the traceback still holds what did not fit
+    return None
+
+
 def outputs_of_rows(
     of_images: Callable[[Tensor], Tensor],
     patches: Patches,
@@ -118,13 +135,19 @@ def outputs_of_rows(
         progress: called with the number of rows done in each batch.
     """
     answers: list[Tensor] = []
-    batches = list(in_batches(rows, EVAL_BATCH))
-    for batch, following in itertools.zip_longest(batches, batches[1:]):
+    begin, size = 0, EVAL_BATCH
+    while begin < len(rows):
         stop()
+        batch, following = rows[begin : begin + size], rows[begin + size : begin + 2 * size]
         images = patches.gather(batch)
-        if following is not None:
+        if len(following):
             patches.expect(following)
-        answers.append(of_images(images))
+        answer = unless_out_of_memory(of_images, images, len(batch))
+        if answer is None:
+            size = max(LEAST_BATCH, len(batch) // 2)
+            continue
+        answers.append(answer)
+        begin += len(batch)
         progress(len(batch))
     return torch.cat(answers).cpu().numpy() if answers else None
 

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pcam_automl.batches import Patches, open_masks
 from pcam_automl.data.store import PatchStore, channel_moments
@@ -135,4 +136,7 @@ def start_training(
     data = TrainingData(patches, np.asarray(store.label), rows.train, rows.score, norm, masks, domain)
     network = build_network(recipe, weights, seed=recipe.seed)
     task: Task = (DenseTask if recipe.task == "dense" else PatchTask)(recipe, data, compute, key)
-    return Training(recipe, network, task, compute, key=key, data_key=data_key(store, rows))
+    training = Training(recipe, network, task, compute, key=key, data_key=data_key(store, rows))
+    if patches.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(patches.device)  # what is recorded is this training's, not the probes'
+    return training

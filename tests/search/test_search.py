@@ -34,7 +34,7 @@ from pcam_automl.finalize import finalize
 from pcam_automl.models.factory import check_backbone, check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.recipe_files import load_recipe
-from pcam_automl.search import create as create_module
+from pcam_automl.search import asking as asking_module
 from pcam_automl.search import objective as objective_module
 from pcam_automl.search.asking import around_recipe, check_networks, default_space
 from pcam_automl.search.create import create_or_open_study
@@ -293,6 +293,48 @@ def test_failing_trials_are_recorded_and_stop_the_search_in_the_end(
     assert summarise(opened.study, opened.settings).errors[0].startswith("error: RuntimeError")
 
 
+def test_failures_of_an_earlier_start_do_not_stop_a_search_whose_cause_was_mended(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the GPU is occupied")
+
+    opened = opened_in(tmp_path, asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(objective_module, "start_training", broken)
+        with pytest.raises(SearchFailed, match="10 trials failed"):
+            search(opened, 2)
+    assert search(opened, 2) == SearchEnd(2, "done")
+    assert n_finished_of(opened.study) == 2
+
+
+def test_a_pack_stands_for_the_raw_folder_and_its_table_of_slides(tmp_path: Path) -> None:
+    raw, table = write_easy_set(tmp_path / "raw"), tmp_path / "wsi.csv"
+    found = raw / "train_groups.csv"
+    found.rename(table)
+    opened = opened_in(tmp_path, Asked(data=raw, groups=table, space="quick", weights="none", views=64))
+    assert (np.asarray(opened.store.group) >= 0).any()
+    again = open_study("tiny", opened.url, Asked(data=opened.store.root))  # as a worker is told where the data are
+    assert again.store.content_hash == opened.store.content_hash
+    assert open_study("tiny", opened.url, Asked(data=raw)).store.content_hash == opened.store.content_hash
+    table.unlink()  # another machine has it elsewhere
+    with pytest.raises(DataError, match=r"made with --groups .*wsi.csv, which is not here; make a pack with your copy"):
+        open_study("tiny", opened.url, Asked(data=raw))
+
+
+def test_an_edited_space_is_not_taken_for_the_one_that_the_study_began_with(tmp_path: Path, easy_pack: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = "base: {backbone: test_resnet}\nparameters: {lr: {float: [1.0e-3, 1.0e-2], log: true}}\n"
+    file.write_text(text)
+    mine = Asked(data=easy_pack, space=str(file), weights="none", views=64)
+    url = opened_in(tmp_path, mine).url
+    file.write_text("# a remark\n" + text)
+    open_study("tiny", url, mine)
+    file.write_text(text.replace("1.0e-2", "2.0e-2"))
+    with pytest.raises(StudyError, match=r"mine.yaml as it is now"):
+        open_study("tiny", url, mine)
+
+
 def test_one_failing_trial_does_not_stop_the_search(
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,7 +421,7 @@ def test_what_needs_no_network_is_judged_before_the_hub_is_asked(
         asked_for.append(text)
         raise InputError("the hub was asked")
 
-    monkeypatch.setattr(create_module, "decide_weights", decide)
+    monkeypatch.setattr(asking_module, "decide_weights", decide)
     monkeypatch.delenv("PCAM_AUTOML_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.yaml").write_text("parameters: {backbone: {choice: [resnet118]}, droput: {choice: [0.1]}}")

@@ -60,6 +60,33 @@ def test_the_largest_halving_that_fits_is_found(monkeypatch: pytest.MonkeyPatch)
     assert measure_fitting(small, 32, 128, CPU).micro_batch is None
 
 
+def test_a_variant_that_does_not_fit_leaves_the_batch_to_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_module, "_variants", lambda device: [Compute("cpu"), Compute("cpu", "bf16", True)])
+
+    def seconds(variant: Compute, batch: int) -> float:
+        if not variant.channels_last:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+        return 0.1
+
+    timed_by(seconds, monkeypatch)
+    found = measure_fitting(small, 32, 128, CPU)
+    assert (found.channels_last, found.micro_batch) == (True, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "FIND was unable to find an engine to execute this computation",
+        "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_a_full_memory_is_known_by_the_words_of_torch_and_its_libraries(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"))
+
+
 def test_other_errors_of_the_probe_are_not_taken_for_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(variant: Compute, batch: int) -> float:
         raise RuntimeError("shapes cannot be multiplied")
