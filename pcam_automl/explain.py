@@ -295,7 +295,7 @@ def sentence(prob: float, share: float) -> str:
         return f"{start}: no region of the patch stands out."
     return (
         f"{start}: {100 * share:.0f} % of the network's attention lies inside the centre 32x32, "
-        "which alone decides the label."
+        "which alone decides the label in PatchCamelyon."
     )
 
 

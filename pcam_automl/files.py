@@ -44,7 +44,10 @@ def _explained(fault: OSError, target: Path) -> WriteError | None:
         return WriteError(f"no space left to write {target} ({fault.strerror}); free some and repeat the same command")
     if fault.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return WriteError(f"{target} cannot be written ({fault.strerror}); choose another folder or change its rights")
-    if fault.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL) and fault.filename is not None:
+    if (
+        fault.errno in (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+        and fault.filename is not None
+    ):
         at = Path(os.fsdecode(fault.filename))  # of what is written, not of something that is read meanwhile
         if at == target or at in target.parents:
             return WriteError(f"{target} cannot be made ({fault.strerror}: {at}); choose another place")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -29,6 +30,10 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
+ONE_SIGNAL_S = 2.0
+"""SIGTERM that comes again so soon is the first one by another way, and no second request."""
+
+
 class StopSignal:
     """Turns the first signal into :class:`Interrupted` at the next safe point, the second into one at once.
 
@@ -38,6 +43,7 @@ class StopSignal:
     def __init__(self, how_to_go_on: str) -> None:
         self.how_to_go_on = how_to_go_on
         self._signum: int | None = None
+        self._came_at = 0.0
         self._deferring = False
 
     def check(self) -> None:
@@ -56,6 +62,10 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first, self._signum = self._signum is None, signum
+        now = time.monotonic()
+        if signum == signal.SIGTERM and not first and now - self._came_at < ONE_SIGNAL_S:
+            return  # the same once more: systemd signals a whole group, and the parent its children
+        self._came_at = now
         if not (first and self._deferring):
             self.check()
 

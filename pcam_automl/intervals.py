@@ -23,8 +23,8 @@ def auc_bounds(draws: ArrayLike, auc: float, *, n_slides: int, n_positive: int, 
     Args:
         draws: AUCs of bootstrap draws over slides; those that are NaN are left out.
         auc: measured, in [0, 1].
-        n_slides: at least 1; one says nothing of others, and the interval is (0, 1), as where no draw is left. Where all patches of a
-            label are of one slide, that is 1, however many hold the other label: each draw has the very same of that label, or none.
+        n_slides: that hold the label which fewer slides hold, at least 1; one says nothing of others, and the interval is (0, 1), as where
+            no draw is left.
         n_positive: patches of label 1, at least 1.
         n_negative: of label 0, at least 1.
     """

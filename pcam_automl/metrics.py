@@ -271,15 +271,16 @@ def group_codes(group: ArrayLike | None, n: int) -> NDArray[np.int64]:
 
 
 def n_independent(label: ArrayLike, code: NDArray[np.int64]) -> int:
-    """Slides that an AUC's spread can be judged by: all of them, but 1 where all patches of a label are of one slide.
+    """Slides that an AUC's spread can be judged by: those that hold the label which fewer slides hold.
+
+    Of 22 slides, two of which hold all of a label, the spread of that label's scores is known from two, whatever the other twenty say.
 
     Args:
         label: (N,) 0 or 1, both at least once.
         code: (N,) of the slides, from :func:`group_codes`.
     """
     positive = np.asarray(label) == 1
-    fewest = min(len(np.unique(code[positive])), len(np.unique(code[~positive])))
-    return len(np.unique(code)) if fewest > 1 else 1
+    return min(len(np.unique(code[positive])), len(np.unique(code[~positive])))
 
 
 def _check_draws(n: int) -> None:

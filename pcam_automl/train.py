@@ -316,7 +316,7 @@ def training_split(
     chosen = validation_fold(store, recipe, fold)
     if chosen is None:
         assert recipe.valid_share is not None
-        split = make_split(store, seed=seed, holdout=recipe.valid_share, holdout_name="valid_share")
+        split = make_split(store, seed=seed, n_folds=1, holdout=recipe.valid_share, holdout_name="valid_share")
         return split, split.order, split.holdout_rows(), None
     split = make_split(store, seed=seed)
     return split, split.train_order(chosen), split.score_rows(chosen, len(split.order)), chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from optuna.trial import TrialState
 import pcam_automl.finalize as finalize_module
 import pcam_automl.search.budget as budget_module
 import pcam_automl.search.plan as plan_module
+from pcam_automl.commands.search import Work, _budget
 from pcam_automl.errors import Interrupted, NoStudyError
 from pcam_automl.files import sha256_of_file
 from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_s
@@ -281,3 +283,19 @@ def test_a_finalize_that_is_cut_off_has_spent_its_seconds(
     study, _ = load_study("pcam")
     assert [one.command for one in intervals_of(study)] == ["search", "finalize"]
     assert spent_s(study) > before
+
+
+def test_what_another_host_spent_during_our_start_up_counts_once(run: Any, easy_pack: Path) -> None:
+    code, _, err = run(
+        *("search", "--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--trials", 1, "--views", 64)
+    )
+    assert code == 0, err
+    opened = open_study("pcam", None)
+    set_budget(opened.study, 600.0)
+    Ledger(opened.study, "search", since=time.monotonic() - 100.0).note()  # it has searched for 100 s, and goes on
+    clock, _ = _budget(opened, Work(None, 600.0, since=time.monotonic() - 60.0))  # we have been packing for 60
+    assert clock is not None
+    assert 600.0 - clock.left_s() - clock.reserve_s == pytest.approx(100.0, abs=2.0)
+    later, _ = _budget(opened, Work(None, 600.0, since=time.monotonic()))
+    assert later is not None
+    assert 600.0 - later.left_s() - later.reserve_s == pytest.approx(100.0, abs=2.0)

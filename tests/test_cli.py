@@ -264,6 +264,9 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     )  # `--trials 0` is not allowed, and there is nothing to finalize
     assert shlex.split(unfinished[0]) == shlex.split(search)
     assert unfinished[1:] == ("# no trial is complete yet; once one is:", finalize)
+    budgeted, _ = study_commands("s", None, settings.model_copy(update={"prior": "p.yaml"}), study.trials, 360.0)
+    words[words.index("--trials") : words.index("--trials") + 2] = ["--budget", "360s"]
+    assert sorted(shlex.split(budgeted)) == sorted([*words, "--prior", "p.yaml"])
 
 
 def test_verify_names_a_patch_that_changed(run: Any, in_tmp: Path) -> None:

@@ -14,14 +14,16 @@ from pcam_automl.metrics import auc_interval
 from pcam_automl.paired import auc_gain
 from pcam_automl.search.ranking import rank
 
-FEW_SLIDES = ((4, 50, 3.0, 0.7), (10, 30, 3.0, 0.7), (10, 30, 5.0, 0.5))
+FEW_SLIDES = ((4, 50, 3.0, 0.7, 1.0), (10, 30, 3.0, 0.7, 1.0), (10, 30, 5.0, 0.5, 1.0))
+FEW_OF_A_LABEL = ((20, 30, 3.0, 1.0, 0.1), (20, 30, 3.0, 1.0, 0.25))
+"""Two and five of twenty slides hold label 1; as if twenty did, the interval would hold the true AUC in two thirds of the draws."""
 
 
-@pytest.mark.parametrize("case", [*FEW_SLIDES, (36, 8, 2.0, 1.0)])
-def test_the_true_auc_lies_inside_about_as_often_as_promised(case: tuple[int, int, float, float]) -> None:
+@pytest.mark.parametrize("case", [*FEW_SLIDES, *FEW_OF_A_LABEL, (36, 8, 2.0, 1.0, 1.0)])
+def test_the_true_auc_lies_inside_about_as_often_as_promised(case: tuple[int, int, float, float, float]) -> None:
     _, ours, quantiles = coverage(case, 100, n_draws=300)
     assert ours >= 0.87
-    assert case not in FEW_SLIDES or ours > quantiles + 0.05
+    assert case not in (*FEW_SLIDES, *FEW_OF_A_LABEL) or ours > quantiles + 0.05
 
 
 def test_patches_ranked_without_a_fault_leave_something_open() -> None:

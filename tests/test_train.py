@@ -128,3 +128,16 @@ def test_a_share_too_small_for_both_labels_names_the_recipes_field(easy_pack: Pa
     one_by_one = replace(store, group=group, label=label, group_names=tuple(map(str, group)))
     with pytest.raises(DataError, match="choose a larger valid_share or none"):
         training_split(one_by_one, RECIPE.model_copy(update={"valid_share": 0.001}), seed=0, fold=0)
+
+
+def test_a_share_needs_no_folds_of_what_it_leaves(easy_pack: Path) -> None:
+    """Four slides with tumour: one is set aside, and three are too few for the five folds that nothing would use."""
+    store = open_store(easy_pack)
+    group = np.where(store.label == 1, np.arange(len(store)) % 4, 4 + np.arange(len(store)) % 4).astype(np.int32)
+    few = replace(store, group=group, group_names=tuple("abcdefgh"))
+    _, train_rows, score_rows, fold = training_split(
+        few, RECIPE.model_copy(update={"valid_share": 0.25}), seed=0, fold=0
+    )
+    assert fold is None
+    assert not set(few.group[train_rows]) & set(few.group[score_rows])
+    assert set(few.label[score_rows]) == set(few.label[train_rows]) == {0, 1}

@@ -32,6 +32,7 @@ def run_prepare(
     for note in source.notes:
         terminal.say(note)
     if check and is_pack(out):
+        _check_same_outliers(open_store(out), keep_outliers)
         with terminal.counting("verifying") as call:
             verify(store := open_store(out), source, progress=call)
         terminal.say(f"{out}: all {len(store):,} patches equal the source")

@@ -127,8 +127,12 @@ class Server:
         from pcam_automl.commands.join import WHY, join
 
         def better_to_do() -> bool:
-            other = next_study(overview(self.engine), without=self._given_up())
-            return other is not None and other.priority > line.priority
+            lines = overview(self.engine)
+            other = next_study(lines, without=self._given_up())
+            now = next(
+                (one.priority for one in lines if one.name == line.name), line.priority
+            )  # it may have been lowered
+            return other is not None and other.priority > now
 
         alone = len(self.devices) == 1
         work = replace(

@@ -13,7 +13,7 @@ from pcam_automl.bundle import load_bundle
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.compare import Compared, compare_backbone, ranked, recipe_for
 from pcam_automl.errors import RecipeError, TrainingDiverged, first_few
-from pcam_automl.files import sha256_of_json, write_json
+from pcam_automl.files import check_can_write, sha256_of_json, write_json
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.lr_find import find_lr, write_curves
 from pcam_automl.models.factory import backbone_fault
@@ -43,6 +43,7 @@ def run_lr_find(
         raise RecipeError(f"--weight-decay must be at least 0, got {weight_decays}")
     with stop_signal("nothing was written; repeat the command") as stop:
         setup = set_up(recipe, pins, options, weights=weights, device=device)
+        check_can_write(out)
         bundle = None if start is None else load_bundle(start)
         rows = choose_rows(setup.store, setup.recipe, setup.train_rows, setup.score_rows[:0])
         with stop.deferred(), terminal.Bars() as bars:
@@ -93,6 +94,7 @@ def run_compare(
         raise RecipeError("; ".join(faults))
     with stop_signal("finished backbones are stored; the same command goes on") as stop:
         setup = set_up(recipe, pins, options, weights=weights, device=device)
+        check_can_write(out)
         recipes = [recipe_for(setup.recipe, name) for name in backbones]
         missing = [r.backbone for r in recipes if setup.recipe.pretrained and not setup.weights.has(r.backbone)]
         patches, results, diverged = open_patches(setup.store, setup.device), [], dict[str, str]()

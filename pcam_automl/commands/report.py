@@ -37,6 +37,7 @@ from pcam_automl.report.content import RateCurve, ReportContent
 from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
+from pcam_automl.search.budget import budget_of
 from pcam_automl.train import stage_folder, strip_file
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.engine import RungResult
@@ -59,7 +60,10 @@ def lr_curve(recipe: Recipe, views: int) -> RateCurve:
 def training_parts(bundle: ModelBundle) -> dict[str, Any]:
     """Epochs and schedule as the bundle remembers them."""
     epochs = tuple(RungResult(**result) for result in bundle.metrics.get("epochs", ()))
-    curve = lr_curve(bundle.recipe, epochs[-1].views) if epochs and bundle.recipe.schedule != "wsd" else None
+    ideal = bundle.recipe.schedule != "wsd" and not bundle.provenance.get(
+        "by_clock"
+    )  # else the parts' own rates are drawn
+    curve = lr_curve(bundle.recipe, epochs[-1].views) if epochs and ideal else None
     return {"epochs": epochs, "lr_curve": curve}
 
 
@@ -178,7 +182,9 @@ def report_of_study(
         study=opened.study,
         study_settings=opened.settings,
         ranking=rank_study(opened.study, opened.settings, opened.folder, store=opened.store),
-        reproduce=study_commands(name, url, opened.settings, opened.study.get_trials(deepcopy=False)),
+        reproduce=study_commands(
+            name, url, opened.settings, opened.study.get_trials(deepcopy=False), budget_of(opened.study)
+        ),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
         final=final_figures(card),
@@ -202,14 +208,17 @@ def _trial_of(study: Any, bundle: ModelBundle | None, goal: Goal) -> Any:
     return best_of(trials, goal)
 
 
-def study_commands(name: str, url: str | None, settings: StudySettings, trials: list[Any]) -> tuple[str, ...]:
-    """The two commands that repeat a study with as many finished trials, from what it remembers; at least one trial."""
+def study_commands(
+    name: str, url: str | None, settings: StudySettings, trials: list[Any], budget_s: float | None = None
+) -> tuple[str, ...]:
+    """The two commands that repeat a study, from what it remembers: with the same budget, else with as many finished trials; at least one."""
     from pcam_automl.commands.search import command_options
     from pcam_automl.search.reading import best_of, n_finished_in
 
     options = command_options(name, url)
     n = max(1, n_finished_in(trials))
-    words = ["pcam-automl", "search", "--data", settings.data, "--trials", str(n), *search_options(settings)]
+    length = ["--trials", str(n)] if budget_s is None else ["--budget", f"{budget_s:g}s"]
+    words = ["pcam-automl", "search", "--data", settings.data, *length, *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
     if best_of(trials, settings.goal) is None:
         return (search, "# no trial is complete yet; once one is:", f"pcam-automl finalize{options}")
@@ -238,6 +247,9 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
     words += ["--cost-aware"] if settings.cost_aware else []
+    words += ["--warm-start", settings.warm_start] if settings.warm_start else []
+    words += ["--prior", settings.prior] if settings.prior else []
+    words += ["--probe", mode] if (mode := settings.plan.get("probe_mode", "auto")) != "auto" else []
     words += ["--artifacts", settings.artifacts] if settings.artifacts else []
     words += ["--grace", f"{settings.grace_s:g}s"] if settings.grace_s != GRACE_S else []
     words += ["--deterministic"] if settings.deterministic else []

@@ -26,7 +26,7 @@ def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold:
     group = None
     if groups is not None:
         names = dict(zip(*read_names(groups, "group"), strict=True))
-        slides = np.array([str(names.get(i, f"?{i}")) for i in truth.index])
+        slides = np.array([str(names.get(i) or f"?{i}") for i in truth.index])
         group = np.unique(slides, return_inverse=True)[1]
     score = auc(truth.to_numpy(), probs)
     low, high = auc_interval(truth.to_numpy(), probs, group)

@@ -155,16 +155,17 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search, spent_s
+    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search, spent_with
     from pcam_automl.search.plan import first_backbone
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
     if work.budget_s is None:
         return None, ledger
-    spent = spent_s(opened.study)
-    give_budget(opened, work.budget_s)
     began = time.monotonic() - process_age_s() if work.since is None else work.since
+    age_s = time.monotonic() - began
+    spent = spent_with(opened.study, age_s) - age_s  # what others have noted meanwhile is a part of this command's time
+    give_budget(opened, work.budget_s)
     plan = opened.settings.plan
     rate = plan["images_per_s"].get(first_backbone(opened.start, opened.space.choices("backbone")))
     short = short_search(plan.get("budget"), work.budget_s)

@@ -22,7 +22,7 @@ from pcam_automl.recipe_files import load_recipe
 from pcam_automl.train import training_split
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import absent_ids, check_task
+from pcam_automl.training.start import absent_ids, check_task, unseen_border
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def set_up(
             path, folder / "packs", groups=options.groups, domains=options.domains, say=terminal.say, call=call
         )
     check_task(recipe, store)
-    if absent := absent_ids(store, recipe):
-        terminal.say(absent)
+    for warning in (absent_ids(store, recipe), unseen_border(recipe, store)):
+        if warning:
+            terminal.say(warning)
     split, train_rows, score_rows, fold = training_split(store, recipe, seed=options.seed, fold=options.fold)
     for note in split.notes:
         terminal.say(note)

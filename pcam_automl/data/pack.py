@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import pairwise
@@ -102,7 +103,9 @@ def verify(
         DataError: something differs (all of it is named), or a file of the source is corrupt as a whole.
     """
     labels = store.label if source.kind == "dense" else source.label  # those of masks: compared below
-    pairs = (("ids", store.ids, source.ids), ("labels", store.label, labels), ("parts", store.part, source.part))
+    pairs = [("ids", store.ids, source.ids), ("labels", store.label, labels), ("parts", store.part, source.part)]
+    pairs.append(("slides", _names_by_row(store.group, store.group_names), source.group))
+    pairs.append(("domains", _names_by_row(store.domain, store.domain_names), source.domain))
     lines = [f"other {name} in the source" for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
     damaged: list[str] = []
     chunk = chunk_for((store.patches.shape[1], store.patches.shape[2]))  # large images a few at a time: they are copied
@@ -118,7 +121,8 @@ def verify(
         lines[0] += f" ({first_few(absent)})" if absent else " (their order)"
     else:
         with write_faults(store.root.parent), ExitStack() as stack:
-            h5 = _h5_files(source, store.root.parent, stack)
+            inflated = stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=store.root.parent))
+            h5 = _h5_files(source, Path(inflated), stack)
             job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0, _mask_rule(source))
             arrays, _ = _measure_all(source, h5, job, workers, progress)
             lines += _changed_masks(store, source, h5)
@@ -127,6 +131,11 @@ def verify(
     if lines:
         raise DataError(f"{store.root} does not match {source.root}: {'; '.join(lines)}; pack it again")
     return len(store)
+
+
+def _names_by_row(code: NDArray[np.int32], names: Sequence[str]) -> NDArray[np.str_]:
+    """(N,) names, empty where there is none."""
+    return np.array([*names, ""], dtype=np.str_)[np.asarray(code)]  # -1 is the last
 
 
 def _changed_masks(store: PatchStore, source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> list[str]:

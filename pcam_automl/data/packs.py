@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pcam_automl.data.pack import pack
+from pcam_automl.data.quality import UNUSABLE, findings
 from pcam_automl.data.sources import fingerprint, open_source
 from pcam_automl.data.store import PatchStore, is_of_this_version, is_pack, open_store
 from pcam_automl.errors import DataError
@@ -51,12 +52,19 @@ def find_pack(
         say(note)
     target = packs / fingerprint(source)[:16]
     if is_pack(target) and is_of_this_version(target):
-        return open_store(target)
+        return _with_findings_said(open_store(target), say)
     with locked(
         packs / f".{target.name}.lock",
         busy=f"another process is packing {path} into {target}; wait for it, then repeat the command",
     ):
         if is_pack(target) and is_of_this_version(target):
-            return open_store(target)
+            return _with_findings_said(open_store(target), say)
         say(f"packing {len(source.ids):,} patches once into {target}")
-        return pack(source, target, progress=call)
+        return _with_findings_said(pack(source, target, progress=call), say)
+
+
+def _with_findings_said(store: PatchStore, say: Callable[[str], None]) -> PatchStore:
+    """What is not trained on, and why, before anybody wonders where it went."""
+    for line in findings(store).lines_of(UNUSABLE):
+        say(line)
+    return store

@@ -250,7 +250,8 @@ def read_task_masks(task: Task, shape: tuple[int, int], rule: MaskRule) -> NDArr
         return read_masks(task.folder, task.mask_names, shape, rule)
     masks = np.empty((task.n, *shape, 1), np.uint8)
     read_rows(task.h5_mask, "mask", task.h5_first, masks)
-    return masks[..., 0]
+    grey = [row for row, mask in enumerate(masks) if ((mask != 0) & (mask != mask.max())).any()]
+    return dict.fromkeys(grey, "its mask has more than two values") or (masks[..., 0] != 0).astype(np.uint8)
 
 
 def _write_rows(path: Path, start: int, first: int, rows: NDArray[np.uint8]) -> None:

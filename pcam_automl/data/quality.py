@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,14 @@ class Findings:
 
     def lines(self) -> list[str]:
         """One sentence a finding, for people; each names the first patches."""
+        return self.lines_of(self.by_flag)
+
+    def lines_of(self, flags: Iterable[str]) -> list[str]:
+        """Those of some flags only."""
         texts = []
-        for name, named in self.by_flag.items():
+        for name in flags:
+            if (named := self.by_flag.get(name)) is None:
+                continue
             n_test = self.n_test[name]
             where = f" ({n_test} of them test patches, never left out)" if n_test else ""
             noun = "patch" if len(named) == 1 else "patches"
@@ -228,6 +234,10 @@ _SENTENCES = {
     "in_train_and_test": "found in both train and test (kept; a score on them flatters)",
     "left_out": "left out of training",
 }
+
+
+UNUSABLE = ("unreadable", "wrong_shape", "dark", "bright", "left_out")
+"""Names of what keeps a patch out of training."""
 
 
 def findings(store: PatchStore) -> Findings:

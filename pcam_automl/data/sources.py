@@ -210,7 +210,8 @@ def _open_classes(root: Path, prefix: str, sample: Path | None) -> PatchSource:
     train = _list_classes(root, "" if prefix == "./" else prefix, notes)
     if not train.ids:
         raise DataError(f"{root}: the class folders {prefix}0/ and {prefix}1/ hold no TIFF, PNG or JPEG files")
-    valid = _list_classes(root, "valid/", notes) if prefix == "train/" else _Rows([], [], [])
+    valid_in = next((name for name in ("valid/", "val/") if any((root / name / c).is_dir() for c in "01")), None)
+    valid = _list_classes(root, valid_in, notes) if valid_in else _Rows([], [], [])
     missing: tuple[str, ...] = ()
     sample_csv: list[Path] = []
     if (root / "test" / "0").is_dir() or (root / "test" / "1").is_dir():
@@ -259,6 +260,11 @@ class _Rows:
 def _assemble(train: _Rows, valid: _Rows, test: _Rows, **rest: Any) -> PatchSource:
     parts = (train, valid, test)
     ids = [name for part in parts for name in part.ids]
+    if shared := sorted(set(train.ids) & set(valid.ids)):
+        raise DataError(
+            f"{rest['root']}: {len(shared)} ids are in the training and in the validation part ({first_few(shared)}); an id names one "
+            "patch: give the files of one part other names"
+        )
     if both := repeated(ids):
         rest["notes"] = (*rest["notes"], f"{len(both)} ids are in more than one part: {first_few(both)}")
     codes = np.repeat(np.array([TRAIN, VALID, TEST], np.int8), [len(part.ids) for part in parts])

@@ -230,8 +230,8 @@ def _sealed(
 def _check_arguments(seed: int, n_folds: int, holdout: float, holdout_name: str) -> None:
     if not 0.0 <= holdout <= 0.5:
         raise DataError(f"{holdout_name} must be in [0, 0.5], got {holdout}")
-    if not 2 <= n_folds <= 100:
-        raise DataError(f"n_folds must be in [2, 100], got {n_folds}")
+    if not 1 <= n_folds <= 100 or (n_folds == 1 and holdout == 0):  # one fold is what a holdout leaves
+        raise DataError(f"n_folds must be in [2, 100], or 1 beside a {holdout_name}, got {n_folds}")
     if seed < 0:
         raise DataError(f"seed must be 0 or more, got {seed}")
 

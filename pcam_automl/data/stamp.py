@@ -34,6 +34,9 @@ class Stamp:
         self.add([name for part in source.h5.values() for name in (part.x, part.mask) if name])
         self._last = self._lines([] if source.masks is None else [name for name in source.masks.tolist() if name])
         self._last += self._lines([str(table.absolute()) for table in source.tables], [t.name for t in source.tables])
+        for names in (source.group, source.domain):  # one table may have been given for the other
+            if (names != "").any():
+                self._last += hashlib.sha256("\0".join(names.tolist()).encode()).digest()
 
     def add(self, names: Sequence[str]) -> None:
         """Image files, relative to the source's root, in the order of its rows."""

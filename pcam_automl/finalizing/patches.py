@@ -108,6 +108,8 @@ def finish_patches(
     _write_tables(out, operating)
     if decision.oof is not None:
         write_scores(out / OOF, decision.oof, store.ids)
+    else:
+        (out / OOF).unlink(missing_ok=True)  # of an earlier decision
     test = store.test_rows()
     notes = unreadable_notes(store, test)
     provenance: dict[str, Any] = {
@@ -157,7 +159,7 @@ def _on_held(
     if not len(held):
         (end.out / SCORES).unlink(missing_ok=True)  # of an earlier network, on slides that this one has seen
         if decision.oof is not None and decision.oof_auc is not None:
-            on = decision.oof.on + _shorter(decision, end.networks[0])
+            on = decision.oof.on + _chosen_there(decision) + _shorter(decision, end.networks[0])
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
         return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
@@ -184,6 +186,12 @@ def _calibrated(end: _Ending, decision: Decision, rows: FinalRows) -> Decision:
     fitted = calibrate(end.logits(rows.held, rows.name), label, on)
     write_calibration(member_folder(end.out, 0), fitted)
     return replace(decision, calibrations=(fitted,), calibration=fitted)
+
+
+def _chosen_there(decision: Decision) -> str:
+    """What must be said of a figure that was the best of several on its own patches; empty where it is of one."""
+    n = len(decision.confirmed)
+    return f", which chose among {n} confirmed trials: a little too high" if n > 1 else ""
 
 
 def _kept_back(held: np.ndarray, group: np.ndarray) -> str:

@@ -155,6 +155,11 @@ class ReportContent:
         return self.trained is not None and self.trained.task == "dense"
 
     @property
+    def by_clock(self) -> bool:
+        """Whether the training ended by the clock: its results are parts of a budget's seconds, and no epochs."""
+        return self.bundle is not None and bool(self.bundle.provenance.get("by_clock"))
+
+    @property
     def of_store(self) -> Noun:
         """What a row of the store is to this training."""
         return IMAGE if self.dense else PATCH

@@ -121,9 +121,9 @@ def sample_sheets(store: PatchStore, noun: Noun = PATCH) -> Iterator[Picture]:
     """A sheet a class."""
     usable = (np.asarray(store.part) != TEST) & ((np.asarray(store.flags) & Flag.LEFT_OUT) == 0)
     notes = []
-    if noun == PATCH:
+    if noun == PATCH and store.patches.shape[1:3] == (PATCH_PX, PATCH_PX):
         notes.append(
-            "Only the small box in the centre (32×32 px) decides the label: tumour outside of it does not count."
+            "In PatchCamelyon only the small box in the centre (32×32 px) decides the label: tumour outside of it does not count."
         )
     if store.masks is not None:
         notes.append("The green line is the border of the tumour in its mask.")

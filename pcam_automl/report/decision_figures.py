@@ -130,12 +130,12 @@ def confirmed_table(final: FinalFigures) -> Table:
         rows.append(
             (f"trial {one['trial']}", _number(one["search"]), values, _number(one["mean"]), _signed(one["drop"]))
         )
-    mean = "" if final.mean_drop is None else f" Their mean is {final.mean_drop:+.4f}: the search's optimism."
+    mean = "" if final.mean_drop is None else f" Their mean is {final.mean_drop:+.4f}."
     return Table(
         ("trial", "search", "confirmed, by fold", "mean", "drop"),
         tuple(rows),
-        "The best trials trained again with fresh seeds and scored on slides of another fold, the best of them first: the highest "
-        f"of many scores is partly luck, and the drop is how much.{mean}",
+        "The best trials trained again with fresh seeds and scored on slides of another fold, the best of them first. The highest "
+        f"of many scores is partly luck; the drop is that luck and how much harder the other slides are.{mean}",
     )
 
 

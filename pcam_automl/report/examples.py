@@ -105,7 +105,7 @@ def _how_to_read(recipe: Recipe) -> str:
     return (
         "Left the patch, right the same with the network's attention (Grad-CAM): yellow is what speaks most for its call; below a "
         f"probability of 0.5 that call is “no tumour”, so yellow speaks against tumour.{crop} The box is the centre 32×32 px that "
-        f"alone decides the label; attention spread evenly would put {area:.0f} % of itself there. The maps are coarse: they name a "
+        f"alone decides the label in PatchCamelyon; attention spread evenly would put {area:.0f} % of itself there. The maps are coarse: they name a "
         "region, not a cell."
     )
 

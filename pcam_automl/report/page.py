@@ -120,6 +120,7 @@ def recipe_section(content: ReportContent) -> Section:
             Text("The recipe", style="heading"),
             Text(
                 f"Every choice of the training; its SHA-256 begins with {recipe.hash[:12]}. Saved as a file it trains again."
+                + _ended_by_the_clock(content)
             ),
             Code(recipe.to_yaml()),
         ]
@@ -142,9 +143,17 @@ def recipe_section(content: ReportContent) -> Section:
     return Section("recipe", "Recipe and reproduction", (*blocks, Code("\n".join(lines))))
 
 
+def _ended_by_the_clock(content: ReportContent) -> str:
+    if not content.by_clock or content.bundle is None:
+        return ""
+    seen = int(content.bundle.provenance["views_seen"])
+    return f" It was trained for the time that its budget left, {seen:,} images, whatever the recipe says of epochs."
+
+
 def summary(content: ReportContent) -> Facts:
     """The few figures that a hurried reader wants."""
     from pcam_automl.metrics import accuracy, auc
+    from pcam_automl.search.reading import n_finished_in
 
     facts, scores, recipe = [], content.scores, content.trained
     if scores is not None and len(scores.rows):
@@ -164,7 +173,7 @@ def summary(content: ReportContent) -> Facts:
         resized = f", resized to {recipe.network_px}" if recipe.input_size not in (None, recipe.crop_size) else ""
         facts.append((recipe.backbone, f"sees {shown}{resized}"))
     if content.study is not None:
-        n_trials = len(content.study.get_trials(deepcopy=False))
+        n_trials = n_finished_in(content.study.get_trials(deepcopy=False))
         facts.append((f"{n_trials}", "trial of the search" if n_trials == 1 else "trials of the search"))
     return Facts(tuple(facts))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ from pcam_automl.report.style import (
 )
 from pcam_automl.report.tradeoff_figure import tradeoff_blocks
 from pcam_automl.search.audit import audit_study, rung_table
-from pcam_automl.search.lineages import lineages_of
+from pcam_automl.search.lineages import lineage_of, lineages_of, not_superseded, seconds_of_lineages
 
 _MOST_LINES, _MOST_AXES, _MOST_BARS = 200, 8, 12
 _SHOWN_TRIALS = 10
@@ -59,7 +59,7 @@ def search_section(content: ReportContent) -> Section:
     blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
     cut = "tile_size" if content.dense else "crop_size"
     blocks += _varied(complete, importance, cut, goal)
-    blocks.append(_best_table(complete, cut, goal))
+    blocks.append(_best_table(complete, cut, goal, seconds_of_lineages(trials)))
     blocks += tradeoff_blocks(trials, goal)
     return Section("search", title, tuple(blocks))
 
@@ -90,7 +90,7 @@ def _fidelity(content: ReportContent, trials: list[FrozenTrial]) -> Iterator[Blo
 
 def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial], goal: Goal) -> Facts:
     best = max(complete, key=lambda t: goal.sign * _value(t))
-    n_pruned = sum(t.state == TrialState.PRUNED for t in trials)
+    n_pruned = sum(t.state == TrialState.PRUNED for t in not_superseded(trials))
     hours = sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials) / 3600
     return Facts(
         (
@@ -114,7 +114,7 @@ def history_figure(trials: list[FrozenTrial], goal: Goal = AUC) -> Picture:
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     pruned = [
         (t.number, t.intermediate_values[max(t.intermediate_values)])
-        for t in trials
+        for t in not_superseded(trials)
         if t.state == TrialState.PRUNED and t.intermediate_values
     ]
     if pruned:
@@ -250,7 +250,7 @@ def _positions(trials: Sequence[FrozenTrial], name: str) -> tuple[np.ndarray, li
 def crop_figure(pairs: list[tuple[Any, float]], goal: Goal = AUC) -> Picture:
     """The objective by crop size, and the best of each."""
     best = int(max(pairs, key=lambda pair: goal.sign * pair[1])[0])
-    note = "How much of the surroundings the network was shown. The centre 32 px decide the label; more context can help or distract."
+    note = "How much of the surroundings the network was shown. In PatchCamelyon the centre 32 px decide the label; more context can help or distract."
     return _size_figure(pairs, "crop size (px of the 96 px patch)", f"{note} The best trial cut {best} px.", goal)
 
 
@@ -307,7 +307,7 @@ def backbone_figure(pairs: list[tuple[Any, float]], goal: Goal = AUC) -> Picture
     )
 
 
-def _best_table(complete: list[FrozenTrial], cut: str, goal: Goal) -> Table:
+def _best_table(complete: list[FrozenTrial], cut: str, goal: Goal, seconds: Mapping[str, float]) -> Table:
     best = sorted(complete, key=lambda t: -goal.sign * _value(t))[:_SHOWN_TRIALS]
     rows = tuple(
         (
@@ -315,7 +315,7 @@ def _best_table(complete: list[FrozenTrial], cut: str, goal: Goal) -> Table:
             str(_field(t, "backbone") or "–"),
             f"{_value(t):.4f}",
             str(_field(t, cut) or "–"),
-            f"{float(t.user_attrs['seconds']):.0f}" if "seconds" in t.user_attrs else "–",
+            f"{seconds[lineage_of(t)]:.0f}" if "seconds" in t.user_attrs else "–",
         )
         for t in best
     )

@@ -50,9 +50,12 @@ def training_section(content: ReportContent) -> Section:
     title, epochs = "The training", content.epochs
     if not epochs:
         return Section("training", title, (left_out("this report is of no training."),))
-    blocks: list[Block] = [epoch_table(epochs)]
+    each = "part" if content.by_clock else "epoch"
+    blocks: list[Block] = [epoch_table(epochs, each)]
     if len(epochs) > 1:
-        blocks.append(curves_figure(epochs, content.maps.always_negative if content.maps else None, content.of_store))
+        blocks.append(
+            curves_figure(epochs, content.maps.always_negative if content.maps else None, content.of_store, each)
+        )
     else:
         blocks.append(left_out("curves, since the training was scored only once."))
     if content.lr_curve is not None and len(content.lr_curve.views) > 1:
@@ -66,15 +69,15 @@ def training_section(content: ReportContent) -> Section:
     return Section("training", title, (*blocks, *strip_blocks(content)))
 
 
-def epoch_table(epochs: tuple[RungResult, ...]) -> Table:
-    """One line an epoch; columns that no epoch has a value for are left out."""
+def epoch_table(epochs: tuple[RungResult, ...], each: str = "epoch") -> Table:
+    """One line an epoch, or a part of a training by the clock; columns that none has a value for are left out."""
     columns = [column for column in _COLUMNS if any(column[1](e) is not None for e in epochs)]
     staged = any(e.stage for e in epochs)
     rows = []
     for e in epochs:
         cells = [form.format(value) if (value := read(e)) is not None else "–" for _, read, form in columns]
         rows.append((str(e.rung + 1), *([str(e.stage + 1)] if staged else []), f"{e.views:,}", *cells))
-    header = ("epoch", *(["stage"] if staged else []), "views", *(name for name, _, _ in columns))
+    header = (each, *(["stage"] if staged else []), "views", *(name for name, _, _ in columns))
     return Table(
         header, tuple(rows), "A view is one training image shown to the network. A loss is better the smaller it is."
     )
@@ -99,14 +102,16 @@ def _stage_lines(axes: Axes, epochs: tuple[RungResult, ...]) -> None:
             axes.axvline(after.rung + 0.5, color=GREY, linestyle=":", linewidth=1.2)
 
 
-def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None = None, noun: Noun = PATCH) -> Picture:
+def curves_figure(
+    epochs: tuple[RungResult, ...], always_negative: float | None = None, noun: Noun = PATCH, each: str = "epoch"
+) -> Picture:
     """Losses on the left, accuracy, AUC and Dice on the right, beside the accuracy of never calling tumour where it is given."""
     figure = new_figure(8.4, 4.1)
     left, right = add_row(figure, 2)
-    dress(left, title="loss", x="epoch", y="loss (nats, smaller is better)")
+    dress(left, title="loss", x=each, y="loss (nats, smaller is better)")
     _plot(left, epochs, lambda e: e.train_loss, VERMILION, "training", "--")
     _plot(left, epochs, lambda e: e.loss, BLUE, "validation")
-    dress(right, title="quality", x="epoch", y="larger is better")
+    dress(right, title="quality", x=each, y="larger is better")
     _plot(right, epochs, lambda e: e.train_accuracy, VERMILION, "accuracy, training", "--")
     _plot(right, epochs, lambda e: e.accuracy, BLUE, "accuracy, validation")
     _plot(right, epochs, lambda e: e.auc, GREEN, "AUC, validation")
@@ -122,7 +127,7 @@ def curves_figure(epochs: tuple[RungResult, ...], always_negative: float | None 
     drawn = picture(
         figure,
         "training_curves.png",
-        alt=f"Loss and quality over {len(epochs)} epochs; last training loss {epochs[-1].train_loss:.4f}",
+        alt=f"Loss and quality over {len(epochs)} {each}s; last training loss {epochs[-1].train_loss:.4f}",
         caption="A healthy training: both losses fall together. If the training loss goes on falling while the validation loss "
         f"rises, the network learns its training {noun.many} by heart.{stages}",
     )

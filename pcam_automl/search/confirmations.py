@@ -183,8 +183,8 @@ class Confirmed:
         trial: its row's number.
         search: the search's value.
         values: one a fold; NaN where a training diverged.
-        drop: by how much the search's value is better than the mean of the confirmed ones: what its luck was worth.
-            None where there is no value to compare.
+        drop: by how much the search's value is better than the mean of the confirmed ones: what its luck was worth, and how much
+            harder the other slides are. None where there is no value to compare.
     """
 
     lineage: str
@@ -242,6 +242,6 @@ def ranked(
 
 
 def mean_drop(found: Sequence[Confirmed]) -> float | None:
-    """Mean of the drops that are known: the search's optimism; None where none is."""
+    """Mean of the drops that are known; None where none is."""
     drops = [one.drop for one in found if one.drop is not None]
     return sum(drops) / len(drops) if drops else None

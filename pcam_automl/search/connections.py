@@ -14,6 +14,9 @@ RESTED_S = 1.0
 """A pooled connection that has rested so long is asked whether it lives before it is used: a server may have restarted."""
 
 _TAKES_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+_LIBPQ = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+_LISTENS = {"psycopg": _LIBPQ, "psycopg2": _LIBPQ, "pymysql": {"read_timeout": 120, "write_timeout": 120}}
+"""A server that vanished without a word is noticed within a minute or two: the system's own patience is two hours."""
 _RESTS_SINCE = "pcam_automl_rests_since"
 
 
@@ -36,8 +39,11 @@ def engine_options(url: str) -> dict[str, Any]:
     # Optuna switches the ping on for MySQL where it is not named.
     events = [(_checked_out, "checkout"), (_checked_in, "checkin")]
     options: dict[str, Any] = {"pool_pre_ping": False, "pool_events": events}
-    if parsed.get_driver_name() in _TAKES_CONNECT_TIMEOUT and "connect_timeout" not in parsed.query:
-        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
+    driver = parsed.get_driver_name()
+    asked = {"connect_timeout": CONNECT_TIMEOUT_S} if driver in _TAKES_CONNECT_TIMEOUT else {}
+    asked |= _LISTENS.get(driver, {})
+    if given := {name: value for name, value in asked.items() if name not in parsed.query}:
+        options["connect_args"] = given
     return options
 
 

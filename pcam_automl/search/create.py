@@ -78,7 +78,7 @@ from pcam_automl.search.study import (
 from pcam_automl.search.whose_folder import check_free, give_id
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.speed import SpeedBook
-from pcam_automl.training.start import Rows, absent_ids, check_task, choose_rows, without_excluded
+from pcam_automl.training.start import Rows, absent_ids, check_task, choose_rows, unseen_border, without_excluded
 from pcam_automl.versions import versions
 
 
@@ -315,8 +315,9 @@ def _check_common(common: Recipe, data: _Data, say: Say) -> None:
     check_task(common, data.store)
     if absent := absent_ids(data.store, common):
         say(absent)
-    if warning := scratch_warning(common):
-        say(warning)
+    for warning in (scratch_warning(common), unseen_border(common, data.store)):
+        if warning:
+            say(warning)
     check_masks(common, data.store, data.split)
 
 

@@ -86,6 +86,15 @@ def lineages_of(trials: Iterable[FrozenTrial]) -> list[Lineage]:
     return [Lineage(name, tuple(own)) for name, own in rows.items()]
 
 
+def seconds_of_lineages(trials: Iterable[FrozenTrial]) -> dict[str, float]:
+    """What each lineage took in all, its rows together: that of a thawed trial's last row is of its last rung alone."""
+    taken: dict[str, float] = {}
+    for trial in trials:
+        name = lineage_of(trial)
+        taken[name] = taken.get(name, 0.0) + float(trial.user_attrs.get("seconds", 0.0))
+    return taken
+
+
 def not_superseded(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The rows without the pruned ones that a later finished row of their lineage goes on from; failed rows stay."""
     newest = {lineage_of(trial): trial.number for trial in trials if trial.state in FINISHED}

@@ -12,12 +12,23 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy as sa
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import Trial, TrialState
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
-from pcam_automl.errors import DataError, Interrupted, OutOfTime, SearchFailed, TrainingDiverged, WriteError
+from pcam_automl.errors import (
+    DataError,
+    Interrupted,
+    OutOfTime,
+    SearchFailed,
+    StudyError,
+    TrainingDiverged,
+    WriteError,
+    first_few,
+)
 from pcam_automl.heap import return_freed_memory
 from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
@@ -27,7 +38,7 @@ from pcam_automl.search.budget import ROW_S, BudgetClock
 from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged, lineage_of
 from pcam_automl.search.plan import SLOWEST_SHARE, scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
-from pcam_automl.search.reading import ERROR, FIGURES
+from pcam_automl.search.reading import ERROR, FIGURES, NO_DATABASE
 from pcam_automl.search.retrying_storage import end_with, report, set_user_attrs, write_now
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
@@ -91,6 +102,7 @@ class Objective:
     pack: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        check_weights_here(self.opened)
         self._patches: Patches = open_patches(self.opened.store, self.device, self.pack)
         dense = self.opened.start.task == "dense" or self.opened.space.base.get("task") == "dense"
         self._masks = open_masks(self.opened.store, self.device) if dense else None
@@ -122,9 +134,9 @@ class Objective:
         began, self._network, self._runs_through = time.perf_counter(), {}, self._is_needed()
         if not notes.items() <= trial.user_attrs.items():  # a row that somebody has enqueued, or of another storage
             set_user_attrs(trial, **notes)
-        self._release()  # of a trial before that was pruned: until here its error's traceback held it
         reason = "complete"
         try:
+            self._release()  # of a trial before that was pruned: until here its error's traceback held it
             return self._train(trial, lineage)
         except optuna.TrialPruned as pruned:
             reason = str(pruned)
@@ -144,14 +156,21 @@ class Objective:
         except WriteError as fault:
             reason, self.interrupted, self.goes_on = f"interrupted: {fault}", fault, True
             raise
+        except (
+            StorageInternalError,
+            sa.exc.SQLAlchemyError,
+        ) as fault:  # nobody's fault who trains: its rungs lie in checkpoints
+            root = fault.__cause__ or fault
+            reason, self.goes_on = f"{NO_DATABASE}{type(root).__name__}: {str(root)[:500]}", True
+            raise
         except Exception as fault:
             root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it
             reason = f"{ERROR}{type(root).__name__}: {str(root)[:500]}"
             raise
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
-            self._release()
             end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
+            self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
 
     def first_notes(self, number: int) -> dict[str, Any]:
         """User attributes of the row of that number, once its slot is known to be ours still."""
@@ -388,6 +407,24 @@ class Objective:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def check_weights_here(opened: OpenStudy) -> None:
+    """Whether a study of pretrained networks finds its weights on this machine: else every trial of a worker would fail, and take
+    others' along.
+
+    Raises:
+        StudyError: the folder, or a network's file in it, is not here.
+    """
+    weights = opened.weights
+    if weights.kind != "folder" or not opened.space.base.get("pretrained"):
+        return
+    missing = [name for name in opened.space.choices("backbone") or (opened.start.backbone,) if not weights.has(name)]
+    if missing:
+        raise StudyError(
+            f"study {opened.name!r} trains from the weights in {weights.folder}, where {first_few(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing on this machine; put the same files there"
+        )
 
 
 def figures_of(result: RungResult) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
@@ -36,6 +36,7 @@ def keep_within(
     quota_bytes: int,
     sign: float,
     settle: Callable[[], None] = lambda: None,
+    keep: Callable[[], Collection[str]] = tuple,
 ) -> list[str]:
     """Remove checkpoints, the least promising first, until the folder is within the quota; returns whose are gone.
 
@@ -46,6 +47,7 @@ def keep_within(
         quota_bytes: what may stay.
         sign: 1 where larger values are better.
         settle: called before anything is removed, so that no checkpoint of this process is still being written.
+        keep: gives the lineages that stay: those that a slot waits for somebody to go on with, whose last row was interrupted or lost.
     """
     if not folder.is_dir():
         return []
@@ -54,7 +56,7 @@ def keep_within(
     if sum(size for _, size in held) <= quota_bytes:
         return []
     settle()
-    gone = to_give_up(held, lineages_of(trials), steps, quota_bytes=quota_bytes, sign=sign)
+    gone = to_give_up(held, lineages_of(trials), steps, quota_bytes=quota_bytes, keep=keep(), sign=sign)
     for name in gone:
         shutil.rmtree(folder / name, ignore_errors=True)  # another worker may be at the same
     return gone

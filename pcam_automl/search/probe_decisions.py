@@ -17,7 +17,7 @@ MARGIN = 0.02
 """AUC that a backbone must lie behind beyond both intervals: training moves features, and by more than noise does."""
 LEAST_LEFT = 3
 """So many backbones stay, however bad their frozen features are."""
-LEAST_LINEAGES, LEAST_CELLS = 8, 3
+LEAST_LINEAGES, LEAST_CELLS = 8, 5
 """Below these a rank correlation with the probe says nothing."""
 LEAST_TAU = 0.2
 """A ranking whose correlation cannot be above this is worth no seconds."""

@@ -26,6 +26,7 @@ from pcam_automl.errors import Interrupted, PcamError, SearchFailed
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.patience import patient
 from pcam_automl.search.reading import best_of, n_finished_in
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, open_study
@@ -55,6 +56,10 @@ class Heard:
     worker: int
     kind: Kind
     values: tuple[Any, ...]
+
+
+_WHOLE_ENDS = ("done", "timeout", "budget")
+"""Ends of a worker by which the search is over, whatever became of the others."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class _Crew:
                             worker.terminate()
         if interrupted is not None:
             raise interrupted
-        if self.faults:
+        if self.faults and not any(end.why in _WHOLE_ENDS for end in self.ends):  # else the others have done the work
             name, text = self.faults[0]
             raise getattr(errors, name, SearchFailed)(text)
         if not self.ends:
@@ -177,6 +182,8 @@ class _Crew:
             self.ends.append(event.values[0])
         elif event.kind == "fault":
             self.faults.append(event.values)
+            if len(self.devices) > 1:  # the others go on, perhaps for days
+                self.heard(Heard(event.worker, "note", (f"worker {event.worker} has ended: {event.values[1]}",)))
         else:
             if event.kind == "finished":
                 self.deaths[event.worker] = 0
@@ -196,7 +203,7 @@ class _Crew:
         self.deaths[number] += 1
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         text = "; ".join(filter(None, (f"worker {number} ended by {how}", self.settle())))
-        over = any(end.why in ("done", "timeout", "budget") for end in self.ends)
+        over = any(end.why in _WHOLE_ENDS for end in self.ends)
         again = replaced and not over and self.deaths[number] < self.most_deaths
         if again:
             text += "; another worker takes its place"
@@ -244,7 +251,7 @@ def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: lis
     with stop_signal("") as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process passes it on
         try:
-            with storage_faults(storage_url(task.url)):
+            with storage_faults(storage_url(task.url)), patient():  # a server may just be starting again
                 opened = open_study(task.name, task.url, task.asked)
             place = use_device(device, n_workers=task.n_workers, deterministic=opened.settings.deterministic)
             objective = Objective(

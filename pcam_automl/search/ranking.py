@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
-from pcam_automl.intervals import auc_bounds, auc_difference_bounds
+from pcam_automl.intervals import auc_bounds, auc_difference_bounds, standard_error
 from pcam_automl.metrics import auc, auc_draws, n_independent
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import NamedScores, clusters_of_rows, read_named_scores, rows_of
@@ -149,7 +149,7 @@ def rank(
         gap = (math.nan, math.nan)
         if len(behind):
             gap = auc_difference_bounds(top - values[i], behind[:, place], n_slides=n_slides)
-        se = float(behind[:, place].std(ddof=1)) if len(behind) > 1 else math.nan
+        se = standard_error(behind[:, place], n_slides) if len(behind) else math.nan
         beaten = place > 0 and gap[0] > 0
         bounds = (math.nan, math.nan)
         if len(drawn):

@@ -23,6 +23,8 @@ TRIALS_KEY, CLOCK_KEY = "pcam_automl:trials", "pcam_automl:by_clock"
 worker that joins works towards."""
 ERROR = "error: "
 """Beginning of the user attribute ``reason`` of a trial that an error ended."""
+NO_DATABASE = "interrupted: the database: "
+"""Beginning of the same of a trial whose database did not answer any more; another row goes on with it."""
 FIGURES = "figures"
 """The user attribute of a trial that holds every objective's value at its last rung: {"auc": 0.98, "log_loss": 0.2}."""
 _WAIT_FOR_CREATOR_S = 60.0

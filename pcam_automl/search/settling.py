@@ -54,7 +54,8 @@ def settle_lost(
     """
     silent = silent or Silent()
     newest = {lineage_of(trial): trial for trial in trials}  # a paused row that another one goes on from owns no slot
-    slots.adopt([trial.number for trial in newest.values() if trial.state in FINISHED])
+    done = {trial.number: name for name, trial in newest.items() if trial.state in FINISHED}
+    slots.adopt(done, done)
     ended = _end_orphans(study, slots, trials)
     lost = [
         slot for slot in slots.claimed() if slot in silent.slots or (slot.owner and owner_alive(slot.owner) is False)

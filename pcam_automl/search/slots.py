@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -212,11 +212,12 @@ class Slots:
             values |= {"lineage": None, "trial_number": None}
         return self._update(slot.number, values, *_held_by(slot))
 
-    def adopt(self, done_trial_numbers: Iterable[int]) -> int:
+    def adopt(self, done_trial_numbers: Iterable[int], lineages: Mapping[int, str] | None = None) -> int:
         """Reconcile with trials that finished without their slot being told: made elsewhere, or killed just after.
 
         Args:
             done_trial_numbers: numbers of all complete and pruned trials of the study.
+            lineages: their lineages' names by number. One that has a slot gets no second one: it has been thawed since the trials were read.
 
         Returns:
             How many slots became done.
@@ -229,13 +230,18 @@ class Slots:
         slots = self._select(sa.or_(_C.trial_number.in_(new), _C.slot == self._last())) if few else self.all()
         of_trial = {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
         for trial_number in new:
+            name = None if lineages is None else lineages[trial_number]
             while trial_number not in of_trial:
+                if name is not None and self._select(_C.lineage == name):
+                    break
                 number = slots[-1].number + 1 if slots else 0
                 n_adopted += self._insert(number, state="done", trial_number=trial_number, attempts=1)
                 slots = self._select(_C.slot >= number)  # ours, or what other processes put there meanwhile
                 if not slots:
                     slots = self.all()
                 of_trial |= {slot.trial_number: slot for slot in slots if slot.trial_number is not None}
+            if trial_number not in of_trial:
+                continue
             slot = of_trial[trial_number]
             done = slot.state == "done"
             if not done:
@@ -261,6 +267,10 @@ class Slots:
     def all(self) -> list[Slot]:
         """Every slot, by number."""
         return self._select()
+
+    def going_on(self) -> set[str]:
+        """Lineages that are being trained, or that an open slot waits for somebody to go on with."""
+        return {slot.lineage for slot in self._select(_C.state != "done") if slot.lineage is not None}
 
     def claimed(self) -> list[Slot]:
         """The claimed and the thawing slots, by number."""

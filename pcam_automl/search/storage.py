@@ -67,7 +67,7 @@ def _probe(url: str, *, write: bool) -> None:
         StudyError: nothing is to be written, and there are no tables of Optuna's.
     """
     engine = sa.create_engine(url, **probe_options(url), poolclass=sa.NullPool)
-    with engine.connect() as connection:
+    with retry_transient(engine.connect) if PATIENCE.seconds > 0 else engine.connect() as connection:
         _refuse_foreign(sa.inspect(connection), safe_url(url))
         if not write and not sa.inspect(connection).has_table(models.StudyModel.__tablename__):
             raise no_studies(safe_url(url))

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pcam_automl.config import StudySettings
 from pcam_automl.goals import Goal
 from pcam_automl.search.importances import ped_anova
-from pcam_automl.search.lineages import not_superseded
+from pcam_automl.search.lineages import lineage_of, not_superseded, seconds_of_lineages
 from pcam_automl.search.reading import FIGURES, auc_of, best_of, errors_of
 
 LEAST_FOR_IMPORTANCE = 4
@@ -68,7 +68,7 @@ def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     return Summary(
         study.study_name,
         states,
-        None if best is None else _best(best, settings.goal),
+        None if best is None else _best(best, settings.goal, seconds_of_lineages(trials)[lineage_of(best)]),
         importances,
         note,
         round(sum(float(t.user_attrs.get("seconds", 0.0)) for t in trials), 1),
@@ -77,7 +77,7 @@ def summarise(study: optuna.Study, settings: StudySettings) -> Summary:
     )
 
 
-def _best(trial: FrozenTrial, goal: Goal) -> dict[str, Any]:
+def _best(trial: FrozenTrial, goal: Goal, seconds: float) -> dict[str, Any]:
     attrs = trial.user_attrs
     return {
         "number": trial.number,
@@ -86,7 +86,7 @@ def _best(trial: FrozenTrial, goal: Goal) -> dict[str, Any]:
         "auc": auc_of(trial, goal),
         "params": trial.params,
         "recipe": json.loads(attrs["recipe"]) if "recipe" in attrs else None,
-        "seconds": attrs.get("seconds"),
+        "seconds": seconds,
         "images_per_s": attrs.get("images_per_s"),
         "device": attrs.get("device"),
     }

@@ -23,7 +23,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.patience import patient
 from pcam_automl.search.paused_folders import keep_within, trim
 from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
-from pcam_automl.search.reading import best_of, errors_of, n_finished_in
+from pcam_automl.search.reading import ERROR, NO_DATABASE, best_of, errors_of, n_finished_in
 from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sampler import PerTrialSampler
 from pcam_automl.search.settling import end_silent, settle_lost
@@ -128,6 +128,7 @@ def _run_trials(
         study.pruner.spared = lambda lineage, earlier: runs_through(lineage, earlier, seed=opened.settings.seed)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     earlier = trials  # what failed before this process began was for a cause that may be mended
+    in_a_row = 0
     while True:
         objective.stop()
         objective.writer.check()  # a disk that is full shall not meet another trial
@@ -171,13 +172,15 @@ def _run_trials(
             quota_bytes=limits.quota_bytes,
             sign=sign_of(study),
             settle=objective.writer.flush,
+            keep=slots.going_on,
         )
         for lineage in gone:
             forget(opened.mirror, opened.checkpoints, lineage)
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
-        check_failures(trials, limits.n_trials, earlier)
+        in_a_row = in_a_row + 1 if failed_by_itself(trial) else 0
+        check_failures(trials, limits.n_trials, earlier, in_a_row)
 
 
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:
@@ -316,14 +319,21 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
     return 0 if objective.thawed_from is not None else 1
 
 
-def check_failures(trials: list[FrozenTrial], n_trials: int, earlier: list[FrozenTrial]) -> None:
+def failed_by_itself(trial: FrozenTrial) -> bool:
+    """Whether a row ended by an error, its own or the database's, and not by a signal or the clock."""
+    reason = str(trial.user_attrs.get("reason", ERROR))  # one without a reason could not even say it
+    return trial.state == TrialState.FAIL and reason.startswith((ERROR, NO_DATABASE))
+
+
+def check_failures(trials: list[FrozenTrial], n_trials: int, earlier: list[FrozenTrial], in_a_row: int) -> None:
     """Raise SearchFailed once max(10, n_trials) trials ended in an error since the search began (``earlier`` were there by then); of a
-    search by budget, 10 and as many as finished since.
+    search by budget, 10 and as many as finished since. So do 10 failures in a row of this worker, whatever the others do: its machine
+    is at fault.
     """
     errors = errors_of(trials)[len(errors_of(earlier)) :]
     allowed = n_trials if n_trials < NEVER_ENDS else n_finished_in(trials) - n_finished_in(earlier)
-    if len(errors) >= max(LEAST_FAILURES_ALLOWED, allowed):
-        ((commonest, n),) = collections.Counter(errors).most_common(1)
+    if in_a_row >= LEAST_FAILURES_ALLOWED or len(errors) >= max(LEAST_FAILURES_ALLOWED, allowed):
+        ((commonest, n),) = collections.Counter(errors).most_common(1) or [("the database did not answer", in_a_row)]
         raise SearchFailed(
-            f"{len(errors)} trials failed, so the search stops; {n} times: {commonest.removeprefix('error: ')}"
+            f"{max(in_a_row, len(errors))} trials failed, so the search stops; {n} times: {commonest.removeprefix(ERROR)}"
         )

@@ -13,7 +13,7 @@ from pcam_automl.data.store import PatchStore, channel_moments
 from pcam_automl.errors import DataError, RecipeError, first_few
 from pcam_automl.models.factory import build_network, normalisation_of
 from pcam_automl.models.weights import Weights
-from pcam_automl.recipe import Recipe
+from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.dense import DenseTask
 from pcam_automl.training.engine import Training
@@ -43,8 +43,8 @@ def check_task(recipe: Recipe, store: PatchStore) -> None:
     side = min(store.patches.shape[1:3])
     if recipe.task == "dense" and store.masks is None:
         raise RecipeError(
-            "recipe.task is dense, but the data have no masks; give folders of images and masks, "
-            "a synthetic set, or the PCam HDF5 files with their masks"
+            "recipe.task is dense, but the data have no masks; give folders of images and masks, a Kaggle folder with masks/, "
+            "or a synthetic set (PCam's HDF5 files come with masks of the training part only, which are not packed)"
         )
     if recipe.tile_size is not None and recipe.tile_size > side:
         raise RecipeError(
@@ -55,6 +55,17 @@ def check_task(recipe: Recipe, store: PatchStore) -> None:
         raise RecipeError(f"recipe.task patch needs square patches, got {width}x{height} px; use task dense")
     if recipe.task == "patch" and recipe.crop_size > side:
         raise RecipeError(f"recipe.crop_size must be at most the patches' side of {side} px, got {recipe.crop_size}")
+
+
+def unseen_border(recipe: Recipe, store: PatchStore) -> str | None:
+    """A warning where patches are larger than the largest crop, so that most of them is never seen."""
+    side = min(store.patches.shape[1:3])
+    if recipe.task != "patch" or side <= PATCH_PX:
+        return None
+    return (
+        f"warning: the patches are {side} px, and a network sees at most their centre {PATCH_PX} px; where the whole patch carries the "
+        f"label, resize the files to {PATCH_PX} px"
+    )
 
 
 def without_excluded(store: PatchStore, recipe: Recipe, rows: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -348,6 +349,46 @@ def test_verify_names_what_differs(kaggle: Path, tmp_path: Path) -> None:
     (kaggle / "train" / f"{patch_id(2)}.tif").unlink()
     with pytest.raises(DataError, match=f"other ids in the source \\({patch_id(2)}\\)"):
         verify(store, open_source(kaggle))
+
+
+def test_verify_compares_the_slides_and_scanners_too(kaggle: Path, tmp_path: Path) -> None:
+    table = kaggle / "train_groups.csv"
+    rows = [(patch_id(number), f"s{number % 3}") for number in range(7)]
+    write_csv(table, "id,group", rows)
+    store = pack(open_source(kaggle), tmp_path / "pack")
+    assert verify(store, open_source(kaggle)) == 12
+    write_csv(table, "id,group", [*rows[:-1], (patch_id(6), "s1")])
+    with pytest.raises(DataError, match="other slides in the source"):
+        verify(store, open_source(kaggle))
+    write_csv(tmp_path / "d.csv", "id,domain", [(patch_id(number), "scanner") for number in range(7)])
+    write_csv(table, "id,group", rows)
+    with pytest.raises(DataError, match="other domains in the source"):
+        verify(store, open_source(kaggle, domains=tmp_path / "d.csv"))
+
+
+def test_verifying_packed_h5_leaves_files_of_the_plain_name_alone(tmp_path: Path) -> None:
+    raw = write_h5(tmp_path / "gz", {"train": 5}, packed=True)
+    store = pack(open_source(raw), tmp_path / "here" / "pack")
+    mine = tmp_path / "here" / "camelyonpatch_level_2_split_train_x.h5"
+    mine.write_bytes(b"the user's own copy")
+    assert verify(store, open_source(raw)) == 5
+    assert mine.read_bytes() == b"the user's own copy"
+    assert names_in(tmp_path / "here") == [mine.name, "pack"]
+
+
+@pytest.mark.parametrize("tumour", [1, 255])
+def test_h5_masks_have_two_values_which_become_0_and_1(tmp_path: Path, tumour: int) -> None:
+    raw = write_h5(tmp_path / "raw", {"train": 5}, masks=True)
+    with h5py.File(raw / "camelyonpatch_level_2_split_train_mask.h5", "r+") as file:
+        file["mask"][...] = file["mask"][...] * tumour
+        expected = file["mask"][..., 0] != 0
+    store = pack(open_source(raw), tmp_path / "pack")
+    assert store.masks is not None
+    assert np.array_equal(store.masks, expected)
+    with h5py.File(raw / "camelyonpatch_level_2_split_train_mask.h5", "r+") as file:
+        file["mask"][3, 0, 0, 0], file["mask"][3, 0, 1, 0] = 7, 200
+    with pytest.raises(DataError, match=r"train_000003: its mask has more than two values"):
+        pack(open_source(raw), tmp_path / "other")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from data_builders import patch_id, write_csv
 
 from pcam_automl.data.packs import find_pack
 from pcam_automl.data.store import VERSION, open_store
@@ -28,6 +29,21 @@ def test_a_folder_is_packed_once_and_again_after_a_release_with_another_kind_of_
     assert find_pack(kaggle, packs, say=said.append).content_hash == store.content_hash
     assert len(said) == 2
     assert open_store(store.root).content_hash == store.content_hash
+
+
+def test_what_is_left_out_is_said_whoever_packs(kaggle: Path, tmp_path: Path) -> None:
+    (kaggle / "train" / f"{patch_id(2)}.tif").write_bytes(b"no picture")
+    for _ in range(2):  # packed, and found again
+        said: list[str] = []
+        find_pack(kaggle, tmp_path / "packs", say=said.append)
+        assert any(line.startswith("1 patch cannot be read") and patch_id(2) in line for line in said), said
+
+
+def test_one_table_given_for_the_other_makes_another_pack(kaggle: Path, tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", "id,group,domain", [(patch_id(n), f"s{n % 3}", f"c{n % 2}") for n in range(8)])
+    by_mistake = find_pack(kaggle, tmp_path / "packs", domains=tmp_path / "t.csv")
+    meant = find_pack(kaggle, tmp_path / "packs", groups=tmp_path / "t.csv")
+    assert (by_mistake.group_names, meant.group_names) == ((), ("s0", "s1", "s2"))
 
 
 def test_a_damaged_header_is_named_and_not_packed_over(kaggle: Path, tmp_path: Path) -> None:

@@ -105,6 +105,19 @@ def test_class_folders_give_labels_and_no_paths_in_ids(tmp_path: Path, prefix: s
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(("prefix", "valid"), [("", "valid/"), ("train/", "valid/"), ("train/", "val/"), ("", "val/")])
+def test_a_validation_folder_is_kept_and_shares_no_id(tmp_path: Path, prefix: str, valid: str) -> None:
+    for folder, numbers in ((f"{prefix}0", (0, 1)), (f"{prefix}1", (2, 3)), (f"{valid}0", (4,)), (f"{valid}1", (5,))):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in numbers:
+            Image.fromarray(tissue(number)).save(tmp_path / folder / f"p{number}.png")
+    source = open_source(tmp_path)
+    assert source.ids[source.part == VALID].tolist() == ["p4", "p5"]
+    shutil.copy(tmp_path / f"{prefix}0" / "p0.png", tmp_path / f"{valid}1" / "p0.png")
+    with pytest.raises(DataError, match=r"1 ids are in the training and in the validation part \(p0\)"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_h5_keeps_official_splits_slides_and_test_labels(tmp_path: Path, packed: bool) -> None:
     source = open_source(write_h5(tmp_path / "h5", {"train": 6, "valid": 3, "test": 4}, packed=packed))

@@ -128,6 +128,16 @@ def test_report_of_a_training_alone() -> None:
     assert table.rows[1][2:5] == ("0.5700", "0.6000", "0.7000")
 
 
+def test_a_training_by_the_clock_has_parts_and_says_what_it_saw() -> None:
+    bundle = bundle_of()
+    bundle = replace(bundle, provenance={**bundle.provenance, "by_clock": True, "views_seen": 12_345})
+    sections = build_sections(ReportContent("t", bundle=bundle, epochs=epochs_of()))
+    table = next(b for s in sections if s.anchor == "training" for b in s.blocks if isinstance(b, Table))
+    assert table.header[0] == "part"
+    words = [b.text for s in sections if s.anchor == "recipe" for b in s.blocks if isinstance(b, Text)]
+    assert any("trained for the time that its budget left, 12,345 images" in text for text in words)
+
+
 def test_scores_of_one_label_have_no_curves_but_a_confusion_matrix(easy_pack: Path) -> None:
     store = open_store(easy_pack)
     scores = scores_of(store)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
 
+_WORK = processes._work
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -199,6 +201,25 @@ def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None
 def test_a_workers_own_fault_is_raised_here(opened: OpenStudy) -> None:
     with stop_signal("") as stop, stop.deferred(), pytest.raises(StudyError, match="there is no study 'other'"):
         run_workers(task_of(opened, 5, "other"), ["cpu"], stop=stop, heard=lambda event: None)
+
+
+def test_one_workers_fault_is_told_at_once_and_does_not_undo_what_the_others_did(
+    opened: OpenStudy, warm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_work", _broken_first)
+    said: list[Heard] = []
+    with stop_signal("") as stop, stop.deferred():
+        end = run_workers(task_of(opened, 2), ["cpu", "cpu"], stop=stop, heard=said.append)
+    assert end.why == "done"
+    assert n_finished_of(opened.study) == 2
+    assert [event.values[0] for event in said if event.kind == "note"] == ["worker 0 has ended: no such GPU"]
+
+
+def _broken_first(task: WorkerTask, number: int, device: str, pipe: Connection, pack: list[object]) -> None:
+    if number == 0:
+        pipe.send(Heard(0, "fault", ("InputError", "no such GPU")))
+        os._exit(2)
+    _WORK(task, number, device, pipe, pack)  # type: ignore[arg-type]
 
 
 def test_workers_train_on_the_patches_that_the_first_process_holds(

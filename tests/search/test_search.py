@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from easy_set import write_easy_set
+from easy_set import TINY, write_easy_set
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from PIL import Image
+from probe_weights import write_probe_weights
 from warm_processes import warm_context
 
 from pcam_automl.configs_folder import find_config, list_configs
@@ -306,6 +309,52 @@ def test_failures_of_an_earlier_start_do_not_stop_a_search_whose_cause_was_mende
             search(opened, 2)
     assert search(opened, 2) == SearchEnd(2, "done")
     assert n_finished_of(opened.study) == 2
+
+
+def test_a_trial_whose_database_is_away_is_gone_on_with(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = opened_in(tmp_path, asked)
+    report, calls = objective_module.report, []
+
+    def away(*words: Any, **named: Any) -> None:
+        calls.append(words)
+        if len(calls) == 2:
+            raise StorageInternalError("An exception is raised during the commit.") from OSError("connection refused")
+        report(*words, **named)
+
+    monkeypatch.setattr(objective_module, "report", away)
+    assert search(opened, 1) == SearchEnd(1, "done")
+    cut, again = opened.study.get_trials()
+    assert (cut.state, cut.user_attrs["reason"]) == (
+        TrialState.FAIL,
+        "interrupted: the database: OSError: connection refused",
+    )
+    assert again.params == cut.params
+    assert again.user_attrs["lineage"] == cut.user_attrs["lineage"]
+    assert again.user_attrs["rungs"][0] == cut.user_attrs["rungs"][0], "its first rung is not trained again"
+
+
+def test_a_machine_without_the_weights_refuses_before_its_trials_fail(tmp_path: Path, asked: Asked) -> None:
+    folder = write_probe_weights(tmp_path / "weights", steps=0)
+    opened = opened_in(tmp_path, replace(asked, weights=str(folder), space=None, pins={"backbone": TINY}))
+    Objective(opened, CPU)
+    shutil.move(folder, tmp_path / "elsewhere")
+    with pytest.raises(
+        StudyError, match=f"trains from the weights in {folder}, where {TINY} is missing on this machine"
+    ):
+        Objective(opened, CPU)
+
+
+def test_a_worker_whose_every_trial_fails_ends_whatever_the_others_reach(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(objective_module, "start_training", broken)
+    with pytest.raises(SearchFailed, match="10 trials failed"):
+        search(opened_in(tmp_path, asked), 500)
 
 
 def test_a_pack_stands_for_the_raw_folder_and_its_table_of_slides(tmp_path: Path) -> None:

@@ -253,3 +253,31 @@ def test_attributes_are_written_together_and_read_as_optunas_own(url: str) -> No
     assert "late" not in optuna.load_study(study_name=study.study_name, storage=storage).trials[0].user_attrs
     optuna.delete_study(study_name=study.study_name, storage=storage)
     engine_of(study).dispose()
+
+
+def test_a_lineage_that_was_thawed_meanwhile_gets_no_second_slot(slots: Slots) -> None:
+    """Its row is read as the newest, finished one; the slot names the next row by now."""
+    slot = slots.claim(3, "a")
+    assert slot is not None
+    slots.started(slot, 0, "0")
+    slots.finish(slot)
+    thawed = slots.thaw("0", "b")
+    assert thawed is not None
+    slots.started(thawed, 5, "0")
+    other = Slots(slots.engine, slots.study_name)  # of a process that has not seen row 0 end
+    assert other.adopt([0], {0: "0"}) == 0
+    assert other.adopt([0, 7], {0: "0", 7: "7"}) == 1, "a row of a lineage without any slot is adopted as before"
+    assert [one.lineage for one in slots.all()] == ["0", None]
+
+
+def test_what_somebody_waits_to_go_on_with_is_told(slots: Slots) -> None:
+    done, open_, running, fresh = (slots.claim(4, "a") for _ in range(4))
+    for number, slot in enumerate((done, open_, running)):
+        assert slot is not None
+        slots.started(slot, number, f"{number}")
+    assert done is not None
+    assert open_ is not None
+    assert fresh is not None
+    slots.finish(done)
+    slots.reopen(open_, keep_lineage=True)
+    assert slots.going_on() == {"1", "2"}

@@ -1,0 +1,55 @@
+"""What the report counts: recipes that were tried, however many rows they took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from pcam_automl.goals import AUC
+from pcam_automl.report.search_figures import _best_table, _facts, history_figure
+from pcam_automl.search.lineages import seconds_of_lineages
+
+C, P, F = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+def row(state: TrialState, value: float | None, lineage: str, seconds: float, **attrs: Any) -> Any:
+    reported = {} if value is None else {100: value}
+    attrs |= {"lineage": lineage, "seconds": seconds, "recipe": "{}"}
+    held = value if state is C else None
+    return create_trial(state=state, value=held, intermediate_values=reported, user_attrs=attrs)
+
+
+@pytest.fixture
+def study() -> optuna.Study:
+    """One recipe paused, thawed, paused, thawed and complete; one stopped early; one interrupted and complete."""
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(row(P, 0.7, "0", 10))
+    study.add_trial(row(P, 0.6, "1", 10))
+    study.add_trial(row(P, 0.8, "0", 20, thawed_from=0))
+    study.add_trial(row(F, None, "3", 5))
+    study.add_trial(row(C, 0.85, "3", 30))
+    study.add_trial(row(C, 0.9, "0", 40, thawed_from=2))
+    return study
+
+
+def test_a_thawed_recipe_counts_once_and_took_all_its_seconds(study: optuna.Study) -> None:
+    trials = study.get_trials()
+    complete = [trial for trial in trials if trial.state is C]
+    assert seconds_of_lineages(trials) == {"0": 70.0, "1": 10.0, "3": 35.0}
+    facts = {text: value for value, text in _facts(trials, complete, AUC).facts}
+    assert (facts["complete trials"], facts["stopped early"]) == ("2", "1")
+    table = _best_table(complete, "crop_size", AUC, seconds_of_lineages(trials))
+    assert [(cells[0], cells[-1]) for cells in table.rows] == [("5", "70"), ("4", "35")]
+
+
+def test_the_history_draws_no_cross_for_what_went_on(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pcam_automl.report.search_figures as module
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(module, "picture", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    history_figure(study.get_trials(), AUC)
+    crosses = next(dots for dots in drawn[0].collections if dots.get_label() == "stopped early, at its last score")
+    assert crosses.get_offsets().tolist() == [[1.0, 0.6]]
