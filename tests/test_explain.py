@@ -138,7 +138,7 @@ def test_explained_image_names_probability_and_share(bias: float, word: str) -> 
 def test_sentence_gives_probability_and_share_in_plain_words() -> None:
     assert sentence(0.93, 0.71) == (
         "Probability 0.93 of tumour: 71 % of the network's attention lies inside the centre 32x32, "
-        "which alone decides the label."
+        "which alone decides the label in PatchCamelyon."
     )
     assert "no region" in sentence(0.2, float("nan"))
 
