@@ -53,6 +53,8 @@ __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "final_recipe", "finaliz
 
 LONG_ENOUGH = 0.8
 """Of the training images that would fit the seconds now: a network that has seen so many is not trained again."""
+MUCH_SHORTER = 0.2
+"""Of the training images of the network that is there: by the clock none is replaced by one that would see fewer."""
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take at least."""
 
@@ -327,10 +329,16 @@ def _train_member(
         )
     )
     if not done:
-        if used_up and not from_first(
+        begun = pace is not None and from_first(
             lambda: can_go_on(recipe, opened.store, rows.train, rows.train[:0], folder, by_clock=True)
-        ):
+        )
+        if used_up and not begun:
             raise _used_up(opened)
+        if pace is not None and not begun and planned < MUCH_SHORTER * (held := from_first(lambda: _seen_by(folder))):
+            raise StudyError(
+                f"{folder} holds a network that has seen {held:,} images, and what is left of the budget is enough for {planned:,} of "
+                "another; give finalize --epochs E, --no-budget or another --out"
+            )
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
             "study": opened.name,
@@ -372,6 +380,11 @@ def _is_begun(out: Path, number: int) -> bool:
     """Whether a network, or a checkpoint of its training, lies where that one of the final networks belongs."""
     folder = member_folder(out, number)
     return (folder / CARD).is_file() or newest_checkpoint(checkpoints_beside(folder)) is not None
+
+
+def _seen_by(folder: Path) -> int:
+    """Training images that the network there has seen; 0 where there is none."""
+    return int(load_bundle(folder).provenance.get("views_seen", 0)) if (folder / CARD).is_file() else 0
 
 
 def _used_up(opened: OpenStudy) -> StudyError:

@@ -229,6 +229,12 @@ def test_what_was_trained_is_completed_though_the_budget_is_used_up(
     assert "the budget is used up: what an earlier finalize trained is completed" in err
     assert Path("studies/pcam/final/submission.csv").is_file()
     assert sha256_of_file(Path("studies/pcam/final/model/model.safetensors")) == trained
+    set_budget(study, spent_s(study) + 30.0)
+    card = Path("studies/pcam/final/model/bundle.json")
+    card.write_text(re.sub(r'"views_seen": \d+', '"views_seen": 99999999', card.read_text()))
+    code, _, err = run("finalize", "--no-report", "--keep-back", 0)
+    assert (code, "holds a network that has seen 99,999,999 images" in err) == (2, True), err
+    set_budget(study, 0.001)
     shutil.rmtree("studies/pcam/final/model")
     assert run("finalize", "--no-report")[0] == 2, "nothing is left to complete"
 
