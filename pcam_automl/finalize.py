@@ -40,6 +40,7 @@ from pcam_automl.search.pareto import Pick
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
+from pcam_automl.search.whose_folder import ID_KEY
 from pcam_automl.submission import check_threshold
 from pcam_automl.terminal import duration
 from pcam_automl.train import can_go_on, check_ranks, checkpoints_beside, train_to_bundle
@@ -230,7 +231,7 @@ def _decided(
     most_members = options.ensemble
     if most_members > 1 and options.seconds is not None:
         left_s = options.seconds - (time.perf_counter() - began)
-        begun = sum(_is_begun(out, number) for number in range(most_members))  # by an earlier call
+        begun = _n_of_earlier_calls(opened, candidates, epochs, rows, out, most_members)
         fit = _members_that_fit(opened, candidates, epochs, rows, device, left_s)
         most_members = max(1, min(most_members, begun + fit))
         if most_members < options.ensemble:
@@ -258,6 +259,22 @@ def _confirm_seconds(
     rate = images_per_s(opened, chosen, chosen.recipe, device)
     needed_s = final_seconds(math.inf, rate, len(rows.train))
     return max(CONFIRM_PART * seconds, min(0.5 * seconds, seconds - needed_s))
+
+
+def _n_of_earlier_calls(
+    opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path, n: int
+) -> int:
+    """Of the first ``n`` places those that hold a candidate's network, or a checkpoint of its training by the clock."""
+    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
+    none = rows.train[:0]
+    return sum(
+        any(
+            _holds(folder, recipe, opened, rows.train)
+            or can_go_on(recipe, opened.store, rows.train, none, folder, by_clock=True)
+            for recipe in recipes
+        )
+        for folder in (member_folder(out, number) for number in range(n))
+    )
 
 
 def _members_that_fit(
@@ -334,14 +351,16 @@ def _train_member(
         )
         if used_up and not begun:
             raise _used_up(opened)
-        if pace is not None and not begun and planned < MUCH_SHORTER * (held := from_first(lambda: _seen_by(folder))):
+        held = from_first(lambda: _much_longer(folder, opened, planned)) if pace is not None and not begun else 0
+        if held:
             raise StudyError(
-                f"{folder} holds a network that has seen {held:,} images, and what is left of the budget is enough for {planned:,} of "
-                "another; give finalize --epochs E, --no-budget or another --out"
+                f"{folder} holds a network of this study that has seen {held:,} images, and what is left of the budget is enough for "
+                f"{planned:,} of another; give finalize --epochs E, --no-budget or another --out"
             )
         confirmed = next((one for one in decision.confirmed if one.lineage == member.lineage), None)
         provenance = {
             "study": opened.name,
+            "study_id": opened.study.user_attrs.get(ID_KEY),
             "trial": trial.number,
             "trial_auc": None if math.isnan(value := auc_of(trial, opened.settings.goal)) else value,
             "objective": opened.settings.goal.name,
@@ -382,9 +401,14 @@ def _is_begun(out: Path, number: int) -> bool:
     return (folder / CARD).is_file() or newest_checkpoint(checkpoints_beside(folder)) is not None
 
 
-def _seen_by(folder: Path) -> int:
-    """Training images that the network there has seen; 0 where there is none."""
-    return int(load_bundle(folder).provenance.get("views_seen", 0)) if (folder / CARD).is_file() else 0
+def _much_longer(folder: Path, opened: OpenStudy, planned: int) -> int:
+    """Training images that the study's own network there has seen, where ``planned`` are but a small share of them; else 0."""
+    if not (folder / CARD).is_file():
+        return 0
+    known = load_bundle(folder).provenance
+    own = known.get("study_id") is not None and known.get("study_id") == opened.study.user_attrs.get(ID_KEY)
+    seen = int(known.get("views_seen", 0))
+    return seen if own and planned < MUCH_SHORTER * seen else 0
 
 
 def _used_up(opened: OpenStudy) -> StudyError:
@@ -414,6 +438,16 @@ def _settle_members(out: Path, decision: Decision) -> None:
         write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})
 
 
+def _holds(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -> bool:
+    """Whether the bundle there is of this recipe, from these weights, trained on these patches of this pack."""
+    if not (model / CARD).is_file():
+        return False
+    bundle = load_bundle(model)
+    trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
+    held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
+    return bundle.recipe == recipe and held == (trained_on, str(opened.weights))
+
+
 def _is_done(
     model: Path,
     recipe: Recipe,
@@ -438,14 +472,10 @@ def _is_done(
         by_clock: whether seconds decide how many.
         note: told why a bundle is not enough.
     """
-    if not (model / CARD).is_file():
+    if not _holds(model, recipe, opened, rows):
         return False
-    bundle = load_bundle(model)
-    trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
-    held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
-    if bundle.recipe != recipe or held != (trained_on, str(opened.weights)):
-        return False
-    seen, was_by_clock = int(bundle.provenance.get("views_seen", 0)), bundle.provenance.get("by_clock", by_clock)
+    known = load_bundle(model).provenance
+    seen, was_by_clock = int(known.get("views_seen", 0)), known.get("by_clock", by_clock)
     if (not by_clock and not was_by_clock) or seen >= LONG_ENOUGH * planned:
         return True
     note(

@@ -30,7 +30,7 @@ def signals_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-ONE_SIGNAL_S = 2.0
+ONE_SIGNAL_S = 1.0
 """SIGTERM that comes again so soon is the first one by another way, and no second request."""
 
 
@@ -61,11 +61,10 @@ class StopSignal:
             self._deferring = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        first, self._signum = self._signum is None, signum
         now = time.monotonic()
-        if signum == signal.SIGTERM and not first and now - self._came_at < ONE_SIGNAL_S:
+        if signum == self._signum == signal.SIGTERM and now - self._came_at < ONE_SIGNAL_S:
             return  # the same once more: systemd signals a whole group, and the parent its children
-        self._came_at = now
+        first, self._signum, self._came_at = self._signum is None, signum, now
         if not (first and self._deferring):
             self.check()
 

@@ -19,7 +19,7 @@ from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.counter import key_of
 from pcam_automl.data.splits import Split, make_split
 from pcam_automl.data.store import VALID, PatchStore
-from pcam_automl.errors import RecipeError
+from pcam_automl.errors import DataError, RecipeError
 from pcam_automl.files import locked
 from pcam_automl.metrics import auc_interval
 from pcam_automl.models.factory import n_parameters
@@ -316,7 +316,10 @@ def training_split(
     chosen = validation_fold(store, recipe, fold)
     if chosen is None:
         assert recipe.valid_share is not None
-        split = make_split(store, seed=seed, n_folds=1, holdout=recipe.valid_share, holdout_name="valid_share")
+        try:
+            split = make_split(store, seed=seed, holdout=recipe.valid_share, holdout_name="valid_share")
+        except DataError:  # too few slides of a label for folds, which nothing here uses
+            split = make_split(store, seed=seed, n_folds=1, holdout=recipe.valid_share, holdout_name="valid_share")
         return split, split.order, split.holdout_rows(), None
     split = make_split(store, seed=seed)
     return split, split.train_order(chosen), split.score_rows(chosen, len(split.order)), chosen

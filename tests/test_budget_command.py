@@ -233,7 +233,7 @@ def test_what_was_trained_is_completed_though_the_budget_is_used_up(
     card = Path("studies/pcam/final/model/bundle.json")
     card.write_text(re.sub(r'"views_seen": \d+', '"views_seen": 99999999', card.read_text()))
     code, _, err = run("finalize", "--no-report", "--keep-back", 0)
-    assert (code, "holds a network that has seen 99,999,999 images" in err) == (2, True), err
+    assert (code, "holds a network of this study that has seen 99,999,999 images" in err) == (2, True), err
     set_budget(study, 0.001)
     shutil.rmtree("studies/pcam/final/model")
     assert run("finalize", "--no-report")[0] == 2, "nothing is left to complete"

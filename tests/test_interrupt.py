@@ -47,3 +47,10 @@ def test_sigterm_once_more_at_once_is_the_same_one(monkeypatch: pytest.MonkeyPat
                 os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted, match="SIGTERM"):
             stop.check()
+
+
+def test_sigterm_after_ctrl_c_is_a_second_request() -> None:
+    with stop_signal("go on") as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)

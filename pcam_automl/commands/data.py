@@ -8,8 +8,9 @@ import numpy as np
 
 from pcam_automl import terminal
 from pcam_automl.data.pack import pack, verify
+from pcam_automl.data.packs import holds
 from pcam_automl.data.quality import findings, write_sheet
-from pcam_automl.data.sources import fingerprint, open_source
+from pcam_automl.data.sources import open_source
 from pcam_automl.data.split_groups import NO_SLIDES
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.data.synthetic import write_synthetic
@@ -39,7 +40,7 @@ def run_prepare(
         _print_store(store, as_json)
         return
     if out.exists() and any(out.iterdir()):
-        if is_pack(out) and open_store(out).source.get("fingerprint") == fingerprint(source):
+        if is_pack(out) and holds(open_store(out), source):
             _check_same_outliers(open_store(out), keep_outliers)
             terminal.say(f"{out} already holds this source; nothing to do (--verify re-reads it)")
             _print_store(open_store(out), as_json)

@@ -217,7 +217,7 @@ def study_commands(
 
     options = command_options(name, url)
     n = max(1, n_finished_in(trials))
-    length = ["--trials", str(n)] if budget_s is None else ["--budget", f"{budget_s:g}s"]
+    length = ["--trials", str(n)] if budget_s is None else ["--budget", f"{budget_s:.15g}s"]
     words = ["pcam-automl", "search", "--data", settings.data, *length, *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
     if best_of(trials, settings.goal) is None:
@@ -235,7 +235,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--space", space] if not around and (recipe, space) != ("default", "default") else []
     for field, value in settings.pins.items():
         words += ["--set", f"{field}={value if isinstance(value, str) else json.dumps(value)}"]
-    words += ["--weights", settings.weights]
+    words += ["--weights", settings.weights if base.get("pretrained") else "none"]
     words += ["--groups", settings.groups] if settings.groups else []
     words += ["--domains", settings.domains] if settings.domains else []
     words += ["--domains", "estimate"] if settings.domains_hash else []

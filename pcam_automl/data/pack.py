@@ -104,8 +104,7 @@ def verify(
     """
     labels = store.label if source.kind == "dense" else source.label  # those of masks: compared below
     pairs = [("ids", store.ids, source.ids), ("labels", store.label, labels), ("parts", store.part, source.part)]
-    pairs.append(("slides", _names_by_row(store.group, store.group_names), source.group))
-    pairs.append(("domains", _names_by_row(store.domain, store.domain_names), source.domain))
+    pairs += _named_pairs(store, source)
     lines = [f"other {name} in the source" for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
     damaged: list[str] = []
     chunk = chunk_for((store.patches.shape[1], store.patches.shape[2]))  # large images a few at a time: they are copied
@@ -121,8 +120,10 @@ def verify(
         lines[0] += f" ({first_few(absent)})" if absent else " (their order)"
     else:
         with write_faults(store.root.parent), ExitStack() as stack:
-            inflated = stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=store.root.parent))
-            h5 = _h5_files(source, Path(inflated), stack)
+            beside = store.root.parent
+            if any(name.endswith(".gz") for part in source.h5.values() for name in (part.x, part.mask) if name):
+                beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=beside)))
+            h5 = _h5_files(source, beside, stack)
             job = Job((store.patches.shape[1], store.patches.shape[2]), (), None, 0, None, 0, _mask_rule(source))
             arrays, _ = _measure_all(source, h5, job, workers, progress)
             lines += _changed_masks(store, source, h5)
@@ -131,6 +132,18 @@ def verify(
     if lines:
         raise DataError(f"{store.root} does not match {source.root}: {'; '.join(lines)}; pack it again")
     return len(store)
+
+
+def same_names(store: PatchStore, source: PatchSource) -> bool:
+    """Whether the pack has the source's slides and scanners."""
+    return all(np.array_equal(ours, theirs) for _, ours, theirs in _named_pairs(store, source))
+
+
+def _named_pairs(store: PatchStore, source: PatchSource) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
+    return [
+        ("slides", _names_by_row(store.group, store.group_names), source.group),
+        ("domains", _names_by_row(store.domain, store.domain_names), source.domain),
+    ]
 
 
 def _names_by_row(code: NDArray[np.int32], names: Sequence[str]) -> NDArray[np.str_]:
@@ -308,6 +321,11 @@ def _measure_all(
                 progress(n_done, n)
     if mask_faults:
         named = [f"{source.ids[row]}: {reason}" for row, reason in sorted(mask_faults.items())]
+        if source.h5:
+            raise DataError(
+                f"{source.root}: {len(named)} masks of its HDF5 files cannot be used ({first_few(named)}); they need 0 and one other value, "
+                "or move the files ..._mask.h5 away to pack none"
+            )
         at, or_else = (source.root, "") if source.kind == "dense" else (source.root / "masks", _PACK_NONE)
         raise DataError(
             f"{at}: {len(named)} masks cannot be used ({first_few(named)}); save them as grey PNGs of two values{or_else}"

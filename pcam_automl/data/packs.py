@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pcam_automl.data.pack import pack
+from pcam_automl.data.pack import pack, same_names
 from pcam_automl.data.quality import UNUSABLE, findings
-from pcam_automl.data.sources import fingerprint, open_source
+from pcam_automl.data.sources import PatchSource, fingerprints, open_source
 from pcam_automl.data.store import PatchStore, is_of_this_version, is_pack, open_store
 from pcam_automl.errors import DataError
 from pcam_automl.files import locked
@@ -50,9 +50,11 @@ def find_pack(
     source = open_source(path, groups=groups, domains=domains)
     for note in source.notes:
         say(note)
-    target = packs / fingerprint(source)[:16]
-    if is_pack(target) and is_of_this_version(target):
-        return _with_findings_said(open_store(target), say)
+    new, older = (packs / one[:16] for one in fingerprints(source))
+    for target in (new, older):
+        if is_pack(target) and is_of_this_version(target) and same_names(found := open_store(target), source):
+            return _with_findings_said(found, say)
+    target = new
     with locked(
         packs / f".{target.name}.lock",
         busy=f"another process is packing {path} into {target}; wait for it, then repeat the command",
@@ -61,6 +63,11 @@ def find_pack(
             return _with_findings_said(open_store(target), say)
         say(f"packing {len(source.ids):,} patches once into {target}")
         return _with_findings_said(pack(source, target, progress=call), say)
+
+
+def holds(store: PatchStore, source: PatchSource) -> bool:
+    """Whether the pack was made of just this source."""
+    return store.source.get("fingerprint") in fingerprints(source) and same_names(store, source)
 
 
 def _with_findings_said(store: PatchStore, say: Callable[[str], None]) -> PatchStore:

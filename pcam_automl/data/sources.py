@@ -104,9 +104,16 @@ def fingerprint(source: PatchSource) -> str:
     Raises:
         DataError: a file has gone since the source was opened.
     """
+    return fingerprints(source)[0]
+
+
+def fingerprints(source: PatchSource) -> tuple[str, str]:
+    """:func:`fingerprint`, and what it was before 2026-11-30, when it did not tell slides from scanners: a pack of that name is of this
+    source if its slides and scanners are (:func:`~pcam_automl.data.packs.holds`).
+    """
     stamp = Stamp(source)
     stamp.add([] if source.h5 else source.files.tolist())
-    return stamp.hexdigest()
+    return stamp.hexdigest(), stamp.hexdigest(names=False)
 
 
 def _nothing_found(root: Path) -> str:

@@ -87,7 +87,7 @@ def make_split(
     Args:
         store: only its ``development_rows`` get a fold.
         seed: of every draw, at least 0.
-        n_folds: 2 to 100.
+        n_folds: 2 to 100; or 1, beside a ``holdout``.
         holdout: share of the (training) patches set aside first, in whole slides, 0 to 0.5 inclusive.
         holdout_name: what the user set it by, for the messages.
         by: ``domains``: every fold is a domain, whatever ``n_folds`` and the official parts say (leave one domain out);

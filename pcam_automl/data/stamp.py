@@ -34,18 +34,19 @@ class Stamp:
         self.add([name for part in source.h5.values() for name in (part.x, part.mask) if name])
         self._last = self._lines([] if source.masks is None else [name for name in source.masks.tolist() if name])
         self._last += self._lines([str(table.absolute()) for table in source.tables], [t.name for t in source.tables])
-        for names in (source.group, source.domain):  # one table may have been given for the other
+        self._names = b""  # one table may have been given for the other
+        for column, names in (("group", source.group), ("domain", source.domain)):
             if (names != "").any():
-                self._last += hashlib.sha256("\0".join(names.tolist()).encode()).digest()
+                self._names += hashlib.sha256("\0".join([column, *names.tolist()]).encode()).digest()
 
     def add(self, names: Sequence[str]) -> None:
         """Image files, relative to the source's root, in the order of its rows."""
         self._total.update(self._lines(names))
 
-    def hexdigest(self) -> str:
-        """64 hex, when every image file has been added."""
+    def hexdigest(self, *, names: bool = True) -> str:
+        """64 hex, when every image file has been added; without ``names`` as packs of before 2026-11-30 have it, whatever their slides."""
         total = self._total.copy()
-        total.update(self._last)
+        total.update(self._last + (self._names if names else b""))
         return total.hexdigest()
 
     def _lines(self, names: Sequence[str], shown: Sequence[str] | None = None) -> bytes:

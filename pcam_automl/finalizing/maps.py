@@ -50,11 +50,11 @@ def finish_maps(
     if len(test):
         maps = out / "maps"
         watch.predicting(len(test), "test")
+        for name in store.ids[test].tolist() if threshold is None else []:
+            (maps / f"{name}_mask.png").unlink(missing_ok=True)  # of an earlier network; before any is written
         _, notes = write_row_maps(
             predictor, store, test, maps, threshold=threshold, stop=watch.train.stop, progress=watch.predicted
         )
-        for name in store.ids[test].tolist() if threshold is None else []:
-            (maps / f"{name}_mask.png").unlink(missing_ok=True)  # of an earlier network
         on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
         notes = [*notes, *unscored]
     if len(held):

@@ -95,11 +95,12 @@ def interval_text(content: ReportContent, scores: Scores) -> str:
     over, n = "slides" if slides else content.of_store.many, len(np.unique(cluster))
     if n < 2:
         return f"no interval: all of one {over.removesuffix('s') if slides else content.of_store.one}"
-    if n_independent(scores.label, cluster) < 2:
+    if (n_of_label := n_independent(scores.label, cluster)) < 2:
         return f"no interval: all of a label are of one {over.removesuffix('s') if slides else content.of_store.one}"
     low, high = auc_interval(scores.label, scores.prob, cluster)
-    few = ", so a rough guess" if n < FEW_CLUSTERS else ""
-    return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{few}"
+    rare = f", {n_of_label:,} of which hold the rarer label" if n_of_label < n else ""
+    few = ", so a rough guess" if n_of_label < FEW_CLUSTERS else ""
+    return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{rare}{few}"
 
 
 def facts_on_test(maps: MapFigures) -> Facts:

@@ -36,6 +36,7 @@ from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.budget import ROW_S, BudgetClock
 from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged, lineage_of
+from pcam_automl.search.patience import PATIENCE, is_transient
 from pcam_automl.search.plan import SLOWEST_SHARE, scaled, trial_seconds
 from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.reading import ERROR, FIGURES, NO_DATABASE
@@ -161,7 +162,8 @@ class Objective:
             sa.exc.SQLAlchemyError,
         ) as fault:  # nobody's fault who trains: its rungs lie in checkpoints
             root = fault.__cause__ or fault
-            reason, self.goes_on = f"{NO_DATABASE}{type(root).__name__}: {str(root)[:500]}", True
+            self.goes_on = is_transient(fault) or PATIENCE.exhausted
+            reason = f"{NO_DATABASE if self.goes_on else ERROR}{type(root).__name__}: {str(root)[:500]}"
             raise
         except Exception as fault:
             root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it

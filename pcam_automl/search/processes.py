@@ -24,7 +24,7 @@ from pcam_automl import errors
 from pcam_automl.config import storage_url
 from pcam_automl.errors import Interrupted, PcamError, SearchFailed
 from pcam_automl.goals import Goal
-from pcam_automl.interrupt import StopSignal, stop_signal
+from pcam_automl.interrupt import ONE_SIGNAL_S, StopSignal, stop_signal
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.patience import patient
 from pcam_automl.search.reading import best_of, n_finished_in
@@ -218,10 +218,14 @@ class _Crew:
 
 def _end(workers: Sequence[BaseProcess]) -> None:
     """No worker outlives this process's interest in it."""
-    for worker in workers:
-        if worker.is_alive():
-            worker.terminate()
     until = time.monotonic() + _LAST_WORDS_S
+    for patience_s in (1.1 * ONE_SIGNAL_S, 0.0):  # a second request counts as one only if it is not the first once more
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        soon = time.monotonic() + patience_s
+        for worker in workers:
+            worker.join(max(0.0, soon - time.monotonic()))
     for worker in workers:
         worker.join(max(0.0, until - time.monotonic()))
         if worker.is_alive():

@@ -81,6 +81,7 @@ class Ranking:
         n_complete: complete lineages of the study, compared or not.
         n_patches: that the AUCs are of.
         n_clusters: slides among them; patches, where no slide is known.
+        n_independent: of them those that hold the label which fewer hold: what the intervals rest on.
         picked: the trial that ``finalize`` takes; None where ``trials`` is empty.
         why: the reason of that choice, for people.
         notes: what was left out and why.
@@ -90,6 +91,7 @@ class Ranking:
     n_complete: int
     n_patches: int = 0
     n_clusters: int = 0
+    n_independent: int = 0
     picked: int | None = None
     why: str = ""
     notes: tuple[str, ...] = ()
@@ -307,14 +309,13 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     if fault := _not_the_value(first, best):
         raise DataError(fault)
     cluster = clusters_of_rows(store, rows_of(first.ids, store.ids, store.part, of=file))
-    n_clusters = len(np.unique(cluster))
+    n_clusters, n_of_label = len(np.unique(cluster)), n_independent(first.label, cluster)
     limit = MOST_RANKED if n_clusters < len(cluster) else MOST_RANKED_WITHOUT_SLIDES
     compared = complete[: max(2, min(limit, MOST_ROWS_READ // max(len(cluster), 1)))]
     rows, probs, notes = _alike(first, compared, folder)
-    if n_clusters < FEW_SLIDES:
-        notes.append(
-            f"{n_clusters} slides are few: the intervals are wide, and hardly any trial can be told from another"
-        )
+    if n_of_label < FEW_SLIDES:
+        few = f"{n_of_label} slides" if n_of_label == n_clusters else f"{n_of_label} slides of a label"
+        notes.append(f"{few} are few: the intervals are wide, and hardly any trial can be told from another")
     if any(_device(row) != _device(best) for row in rows):
         notes.append("speeds are compared among trials of the best one's device only")
     trials = rank(
@@ -331,7 +332,7 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
         picked, why = choose_least_trained_tied(trials, views, start)
     else:
         picked, why = choose_cheapest_tied(trials)
-    return Ranking(trials, len(complete), len(cluster), n_clusters, picked, why, tuple(notes))
+    return Ranking(trials, len(complete), len(cluster), n_clusters, n_of_label, picked, why, tuple(notes))
 
 
 def _alike(

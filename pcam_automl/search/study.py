@@ -10,12 +10,13 @@ from typing import Any
 import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
-from pcam_automl.configs_folder import find_config, list_configs
+from pcam_automl.configs_folder import Kind, find_config, list_configs
 from pcam_automl.data.domains import with_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.errors import DataError, RecipeError, StudyError
+from pcam_automl.files import sha256_of_json
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
 from pcam_automl.recipe import PINS, Recipe, build_recipe, key_of
@@ -26,11 +27,12 @@ from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
 from pcam_automl.search.mirror import Mirror, find_mirror
 from pcam_automl.search.plan import SLOWEST_SHARE, trial_seconds
 from pcam_automl.search.reading import load_study
-from pcam_automl.search.space import SearchSpace, load_space, parse_space
+from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.whose_folder import claim
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
+from pcam_automl.yaml_text import parse_yaml, read_config_text
 
 VALIDATION_FOLD = 0
 DEFAULT_SPACE = "default"
@@ -199,11 +201,28 @@ def open_study(
 def own_files(asked: Asked) -> dict[str, str]:
     """Hashes of what the user's own YAML files say, by the option that names them (space, recipe); none of shipped ones."""
     found = {}
-    if asked.space is not None and asked.space not in list_configs("space"):
-        found["space"] = load_space(asked.space).hash
-    if asked.recipe is not None and asked.recipe not in list_configs("recipes"):
-        found["recipe"] = load_recipe(find_config("recipes", asked.recipe)).hash
+    kinds: tuple[tuple[str, Kind, str | None], ...] = (
+        ("space", "space", asked.space),
+        ("recipe", "recipes", asked.recipe),
+    )
+    for option, kind, name in kinds:
+        if name is not None and name not in list_configs(kind):
+            file = find_config(kind, name)
+            found[option] = sha256_of_json(parse_yaml(read_config_text(file), file.name))
     return found
+
+
+def _edited_files(settings: StudySettings, asked: Asked) -> list[str]:
+    """Options whose file says something else than when the study was made; a file that has gone changes nothing."""
+    held = settings.plan.get("files", {})
+    known = replace(
+        asked, space=asked.space if "space" in held else None, recipe=asked.recipe if "recipe" in held else None
+    )
+    try:
+        now = own_files(known)
+    except RecipeError:
+        return []
+    return [option for option, digest in now.items() if digest != held[option]]
 
 
 def split_as(store: PatchStore, settings: StudySettings) -> Split:
@@ -246,10 +265,9 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["prior"], remembered["prior"] = asked.prior, settings.prior or "none"
     if asked.space is not None:
         given["space"], remembered["space"] = asked.space, settings.plan["space_name"]
-    for option, digest in own_files(asked).items():
-        held = settings.plan.get("files", {}).get(option)
-        if held not in (None, digest):  # the name is the same
-            file = getattr(asked, option)
+    for option in _edited_files(settings, asked):
+        file = getattr(asked, option)
+        if file == remembered.get(option):
             given[option], remembered[option] = _Shown(f"{file} as it is now"), _Shown(f"{file} as it was then")
     check_unchanged(remembered, given, name)
 

@@ -128,7 +128,7 @@ def _run_trials(
         study.pruner.spared = lambda lineage, earlier: runs_through(lineage, earlier, seed=opened.settings.seed)
     trials = study.get_trials(deepcopy=False)  # once a trial: at 10,000 trials each read takes 10 ms
     earlier = trials  # what failed before this process began was for a cause that may be mended
-    in_a_row = 0
+    in_a_row: list[FrozenTrial] = []
     while True:
         objective.stop()
         objective.writer.check()  # a disk that is full shall not meet another trial
@@ -179,7 +179,7 @@ def _run_trials(
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
-        in_a_row = in_a_row + 1 if failed_by_itself(trial) else 0
+        in_a_row = [*in_a_row, trial] if failed_by_itself(trial) else []
         check_failures(trials, limits.n_trials, earlier, in_a_row)
 
 
@@ -325,15 +325,18 @@ def failed_by_itself(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and reason.startswith((ERROR, NO_DATABASE))
 
 
-def check_failures(trials: list[FrozenTrial], n_trials: int, earlier: list[FrozenTrial], in_a_row: int) -> None:
+def check_failures(
+    trials: list[FrozenTrial], n_trials: int, earlier: list[FrozenTrial], in_a_row: list[FrozenTrial]
+) -> None:
     """Raise SearchFailed once max(10, n_trials) trials ended in an error since the search began (``earlier`` were there by then); of a
     search by budget, 10 and as many as finished since. So do 10 failures in a row of this worker, whatever the others do: its machine
     is at fault.
     """
     errors = errors_of(trials)[len(errors_of(earlier)) :]
     allowed = n_trials if n_trials < NEVER_ENDS else n_finished_in(trials) - n_finished_in(earlier)
-    if in_a_row >= LEAST_FAILURES_ALLOWED or len(errors) >= max(LEAST_FAILURES_ALLOWED, allowed):
-        ((commonest, n),) = collections.Counter(errors).most_common(1) or [("the database did not answer", in_a_row)]
-        raise SearchFailed(
-            f"{max(in_a_row, len(errors))} trials failed, so the search stops; {n} times: {commonest.removeprefix(ERROR)}"
-        )
+    if len(in_a_row) >= LEAST_FAILURES_ALLOWED:
+        errors = [str(trial.user_attrs.get("reason", "no reason is known")) for trial in in_a_row]
+    elif len(errors) < max(LEAST_FAILURES_ALLOWED, allowed):
+        return
+    ((commonest, n),) = collections.Counter(errors).most_common(1)
+    raise SearchFailed(f"{len(errors)} trials failed, so the search stops; {n} times: {commonest.removeprefix(ERROR)}")

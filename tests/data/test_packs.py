@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from data_builders import patch_id, write_csv
 
-from pcam_automl.data.packs import find_pack
+from pcam_automl.data.packs import find_pack, holds
+from pcam_automl.data.sources import fingerprints, open_source
 from pcam_automl.data.store import VERSION, open_store
 from pcam_automl.errors import DataError
 
@@ -44,6 +45,23 @@ def test_one_table_given_for_the_other_makes_another_pack(kaggle: Path, tmp_path
     by_mistake = find_pack(kaggle, tmp_path / "packs", domains=tmp_path / "t.csv")
     meant = find_pack(kaggle, tmp_path / "packs", groups=tmp_path / "t.csv")
     assert (by_mistake.group_names, meant.group_names) == ((), ("s0", "s1", "s2"))
+
+
+def test_a_pack_of_before_the_fingerprint_told_slides_from_scanners_is_found_again(
+    kaggle: Path, tmp_path: Path
+) -> None:
+    write_csv(kaggle / "train_groups.csv", "id,group", [(patch_id(n), f"s{n % 3}") for n in range(8)])
+    packs = tmp_path / "packs"
+    made = find_pack(kaggle, packs)
+    new, older = fingerprints(open_source(kaggle))
+    assert (made.root.name, new != older) == (new[:16], True)
+    header = made.root / "store.json"
+    header.write_text(header.read_text().replace(new, older))
+    made.root.rename(packs / older[:16])
+    assert find_pack(kaggle, packs).root.name == older[:16]
+    assert holds(open_store(packs / older[:16]), open_source(kaggle))
+    write_csv(tmp_path / "d.csv", "id,domain", [(patch_id(n), "c") for n in range(8)])
+    assert not holds(open_store(packs / older[:16]), open_source(kaggle, domains=tmp_path / "d.csv"))
 
 
 def test_a_damaged_header_is_named_and_not_packed_over(kaggle: Path, tmp_path: Path) -> None:

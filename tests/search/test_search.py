@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy as sa
 import torch
 from easy_set import TINY, write_easy_set
 from optuna.exceptions import StorageInternalError
@@ -320,19 +321,32 @@ def test_a_trial_whose_database_is_away_is_gone_on_with(
     def away(*words: Any, **named: Any) -> None:
         calls.append(words)
         if len(calls) == 2:
-            raise StorageInternalError("An exception is raised during the commit.") from OSError("connection refused")
+            gone = sa.exc.OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+            raise StorageInternalError("An exception is raised during the commit.") from gone
         report(*words, **named)
 
     monkeypatch.setattr(objective_module, "report", away)
     assert search(opened, 1) == SearchEnd(1, "done")
     cut, again = opened.study.get_trials()
-    assert (cut.state, cut.user_attrs["reason"]) == (
-        TrialState.FAIL,
-        "interrupted: the database: OSError: connection refused",
-    )
+    assert cut.state == TrialState.FAIL
+    assert cut.user_attrs["reason"].startswith("interrupted: the database: OperationalError: ")
     assert again.params == cut.params
     assert again.user_attrs["lineage"] == cut.user_attrs["lineage"]
     assert again.user_attrs["rungs"][0] == cut.user_attrs["rungs"][0], "its first rung is not trained again"
+
+
+def test_a_fault_of_the_database_that_stays_is_the_trials_own(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise StorageInternalError("commit") from ValueError("Data too long for column")
+
+    opened = opened_in(tmp_path, asked)
+    monkeypatch.setattr(objective_module, "report", refused)
+    with pytest.raises(SearchFailed, match="10 trials failed.*10 times: ValueError: Data too long"):
+        search(opened, 500)
+    trials = opened.study.get_trials()
+    assert len({trial.user_attrs["lineage"] for trial in trials}) == 10, "its slot takes another recipe"
 
 
 def test_a_machine_without_the_weights_refuses_before_its_trials_fail(tmp_path: Path, asked: Asked) -> None:
@@ -378,6 +392,8 @@ def test_an_edited_space_is_not_taken_for_the_one_that_the_study_began_with(tmp_
     mine = Asked(data=easy_pack, space=str(file), weights="none", views=64)
     url = opened_in(tmp_path, mine).url
     file.write_text("# a remark\n" + text)
+    open_study("tiny", url, mine)
+    file.rename(tmp_path / "moved.yaml")
     open_study("tiny", url, mine)
     file.write_text(text.replace("1.0e-2", "2.0e-2"))
     with pytest.raises(StudyError, match=r"mine.yaml as it is now"):
