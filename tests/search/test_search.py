@@ -343,7 +343,7 @@ def test_a_fault_of_the_database_that_stays_is_the_trials_own(
 
     opened = opened_in(tmp_path, asked)
     monkeypatch.setattr(objective_module, "report", refused)
-    with pytest.raises(SearchFailed, match="10 trials failed.*10 times: ValueError: Data too long"):
+    with pytest.raises(SearchFailed, match=r"10 trials failed.*10 times: ValueError: Data too long"):
         search(opened, 500)
     trials = opened.study.get_trials()
     assert len({trial.user_attrs["lineage"] for trial in trials}) == 10, "its slot takes another recipe"
