@@ -384,6 +384,7 @@ def _train_member(
             speed=opened.speed_book,
             out=folder,
             provenance=provenance,
+            judged_rows=rows.held if len(rows.held) else None,
             pace=pace,
             watch=replace(watch.train, trained=lambda training: last.update(_weights_of(training)))
             if keeps

@@ -9,7 +9,8 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names in glibc's malloc.h
 _MOST = 2**31 - 1
-_LARGEST_ON_HEAP = 2**30
+_LARGEST_ON_HEAP, _LARGEST_OF_OLD = 2**30, 2**25
+"""What mallopt takes, and the most that older glibc takes (mallopt(3))."""
 
 
 @cache
@@ -29,7 +30,8 @@ def keep_freed_memory() -> bool:
     library = _c_library()
     if library is None:
         return False
-    return bool(library.mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP) and library.mallopt(_TRIM_THRESHOLD, _MOST))
+    on_heap = any(library.mallopt(_MMAP_THRESHOLD, size) for size in (_LARGEST_ON_HEAP, _LARGEST_OF_OLD))
+    return bool(library.mallopt(_TRIM_THRESHOLD, _MOST)) and on_heap
 
 
 def return_freed_memory() -> None:

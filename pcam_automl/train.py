@@ -90,8 +90,12 @@ def train_to_bundle(
     provenance: dict[str, Any],
     pace: Pace | None = None,
     watch: TrainWatch | None = None,
+    judged_rows: np.ndarray | None = None,
 ) -> Trained:
     """Train, write the bundle into ``out``, remove the checkpoints. The same call after a kill goes on.
+
+    Low precision is chosen for predicting by ``judged_rows``, patches that nothing trains on, else by those that are scored; by training
+    rows, which a network knows by heart, only where there are no others.
 
     With a ``pace`` the training ends by the clock instead of after the recipe's epochs, and nothing is scored on its way.
 
@@ -147,7 +151,7 @@ def train_to_bundle(
                     stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
                 )
         watch.trained(training)
-        bundle = _bundle(training, rows, store, provenance, began, by_clock=pace is not None)
+        bundle = _bundle(training, rows, store, provenance, began, by_clock=pace is not None, judged=judged_rows)
         if ranks().is_first:
             write_bundle(out, bundle)
             speed.note_micro_batch(recipe, device, training.micro_batch)
@@ -237,6 +241,7 @@ def _bundle(
     began: float,
     *,
     by_clock: bool = False,
+    judged: np.ndarray | None = None,
 ) -> ModelBundle:
     recipe = training.recipe
     kept = best_result(training.results, recipe)
@@ -276,7 +281,8 @@ def _bundle(
         record["fold"] = validation_fold(store, recipe, provenance["fold"])
     data = training.task.data
     if not isinstance(training.task, DenseTask):
-        judged = rows.score if len(rows.score) else rows.train
+        if judged is None or len(np.unique(store.label[judged])) < 2:
+            judged = rows.score if len(rows.score) else rows.train
         views = Views(recipe, data.normalisation)
         with training.averaged() as network:
             precision, moved = inference_precision(network, data.patches, judged, data.label, views, training.compute)

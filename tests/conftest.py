@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 from easy_set import write_easy_set
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two xdist workers on two cores; intra-op threads would fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+
+# The same examples in every run and no deadline: what a property misses is found by PCAM_TEST_HYPOTHESIS=default, not by somebody's push.
+settings.load_profile(os.environ.get("PCAM_TEST_HYPOTHESIS", "ci"))
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -44,6 +48,15 @@ def _quick_studies() -> Iterator[None]:
 
             patch.setattr(storage._VersionManager, "_create_alembic_script", script)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _not_deterministic_for_ever() -> Iterator[None]:
+    """A deterministic study sets torch's mode for its process; the next test is another."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_the_pack_to_predict_has_its_test_patches(
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 def test_the_peak_of_a_process_is_seen() -> None:
-    code = "import time; held = bytes(range(256)) * 400_000; time.sleep(0.2); del held; time.sleep(0.1); print('done')"
+    code = "import time; held = bytes(range(256)) * 400_000; time.sleep(2.0); del held; time.sleep(0.1); print('done')"
     peak, said = inference.peak_anonymous_bytes([sys.executable, "-c", code])
     assert 100e6 < peak < 250e6
     assert said.split() == ["done"]

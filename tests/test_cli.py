@@ -60,9 +60,8 @@ def test_help_answers_fast_and_without_torch() -> None:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         seconds.append(time.perf_counter() - began)
     assert "finalize" in text
-    assert min(seconds) < 0.5 * (
-        4 if os.environ.get("PYTEST_XDIST_WORKER") else 1
-    )  # the other test worker takes its share
+    # Half a second alone (benchmarks/startup); the other test worker, and a slow machine, take their share.
+    assert min(seconds) < (5.0 if os.environ.get("PYTEST_XDIST_WORKER") else 0.5)
 
 
 def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_report_and_explanations_of_a_bundle(synthetic_set: Path, in_tmp: Path
     data = ["--data", str(synthetic_set), "--device", "cpu"]
     run("train", "default", "--out", "b", "--weights", "none", "--set", "views=64", *data, *TINY)
     page = Path("b/report.html").read_text()
-    assert "pcam-automl train" not in page or "ROC" in page
+    assert "ROC" in page
     Path("b/report.html").unlink()
     run("report", "--model", "b", *data)
     assert "Grad-CAM" in Path("b/report.html").read_text()

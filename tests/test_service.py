@@ -65,13 +65,13 @@ def test_what_dies_is_started_again_with_a_pause(monkeypatch: pytest.MonkeyPatch
     assert not child.is_up
 
 
-def test_who_does_not_listen_is_killed_in_the_end() -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+def test_who_does_not_listen_is_killed_in_the_end(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    deaf = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(600)"
     child, said = Child("deaf", [sys.executable, "-c", deaf]), []
     supervisor = Supervisor([child], said.append)
     with pytest.raises(Enough):
-        supervisor.watch(until(lambda: child.is_up), pause_s=0.01)
-    time.sleep(0.5)  # until it is deaf
+        supervisor.watch(until(ready.exists), pause_s=0.01)
     supervisor.end(0.3)
     assert not child.is_up
     assert said == ["deaf did not end within 0 s and is killed"]

@@ -71,7 +71,7 @@ def test_a_killed_training_is_gone_on_from_only_with_the_same_rows(
     killed_after_an_epoch(store, 0, tmp_path / "b", book)
     again = trained(store, RECIPE, fold, tmp_path / "b", book, note=notes.append)
     fresh = trained(store, RECIPE, fold, tmp_path / "fresh", book)
-    assert [("another recipe, seed, fold or data" in note) for note in notes] == ([] if fold == 0 else [True])
+    assert [("another recipe, seed, fold, data or weights" in note) for note in notes] == ([] if fold == 0 else [True])
     assert all(torch.equal(again.state[name], fresh.state[name]) for name in fresh.state)
 
 

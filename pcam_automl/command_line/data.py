@@ -65,7 +65,14 @@ def quickstart(
 def score(
     submission: Annotated[Path, typer.Argument(help="CSV id,label with probabilities.")],
     labels: Annotated[Path, typer.Option("--labels", help="CSV id,label with the truth.", metavar="CSV")],
-    groups: Groups = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            "--groups",
+            help="CSV id,group: the slide of each patch; without it the interval treats patches as independent.",
+            metavar="CSV",
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option("--threshold", min=0.0, max=1.0, help="For the accuracy.")] = 0.5,
     json: Json = False,
 ) -> None:

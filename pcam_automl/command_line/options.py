@@ -117,7 +117,7 @@ WeightsFrom = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model.",
+        help="auto (timm's hub where it answers, else from scratch), hub, none, or a folder of safetensors named after the timm model; by default auto where the recipe is pretrained (search: also for recipe default), else none.",
         metavar="auto|hub|none|DIR",
     ),
 ]

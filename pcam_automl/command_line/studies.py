@@ -135,7 +135,8 @@ def finalize(
     epochs: Annotated[
         float | None,
         typer.Option(
-            "--epochs", help="Passes over the training patches; by default four times a trial's views, 3 to 20 epochs."
+            "--epochs",
+            help="Passes over the training patches; by default what the budget leaves, without one four times a trial's views (3 to 20 epochs). Recipes with a schedule of their own keep theirs.",
         ),
     ] = None,
     confirm: Annotated[
@@ -164,7 +165,7 @@ def finalize(
         typer.Option(
             "--keep-back",
             help="Share of the patches, in whole slides, that the final training leaves out, so that the printed AUC is of the final "
-            "network; by default 0.1 with a budget and no holdout, else 0: everything is trained on.",
+            "network; by default 0.1 with a budget (not with --no-budget or --epochs) and no holdout, else 0: everything is trained on.",
             metavar="F",
         ),
     ] = None,

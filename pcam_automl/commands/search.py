@@ -112,7 +112,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     """Print the plan and run trials on the devices, in this process or in one for each of several."""
     from pcam_automl.commands.workers import run_many
     from pcam_automl.search.objective import Objective
-    from pcam_automl.search.overview import SEARCHED_KEY
+    from pcam_automl.search.overview import SEARCHED_KEY, SEARCHED_TRIALS_KEY
     from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES
     from pcam_automl.search.turns import NEVER_ENDS, Limits
     from pcam_automl.search.worker import run_worker
@@ -144,7 +144,8 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
                     end = run_worker(objective, limits, finished=show.finished)
     finally:
         ledger.note()
-    if end.why == "budget" and work.budget_s is not None:
+    if end.why in ("budget", "done") and work.budget_s is not None:
+        opened.study.set_user_attr(SEARCHED_TRIALS_KEY, work.n_trials if end.why == "done" else None)
         opened.study.set_user_attr(SEARCHED_KEY, work.budget_s)
     return end
 

@@ -53,7 +53,7 @@ def parse_plain(raw: bytes, max_side_px: int) -> PlainTiff | None:
         values, date = _read_values(raw, order, entries, places)
     except struct.error:
         return None
-    if next_page or values is None or not values.keys() >= _NEEDED:
+    if next_page or values is None or not values.keys() >= _NEEDED or len(values[_WIDTH]) + len(values[_HEIGHT]) != 2:
         return None
     shape = (values[_HEIGHT][0], values[_WIDTH][0], 3)
     if not (0 < shape[0] <= max_side_px and 0 < shape[1] <= max_side_px) or len(values[_BITS]) != 3:

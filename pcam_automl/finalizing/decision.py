@@ -154,7 +154,9 @@ def _cheapest_tied(
     alike = [
         (one, scores)
         for one in confirmed
-        if (scores := held[one.lineage].one_view) is not None and np.array_equal(scores.rows, first.rows)
+        if (scores := held[one.lineage].one_view) is not None
+        and np.array_equal(scores.rows, first.rows)
+        and np.array_equal(scores.label, first.label)  # pixels of the same images may be others
     ]
     ranks = rank(
         first.label,

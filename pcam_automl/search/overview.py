@@ -20,10 +20,11 @@ from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.reading import CLOCK_KEY, ERROR, SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS
 
-PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY = (
-    f"pcam_automl:{name}" for name in ("priority", "submitted", "searched_budget_s")
+PRIORITY_KEY, SUBMITTED_KEY, SEARCHED_KEY, SEARCHED_TRIALS_KEY = (
+    f"pcam_automl:{name}" for name in ("priority", "submitted", "searched_budget_s", "searched_trials")
 )
-"""Study attributes: of the queue (higher first, then earlier), and the budget whose search's part is over."""
+"""Study attributes: of the queue (higher first, then earlier); the budget whose search's part is over, and the total that it was over
+with before its time, None where the time ended it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,17 @@ class StudyLine:
 
     @property
     def wants_workers(self) -> bool:
-        """Whether another worker would find something to do: slots that are open or not made yet, and budget left."""
+        """Whether another worker would find something to do: slots that are open or not made yet, and budget left; or, where the total is
+        reached and a budget is left, trials that were stopped early and may go on.
+        """
         if self.total is None and self.budget_s is None:
             return False
         if self.budget_s is not None and (self.searched or self.spent_s >= self.budget_s):
             return False
         held = self.slots.get("done", 0) + self.slots.get("claimed", 0)
-        return self.total is None or held < self.total
+        if self.total is None or held < self.total:
+            return True
+        return self.budget_s is not None and not self.slots.get("claimed", 0) and self.states.get("pruned", 0) > 0
 
     @property
     def is_over(self) -> bool:
@@ -153,15 +158,18 @@ def _read(engine: sa.Engine) -> list[StudyLine]:
             continue
         budget, settings = known.get(CLOCK_KEY), json.loads(known[SETTINGS_KEY])
         short = short_search(settings.get("plan", {}).get("budget"), budget)
+        total = known.get(TRIALS_KEY) or (short.n_trials if short is not None else None)
         found.append(
             StudyLine(
                 name=name,
                 priority=int(known.get(PRIORITY_KEY, 0)),
                 submitted=float(known.get(SUBMITTED_KEY, began.get(number, 0.0))),
-                total=known.get(TRIALS_KEY) or (short.n_trials if short is not None else None),
+                total=total,
                 budget_s=None if budget is None else float(budget),
                 spent_s=union_of_attrs(known),
-                searched=budget is not None and known.get(SEARCHED_KEY) == budget,
+                searched=budget is not None
+                and known.get(SEARCHED_KEY) == budget
+                and known.get(SEARCHED_TRIALS_KEY) in (None, total),
                 states=states.get(number, {}),
                 slots=slots.get(name, {}),
                 best=bests.get(number),

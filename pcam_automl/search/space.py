@@ -136,7 +136,10 @@ class SearchSpace:
         if smallest_input is None or recipe.task == "dense":
             return recipe
         raised = _raised(recipe.network_px, smallest_input(recipe.backbone))
-        return recipe if raised == recipe.network_px else build_recipe({**fields, "input_size": raised}, where="trial")
+        if raised == recipe.network_px:
+            return recipe
+        size = None if raised == recipe.crop_size else raised
+        return build_recipe({**fields, "input_size": size}, where="trial")
 
     def is_whole(self, recipe: Recipe) -> bool:
         """Whether :meth:`params_of` the recipe leaves the sampler nothing to fill in."""

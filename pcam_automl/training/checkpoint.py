@@ -151,6 +151,11 @@ def newest_checkpoint(
     return None
 
 
+def numbered_checkpoints(root: Path) -> list[Path]:
+    """All ``<root>/<number>``, whosever they are."""
+    return [folder for folder in root.iterdir() if folder.name.isdigit()] if root.is_dir() else []
+
+
 def keep_newest(root: Path, n: int) -> None:
     """Remove all but the ``n`` highest-numbered checkpoints."""
     numbered = sorted((int(f.name), f) for f in root.iterdir() if f.name.isdigit())

@@ -163,7 +163,7 @@ class DenseTask:
         self._spec = augment_spec(recipe)
         self._sample: PixelSample | None = None
         if len(data.score_rows):
-            self._sample = PixelSample(data.masks, data.score_rows, key_of(recipe.seed, "scored pixels"))
+            self._sample = PixelSample(data.masks, data.score_rows, key_of(0, "scored pixels"))
             if (n_positive := int(self._sample.label.sum())) in (0, len(self._sample.label)):
                 what = "no tumour" if n_positive == 0 else "nothing but tumour"
                 raise DataError(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,6 +102,8 @@ class Training:
     ) -> None:
         self.recipe, self.task, self.compute, self.key = recipe, task, compute, key
         self.data_key = data_key  # of the data and rows; a checkpoint of others is not gone on from
+        self.weights = "none"  # that it started from; the same
+        self.foreign: list[Path] = []  # checkpoints of another training in its place, to go once it has one of its own
         self.network = compute.place(network)
         self.optimizer = build_optimizer(self.network, recipe)
         self.average = WeightAverage(self.network, recipe.ema) if recipe.ema > 0 else None
@@ -129,9 +132,9 @@ class Training:
         stop: Callable[[], None],
         progress: ProgressCall,
     ) -> Segment:
-        """Steps over the views [first, last), each of exactly ``batch_size``."""
+        """Steps over the views [first, last), each of exactly ``batch_size``; what does not fill one carries over to the next call."""
         batch_size = self.recipe.batch_size
-        n_steps = max(1, round((last - first) / batch_size)) if last > first else 0
+        n_steps = max(1, round(last / batch_size) - round(first / batch_size)) if last > first else 0
         seed = key_of(self.key, "dropout", first)  # a resumed segment drops the same units, each rank others
         torch.manual_seed((seed if ranks().is_first else key_of(seed, "rank", ranks().rank)) >> 1)
         began = time.perf_counter()
@@ -246,7 +249,7 @@ class Training:
 
     def _cuts(self, n: int) -> list[slice]:
         """Micro-batches of n images, of equal size to one image: a rest of a single one would have no batch statistics."""
-        n_cuts = math.ceil(n / self.micro_batch)
+        n_cuts = max(1, min(math.ceil(n / self.micro_batch), n // 2))
         ends = [n * number // n_cuts for number in range(n_cuts + 1)]
         return [slice(first, last) for first, last in itertools.pairwise(ends)]
 

@@ -8,6 +8,7 @@ there is one curve over the last rung's views, and the rungs are the points at w
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,7 +20,13 @@ from pcam_automl.batches import ViewStream
 from pcam_automl.errors import DataError
 from pcam_automl.metrics import worst_domain_auc
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.checkpoint import CheckpointWriter, keep_newest, newest_checkpoint, write_checkpoint
+from pcam_automl.training.checkpoint import (
+    CheckpointWriter,
+    keep_newest,
+    newest_checkpoint,
+    numbered_checkpoints,
+    write_checkpoint,
+)
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
 from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
@@ -117,7 +124,10 @@ def _rung(
         return rates_at(recipe, view, end=end, horizon=horizon)
 
     def branch_rates(view: int) -> Rates:
-        return rates_of(view).times(decay_branch((view - stable) / (rung.views - stable)))
+        middle = (
+            view + recipe.batch_size / 2 - stable
+        )  # of the step: a branch of one or two would begin at the full rate
+        return rates_of(view).times(decay_branch(middle / (rung.views - stable)))
 
     done = training.train(stream, start, stable, rates_of, stop, progress)
     kept = training.snapshot() if wsd and (not last or keep_final) else None
@@ -214,6 +224,7 @@ def save(
         "best": None if training.best is None else training.best[0],
         "key": training.key,
         "data": training.data_key,
+        "weights": training.weights,
         "recipe": training.recipe.hash,
         "compute": training.compute.to_json(),
         "micro_batch": training.micro_batch,
@@ -227,8 +238,13 @@ def save(
         "results": [asdict(result) for result in training.results],
     }
 
+    foreign, training.foreign = training.foreign, []
+
     def write() -> None:
         write_checkpoint(root / str(index), parts=parts, state=state)
+        for folder in foreign:  # of another training, and perhaps of higher numbers: they would outlast ours
+            if folder.name != str(index):
+                shutil.rmtree(folder, ignore_errors=True)
         keep_newest(root, 2)
         if written is not None:
             written(root / str(index))
@@ -260,11 +276,14 @@ def _take_over(training: Training, root: Path | None, note: Callable[[str], None
     if found is None:
         return
     folder, parts, state = found
-    if (state["recipe"], state["key"], state.get("data")) != (training.recipe.hash, training.key, training.data_key):
+    theirs = (state["recipe"], state["key"], state.get("data"), state.get("weights", training.weights))
+    if theirs != (training.recipe.hash, training.key, training.data_key, training.weights):
         # with other rows, weights that saw the validation patches would be gone on from
-        note(f"{folder} belongs to another recipe, seed, fold or data; training starts afresh")
+        training.foreign = numbered_checkpoints(folder.parent)
+        note(f"{folder} belongs to another recipe, seed, fold, data or weights; training starts afresh")
         return
     if state.get("by_clock", by_clock) != by_clock:  # its place in the schedule means nothing in the other one
+        training.foreign = numbered_checkpoints(folder.parent)
         kinds = ("epochs", "the clock") if by_clock else ("the clock", "epochs")
         note(f"{folder} belongs to a training that ended by {kinds[0]}, this one ends by {kinds[1]}; it starts afresh")
         return

@@ -5,24 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pcam_automl.models.cnn import ElementPReLU
 from pcam_automl.models.layers import depth_groups
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.schedule import Rates
 
 
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer; matrices and kernels have weight decay, biases and norms have none.
+    """The recipe's optimizer; matrices and kernels have weight decay, biases and norms have none, nor has what a network spares itself.
 
     Each group carries ``depth`` in [0, 1] (first layers to head) and ``decays``, which :func:`set_rates` reads. Groups
     by depth exist only where the recipe has discriminative rates, so that other trainings keep two large groups.
     """
     layered = any(phase.lr_low is not None for phase in recipe.phases)
     parts = depth_groups(network) if layered else [list(network.parameters())]
-    groups = []
+    groups, spared = [], _without_decay(network)
     for number, part in enumerate(parts):
         depth = number / (len(parts) - 1) if len(parts) > 1 else 1.0
         for decays in (True, False):
-            if members := [p for p in part if (p.ndim > 1) == decays]:
+            if members := [p for p in part if (p.ndim > 1 and id(p) not in spared) == decays]:
                 decay = recipe.weight_decay if decays else 0.0
                 groups.append({"params": members, "weight_decay": decay, "depth": depth, "decays": decays})
     betas = (recipe.beta1, recipe.beta2)
@@ -36,6 +37,16 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     return torch.optim.RMSprop(
         groups, lr=recipe.lr, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, foreach=True
     )
+
+
+def _without_decay(network: nn.Module) -> set[int]:
+    """Ids of parameters of several dimensions that are no weights: position embeddings and tokens, by timm's word, and PReLU's slopes."""
+    found = {id(module.slope) for module in network.modules() if isinstance(module, ElementPReLU)}
+    for part in (network, getattr(network, "backbone", None)):
+        if isinstance(part, nn.Module) and callable(named := getattr(part, "no_weight_decay", None)):
+            parameters = dict(part.named_parameters())
+            found |= {id(parameters[name]) for name in named() if name in parameters}
+    return found
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
@@ -55,9 +66,17 @@ class WeightAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.n_updates = 0
-        self._live = [t for t in network.state_dict(keep_vars=True).values() if t.is_floating_point()]
+        # A tensor under several names (timm's coat_* register layers again in each block) is averaged and swapped once.
+        self._live: list[Tensor] = []
+        self._of_name: dict[str, int] = {}
+        places: dict[int, int] = {}
+        for name, tensor in network.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                if id(tensor) not in places:
+                    places[id(tensor)] = len(self._live)
+                    self._live.append(tensor)
+                self._of_name[name] = places[id(tensor)]
         self._average = [t.detach().clone() for t in self._live]
-        self._names = [name for name, t in network.state_dict().items() if t.is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -75,12 +94,17 @@ class WeightAverage:
             average.copy_(held)
 
     def state(self) -> dict[str, Tensor]:
-        """Name to averaged tensor."""
-        return dict(zip(self._names, self._average, strict=True))
+        """Name to averaged tensor; of a tensor with several names the others have copies."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, place in self._of_name.items():
+            found[name] = self._average[place].clone() if place in seen else self._average[place]
+            seen.add(place)
+        return found
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor], n_updates: int) -> None:
         """Take over what :meth:`state` gave."""
-        for name, average in zip(self._names, self._average, strict=True):
-            average.copy_(state[name])
+        for name, place in self._of_name.items():
+            self._average[place].copy_(state[name])
         self.n_updates = n_updates

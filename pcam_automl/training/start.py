@@ -148,6 +148,7 @@ def start_training(
     network = build_network(recipe, weights, seed=recipe.seed)
     task: Task = (DenseTask if recipe.task == "dense" else PatchTask)(recipe, data, compute, key)
     training = Training(recipe, network, task, compute, key=key, data_key=data_key(store, rows))
+    training.weights = str(weights) if recipe.pretrained else "none"
     if patches.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(patches.device)  # what is recorded is this training's, not the probes'
     return training

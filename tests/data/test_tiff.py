@@ -76,6 +76,16 @@ def test_a_side_above_the_limit_is_left_to_tifffile() -> None:
     assert parse_plain(PLAIN["tifffile"], 24) is not None
 
 
+@pytest.mark.parametrize("tag", [256, 257])
+def test_two_widths_or_heights_are_left_to_tifffile(tag: int) -> None:
+    raw = bytearray(PLAIN["pillow deflate"])
+    (at,) = struct.unpack_from("<I", raw, 4)
+    (n_tags,) = struct.unpack_from("<H", raw, at)
+    place = next(p for p in range(at + 2, at + 2 + 12 * n_tags, 12) if struct.unpack_from("<H", raw, p)[0] == tag)
+    struct.pack_into("<I", raw, place + 4, 2)
+    assert fast(bytes(raw)) is None
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_what_a_damaged_header_gives_is_what_tifffile_gives(data: st.DataObject) -> None:

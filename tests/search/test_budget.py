@@ -96,7 +96,7 @@ def test_a_short_search_keeps_its_end_and_only_for_its_own_budget() -> None:
     assert clock.left_s() == pytest.approx(short.seconds, abs=1.0)
     assert clock.left_for_rungs_s() > clock.left_s()
     whole = BudgetClock(180.0, 0.0, time.monotonic(), 1000)
-    assert whole.left_for_rungs_s() == pytest.approx(whole.left_s(), abs=0.1)
+    assert whole.left_for_rungs_s() == pytest.approx(whole.left_s(), abs=1.0)
 
 
 def test_a_short_search_has_one_rung_and_ends_in_time_unless_start_up_was_slow() -> None:

@@ -15,7 +15,15 @@ from optuna.trial import TrialState
 from planted_study import settings_of
 
 from pcam_automl.search.budget import RUN_KEY
-from pcam_automl.search.overview import SEARCHED_KEY, StudyLine, next_study, note_asked, overview, submit
+from pcam_automl.search.overview import (
+    SEARCHED_KEY,
+    SEARCHED_TRIALS_KEY,
+    StudyLine,
+    next_study,
+    note_asked,
+    overview,
+    submit,
+)
 from pcam_automl.search.reading import SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import Slots
 from pcam_automl.search.storage import engine_of, open_storage
@@ -107,6 +115,10 @@ def test_the_lowest_value_is_best_where_the_study_minimises(tmp_path: Path) -> N
         ({"total": None, "budget_s": 60.0, "searched": True}, False, True),
         ({"budget_s": 60.0, "spent_s": 60.0}, False, True),
         ({"budget_s": 60.0, "slots": {"done": 10}}, False, True),
+        ({"budget_s": 60.0, "slots": {"done": 10}, "states": {"pruned": 3}}, True, False),
+        ({"budget_s": 60.0, "slots": {"done": 9, "claimed": 1}, "states": {"pruned": 3}}, False, False),
+        ({"budget_s": 60.0, "slots": {"done": 10}, "states": {"pruned": 3}, "searched": True}, False, True),
+        ({"slots": {"done": 10}, "states": {"pruned": 3}}, False, True),
     ],
 )
 def test_who_wants_workers(changes: dict[str, object], wants: bool, over: bool) -> None:
@@ -143,3 +155,17 @@ def test_a_larger_budget_wants_workers_again(tmp_path: Path) -> None:
     assert not overview(storage.engine)[0].wants_workers
     note_asked(study, None, 120.0)
     assert overview(storage.engine)[0].wants_workers
+
+
+def test_a_search_that_was_over_before_its_time_goes_on_with_a_larger_total(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.set_user_attr(SETTINGS_KEY, settings_of().model_dump_json())
+    note_asked(study, 4, 60.0)
+    study.set_user_attr(SEARCHED_TRIALS_KEY, 4)
+    study.set_user_attr(SEARCHED_KEY, 60.0)
+    assert overview(storage.engine)[0].searched
+    note_asked(study, 8, 60.0)
+    assert overview(storage.engine)[0].wants_workers
+    study.set_user_attr(SEARCHED_TRIALS_KEY, None)  # the time ended it
+    assert not overview(storage.engine)[0].wants_workers

@@ -84,6 +84,9 @@ class Killer:
             self.states.append([trial.state for trial in self.opened.study.get_trials()])
         if event.kind == self.kind and [e.kind for e in self.said].count(self.kind) in self.at:
             owners = [slot.owner for slot in self.slots.claimed() if slot.owner]
+            if not owners:  # both are between two trials: at the next such event
+                self.at = (*self.at, [e.kind for e in self.said].count(self.kind) + 1)
+                return
             self.killed.append(int(owners[0].split(":")[-2]))
             os.kill(self.killed[-1], signal.SIGKILL)
 
@@ -198,7 +201,7 @@ def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None
     assert reasons <= {"interrupted"}
 
 
-def test_a_workers_own_fault_is_raised_here(opened: OpenStudy) -> None:
+def test_a_workers_own_fault_is_raised_here(opened: OpenStudy, warm: None) -> None:
     with stop_signal("") as stop, stop.deferred(), pytest.raises(StudyError, match="there is no study 'other'"):
         run_workers(task_of(opened, 5, "other"), ["cpu"], stop=stop, heard=lambda event: None)
 

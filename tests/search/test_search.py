@@ -121,7 +121,8 @@ def test_trial_0_is_the_known_good_recipe(tmp_path: Path, asked: Asked) -> None:
 def test_same_seed_same_study_other_seed_another(tmp_path: Path, asked: Asked) -> None:
     runs = []
     for number, seed in enumerate((1, 1, 2)):
-        opened = opened_in(tmp_path / str(number), replace(asked, seed=seed, views=64))
+        # Deterministic: which variant of a network is the quickest is measured in each study.
+        opened = opened_in(tmp_path / str(number), replace(asked, seed=seed, views=64, deterministic=True))
         search(opened, 3)
         runs.append([(t.params, t.value) for t in opened.study.get_trials()])
     assert runs[0] == runs[1]

@@ -86,6 +86,9 @@ def test_a_connection_that_died_while_it_rested_is_replaced(monkeypatch: pytest.
     other = sa.create_engine(normalised_url(postgres_url), poolclass=sa.NullPool)
     with other.connect() as connection:
         connection.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        there = sa.text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+        while connection.execute(there, {"pid": pid}).scalar_one():  # it ends when it gets round to it
+            time.sleep(0.02)
     time.sleep(0.1)
     monkeypatch.setattr(connections, "RESTED_S", 0.05)
     with connections.reading(engine) as connection:

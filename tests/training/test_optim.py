@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pcam_automl.models.factory import build_network
+from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training.optim import WeightAverage, build_optimizer, set_rates
 from pcam_automl.training.schedule import Rates, decay_branch, one_cycle, rates_at, warm_up
@@ -57,6 +59,49 @@ def test_weight_average_follows_its_definition() -> None:
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * network.weight.detach()
     torch.testing.assert_close(average.state()["weight"], expected)
+
+
+def test_a_tensor_under_several_names_is_averaged_and_swapped_once() -> None:
+    """As timm's coat_* register their position encodings again in every block."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 2)
+            self.again = self.first
+
+    network = Twice()
+    average = WeightAverage(network, decay=0.5)
+    with torch.no_grad():
+        network.first.weight.add_(1.0)
+    average.update()
+    raw, state = network.first.weight.detach().clone(), average.state()
+    assert set(state) == set(network.state_dict())
+    assert torch.equal(state["first.weight"], state["again.weight"])
+    assert state["first.weight"].data_ptr() != state["again.weight"].data_ptr(), "or no checkpoint could hold both"
+    averaged = state["first.weight"].clone()
+    average.swap()
+    assert torch.equal(network.again.weight, averaged)
+    average.swap()
+    assert torch.equal(network.first.weight, raw)
+    other = WeightAverage(Twice(), decay=0.5)
+    other.load(state, 1)
+    assert torch.equal(other.state()["again.weight"], averaged)
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [("vit_tiny_patch16_224", ("pos_embed", "cls_token")), ("keras_cnn_1", ("slope",))],
+)
+def test_what_a_network_spares_from_decay_is_spared(name: str, spared: tuple[str, ...]) -> None:
+    recipe = Recipe(backbone=name, crop_size=64, cnn_activation="prelu" if name.startswith("keras") else None)
+    network = build_network(recipe, Weights("none"), seed=0)
+    groups = build_optimizer(network, recipe).param_groups
+    decays = {id(p): group["decays"] for group in groups for p in group["params"]}
+    found = [decays[id(p)] for key, p in network.named_parameters() if key.rpartition(".")[2] in spared]
+    assert len(found) >= len(spared)
+    assert not any(found)
+    assert any(decays.values())
 
 
 def test_swapping_twice_changes_nothing() -> None:
