@@ -270,7 +270,7 @@ def _n_of_earlier_calls(
     return sum(
         any(
             _holds(folder, recipe, opened, rows.train)
-            or can_go_on(recipe, opened.store, rows.train, none, folder, by_clock=True)
+            or can_go_on(recipe, opened.store, rows.train, none, folder, weights=opened.weights, by_clock=True)
             for recipe in recipes
         )
         for folder in (member_folder(out, number) for number in range(n))
@@ -347,7 +347,9 @@ def _train_member(
     )
     if not done:
         begun = pace is not None and from_first(
-            lambda: can_go_on(recipe, opened.store, rows.train, rows.train[:0], folder, by_clock=True)
+            lambda: can_go_on(
+                recipe, opened.store, rows.train, rows.train[:0], folder, weights=opened.weights, by_clock=True
+            )
         )
         if used_up and not begun:
             raise _used_up(opened)
@@ -407,7 +409,10 @@ def _much_longer(folder: Path, opened: OpenStudy, planned: int) -> int:
     if not (folder / CARD).is_file():
         return 0
     known = load_bundle(folder).provenance
-    own = known.get("study_id") is not None and known.get("study_id") == opened.study.user_attrs.get(ID_KEY)
+    if (study_id := known.get("study_id")) is not None:
+        own = study_id == opened.study.user_attrs.get(ID_KEY)
+    else:  # of before 2026-11-30
+        own = (known.get("study"), known.get("split_hash")) == (opened.name, opened.split.hash)
     seen = int(known.get("views_seen", 0))
     return seen if own and planned < MUCH_SHORTER * seen else 0
 

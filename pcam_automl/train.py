@@ -171,6 +171,7 @@ def can_go_on(
     score_rows: np.ndarray,
     out: Path,
     *,
+    weights: Weights,
     by_clock: bool,
 ) -> bool:
     """Whether :func:`train_to_bundle` would go on from a checkpoint there, by the clock or by epochs."""
@@ -178,8 +179,9 @@ def can_go_on(
     if found is None:
         return False
     state, rows = found[2], choose_rows(store, recipe, train_rows, score_rows)
-    theirs = (state["recipe"], state.get("data"), state.get("by_clock", by_clock))
-    return theirs == (recipe.hash, data_key(store, rows), by_clock)
+    own = (recipe.hash, data_key(store, rows), by_clock, str(weights) if recipe.pretrained else "none")
+    theirs = (state["recipe"], state.get("data"), state.get("by_clock", by_clock), state.get("weights", own[-1]))
+    return theirs == own
 
 
 def check_ranks(recipe: Recipe) -> None:

@@ -215,14 +215,13 @@ def own_files(asked: Asked) -> dict[str, str]:
 def _edited_files(settings: StudySettings, asked: Asked) -> list[str]:
     """Options whose file says something else than when the study was made; a file that has gone changes nothing."""
     held = settings.plan.get("files", {})
-    known = replace(
-        asked, space=asked.space if "space" in held else None, recipe=asked.recipe if "recipe" in held else None
-    )
-    try:
-        now = own_files(known)
-    except RecipeError:
-        return []
-    return [option for option, digest in now.items() if digest != held[option]]
+    edited = []
+    for option in held:
+        name = getattr(asked, option)
+        if name is not None and Path(name).expanduser().is_file():
+            now = own_files(Asked(**{option: name}))
+            edited += [option] if now.get(option) not in (None, held[option]) else []
+    return edited
 
 
 def split_as(store: PatchStore, settings: StudySettings) -> Split:

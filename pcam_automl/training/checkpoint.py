@@ -36,6 +36,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def optimizer_fits(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> bool:
+    """Whether :func:`optimizer_tensors` of another process are of this optimizer's parameters, in their order: a release may group them
+    otherwise, and torch asks for no shape.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, tensor in tensors.items():
+        number = int(key.partition(".")[0])
+        if number >= len(parameters) or (tensor.ndim > 0 and tensor.shape != parameters[number].shape):
+            return False
+    return True
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Take over what :func:`optimizer_tensors` gave; moments get the layout of their parameter."""
     state: dict[int, dict[str, Tensor]] = {}

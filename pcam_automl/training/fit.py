@@ -25,6 +25,7 @@ from pcam_automl.training.checkpoint import (
     keep_newest,
     newest_checkpoint,
     numbered_checkpoints,
+    optimizer_fits,
     write_checkpoint,
 )
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
@@ -274,18 +275,26 @@ def resume(training: Training, root: Path | None, note: Callable[[str], None], *
 def _take_over(training: Training, root: Path | None, note: Callable[[str], None], by_clock: bool) -> None:
     found = newest_checkpoint(root, note=note) if root is not None else None
     if found is None:
+        training.foreign = [] if root is None else numbered_checkpoints(root)  # none of them can be read
         return
     folder, parts, state = found
     theirs = (state["recipe"], state["key"], state.get("data"), state.get("weights", training.weights))
     if theirs != (training.recipe.hash, training.key, training.data_key, training.weights):
         # with other rows, weights that saw the validation patches would be gone on from
         training.foreign = numbered_checkpoints(folder.parent)
-        note(f"{folder} belongs to another recipe, seed, fold, data or weights; training starts afresh")
+        note(
+            f"{folder} belongs to another recipe, seed, fold, data or weights; training starts afresh, and that one goes with the first "
+            "new checkpoint"
+        )
         return
     if state.get("by_clock", by_clock) != by_clock:  # its place in the schedule means nothing in the other one
         training.foreign = numbered_checkpoints(folder.parent)
         kinds = ("epochs", "the clock") if by_clock else ("the clock", "epochs")
         note(f"{folder} belongs to a training that ended by {kinds[0]}, this one ends by {kinds[1]}; it starts afresh")
+        return
+    if not optimizer_fits(training.optimizer, parts["optim"]):
+        training.foreign = numbered_checkpoints(folder.parent)
+        note(f"{folder} was written by a release that groups parameters otherwise; training starts afresh")
         return
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
     training.micro_batch, training.phase = state["micro_batch"], state["phase"]

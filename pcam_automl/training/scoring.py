@@ -160,12 +160,15 @@ def inference_precision(
     Args:
         network: in evaluation mode on ``compute.device``.
         patches: the source of uint8 batches.
-        rows: (n,) store rows of both classes; the first 1,000 are judged.
+        rows: (n,) store rows of both classes; 1,000 of them, evenly spread, are judged.
         label: (N,) 0/1 by store row.
         views: what is shown of each patch.
         compute: of the training.
     """
-    judged = np.array(rows[:N_JUDGED])  # a copy: torch warns of arrays that are read-only, as a split's are
+    spread = np.linspace(0, len(rows) - 1, min(len(rows), N_JUDGED)).astype(
+        np.int64
+    )  # rows may be sorted by class or slide
+    judged = np.array(rows[spread])  # a copy: torch warns of arrays that are read-only, as a split's are
     truth = label[judged]
     if compute.precision == "fp32" or len(np.unique(truth)) < 2:
         return "fp32", 0.0

@@ -21,6 +21,7 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
+from pcam_automl.training import scoring as scoring_module
 from pcam_automl.training.compute import Compute, is_out_of_memory
 from pcam_automl.training.engine import Rung, RungResult, Training
 from pcam_automl.training.fit import best_result, fit, resume, save, stable_views, total_views
@@ -184,6 +185,41 @@ def test_checkpoints_of_another_training_go_once_there_is_one_of_ours(data: Trai
     again = start(other, data)
     list(fitted(again, rungs, checkpoints=tmp_path, note=said.append))
     assert (again.n_resumed, said) == (1, [])
+
+
+def test_a_release_that_groups_parameters_otherwise_starts_afresh(data: TrainingData, tmp_path: Path) -> None:
+    """The moments of one parameter would be those of another, of another shape, which torch does not ask."""
+    first, said = start(RECIPE, data), list[str]()
+    first.optimizer.param_groups[0]["params"].reverse()
+    list(fitted(first, RUNGS, checkpoints=tmp_path))
+    assert resume(start(RECIPE, data), tmp_path, said.append) == 0
+    assert "groups parameters otherwise" in said[0]
+
+
+def test_damaged_checkpoints_of_higher_numbers_do_not_outlast_ours(data: TrainingData, tmp_path: Path) -> None:
+    for number in (7, 8):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "state.json").write_text("{")
+    results = fitted(start(RECIPE, data), RUNGS, checkpoints=tmp_path)
+    next(results)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["0"]
+
+
+def test_precision_is_judged_on_rows_of_both_classes_though_they_are_sorted(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring_module, "N_JUDGED", 10)
+    training = start(RECIPE, data)
+    rows = np.argsort(data.label[:90], kind="stable")
+    views, compute = Views(RECIPE, data.normalisation), Compute("cpu", "bf16")
+    judged: list[np.ndarray] = []
+    real = scoring_module.logits_of_rows
+    monkeypatch.setattr(
+        scoring_module, "logits_of_rows", lambda n, p, r, *rest: judged.append(r) or real(n, p, r, *rest)
+    )
+    inference_precision(training.network.eval(), data.patches, rows, data.label, views, compute)
+    assert len(judged) == 2
+    assert set(data.label[judged[0]]) == {0, 1}
 
 
 def test_weights_from_elsewhere_are_another_training(data: TrainingData, tmp_path: Path) -> None:
