@@ -95,9 +95,8 @@ class ElementPReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *shape) -> (B, *shape)."""
-        return torch.where(
-            x > 0, x, self.slope.to(x.dtype) * x
-        )  # else all that follows would be float32 under autocast
+        slope = self.slope.to(x.dtype)  # else all that follows would be float32 under autocast
+        return torch.where(x > 0, x, slope * x)
 
 
 class BlockCnn(nn.Module):

@@ -167,15 +167,8 @@ def _as_timm_fits_them(tensors: dict[str, Tensor], network: nn.Module) -> dict[s
         return tensors
     try:
         return dict(fit(tensors, network))
-    except (
-        AttributeError,
-        KeyError,
-        IndexError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # of another architecture: said by the caller
-        return tensors
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError):
+        return tensors  # of another architecture, which the caller says
 
 
 def _classifier_names(network: nn.Module) -> tuple[str, ...]:

@@ -157,10 +157,8 @@ class Objective:
         except WriteError as fault:
             reason, self.interrupted, self.goes_on = f"interrupted: {fault}", fault, True
             raise
-        except (
-            StorageInternalError,
-            sa.exc.SQLAlchemyError,
-        ) as fault:  # nobody's fault who trains: its rungs lie in checkpoints
+        except (StorageInternalError, sa.exc.SQLAlchemyError) as fault:
+            # Not the trial's fault where the server is away: its rungs lie in checkpoints.
             root = fault.__cause__ or fault
             self.goes_on = is_transient(fault) or PATIENCE.exhausted
             reason = f"{NO_DATABASE if self.goes_on else ERROR}{type(root).__name__}: {str(root)[:500]}"

@@ -171,9 +171,8 @@ def use_device(text: str, *, n_workers: int = 1, deterministic: bool = False) ->
         torch.cuda.set_device(device)  # whose abilities are asked for without naming it
         with warnings.catch_warnings():  # torch 2.9 announces another interface, which breaks its own compiler
             warnings.simplefilter("ignore")
-            torch.set_float32_matmul_precision(
-                "highest" if deterministic else "high"
-            )  # high: TF32 where float32 is left
+            # High: TF32 where float32 is left.
+            torch.set_float32_matmul_precision("highest" if deterministic else "high")
     return device
 
 
@@ -374,9 +373,8 @@ def _step_seconds_if_it_fits(variant: Compute, network: nn.Module, px: int, batc
     except (torch.OutOfMemoryError, RuntimeError) as fault:
         if not is_out_of_memory(fault):
             raise
-    network.zero_grad(
-        set_to_none=True
-    )  # of a backward pass that was cut off; here its traceback holds nothing any more
+    # Gradients of a backward pass that was cut off; outside `except` its traceback holds nothing any more.
+    network.zero_grad(set_to_none=True)
     if variant.device != "cpu":
         torch.cuda.empty_cache()
     return math.inf

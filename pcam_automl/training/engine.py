@@ -102,7 +102,7 @@ class Training:
     ) -> None:
         self.recipe, self.task, self.compute, self.key = recipe, task, compute, key
         self.data_key = data_key  # of the data and rows; a checkpoint of others is not gone on from
-        self.weights = "none"  # that it started from; the same
+        self.weights = "none"  # where it started from; nor one of other weights
         self.foreign: list[Path] = []  # checkpoints of another training in its place, to go once it has one of its own
         self.network = compute.place(network)
         self.optimizer = build_optimizer(self.network, recipe)

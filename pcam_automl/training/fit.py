@@ -125,9 +125,8 @@ def _rung(
         return rates_at(recipe, view, end=end, horizon=horizon)
 
     def branch_rates(view: int) -> Rates:
-        middle = (
-            view + recipe.batch_size / 2 - stable
-        )  # of the step: a branch of one or two would begin at the full rate
+        # Of the step: a branch of one or two steps would begin at the full rate, and hardly leave it.
+        middle = view + recipe.batch_size / 2 - stable
         return rates_of(view).times(decay_branch(middle / (rung.views - stable)))
 
     done = training.train(stream, start, stable, rates_of, stop, progress)

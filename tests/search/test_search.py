@@ -382,7 +382,9 @@ def test_a_pack_stands_for_the_raw_folder_and_its_table_of_slides(tmp_path: Path
     assert again.store.content_hash == opened.store.content_hash
     assert open_study("tiny", opened.url, Asked(data=raw)).store.content_hash == opened.store.content_hash
     table.unlink()  # another machine has it elsewhere
-    with pytest.raises(DataError, match=r"made with --groups .*wsi.csv, which is not here; make a pack with your copy"):
+    with pytest.raises(
+        DataError, match=r"made with --groups .*wsi.csv, which is not here; .*prepare .* --out PACK --groups CSV"
+    ):
         open_study("tiny", opened.url, Asked(data=raw))
 
 
