@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,20 @@ class OperatingPoint:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def threshold_text(threshold: float) -> str:
+    """A threshold in [0, 1] as it may be typed: cut, not rounded, by at most a thousandth of its distance from 0 and 1.
+
+    Most thresholds are a tumour patch's own probability, which a rounded-up one would miss.
+    """
+    exact = Decimal(repr(threshold))
+    allowed = min(exact, 1 - exact) / 1000
+    for digits in range(3, 17):
+        cut = exact.quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR)
+        if exact - cut <= allowed:
+            return str(cut)
+    return repr(threshold)
 
 
 @dataclass(frozen=True)

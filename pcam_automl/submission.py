@@ -39,7 +39,7 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
         DataError: columns, ids, order, NaN, or values outside [0, 1]; all that is wrong in one line.
     """
     try:
-        table = pd.read_csv(file, dtype={"id": str}, keep_default_na=True, encoding="utf-8")
+        table = pd.read_csv(file, dtype={"id": str}, keep_default_na=False, encoding="utf-8")  # an id may be NA
     except (OSError, ValueError, UnicodeDecodeError) as fault:  # pandas' parser errors are ValueErrors
         raise DataError(f"{file} cannot be read as a submission ({' '.join(str(fault).split())[:120]})") from None
     if list(table.columns) != ["id", "label"]:

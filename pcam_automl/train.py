@@ -148,7 +148,8 @@ def train_to_bundle(
                     strip.add(network, result.rung)
             if pace is None and result.views in ends and ranks().is_first:
                 write_bundle(
-                    stage_folder(out, ends.index(result.views)), _bundle(training, rows, store, provenance, began)
+                    stage_folder(out, ends.index(result.views)),
+                    _bundle(training, rows, store, provenance, began, judged=judged_rows),
                 )
         watch.trained(training)
         bundle = _bundle(training, rows, store, provenance, began, by_clock=pace is not None, judged=judged_rows)

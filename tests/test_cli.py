@@ -189,6 +189,8 @@ def test_explanations_never_replace_the_images(run: Any, bundle: Path, easy_raw:
     fails_with(run(*predict, "--out", image), "one of the images")
     fails_with(run(*predict, "--out", "e/explanations.csv", "--explain", "e"), "would replace --out")
     fails_with(run(*predict, "--out", "p.csv", "--explain", "tiny.yaml"), "is a file")
+    fails_with(run(*predict, "--out", "both", "--explain", "both"), "would replace --out")
+    fails_with(run(*predict, "--out", folder), "is a folder", "predictions.csv")
     assert image.read_bytes() == before
     assert not Path("p.csv").exists()
 

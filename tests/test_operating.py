@@ -19,6 +19,7 @@ from pcam_automl.operating import (
     operating_points,
     reject_curve,
     sensitivity_rule,
+    threshold_text,
 )
 
 
@@ -100,3 +101,18 @@ def test_one_label_has_no_thresholds() -> None:
         choose_thresholds([1, 1], [0.2, 0.3])
     with pytest.raises(DataError, match="both labels, got 2 of one"):
         operating_points([0, 0], [0.2, 0.3], {"0.5": 0.5})
+
+
+@given(st.floats(0, 1))
+def test_a_printed_threshold_typed_again_misses_no_patch_that_the_exact_one_found(threshold: float) -> None:
+    typed = float(threshold_text(threshold))
+    assert typed <= threshold
+    assert threshold - typed <= max(min(threshold, 1 - threshold) / 1000, 0.0) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "shown"),
+    [(0.5, "0.500"), (0.0, "0.000"), (0.0003, "0.0003"), (0.9998, "0.9998"), (0.99999996, "0.99999996")],
+)
+def test_thresholds_are_as_short_as_may_be(threshold: float, shown: str) -> None:
+    assert threshold_text(threshold) == shown

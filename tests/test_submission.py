@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pcam_automl.commands.score import run_score
 from pcam_automl.errors import DataError, InputError
 from pcam_automl.submission import check_submission, check_threshold, write_probabilities, write_submission
 
@@ -21,6 +22,18 @@ def test_what_is_written_passes_the_check_and_keeps_ids_as_text(tmp_path: Path) 
     assert labels.read_text() == "id,label\na1,0\n007,1\n1e5,1\n"
     write_submission(tmp_path, IDS, np.array([0.5, 0.5, 0.5]), {"seed": 0}, threshold=None)
     assert not labels.exists(), "labels of an earlier network"
+
+
+def test_ids_that_spell_nothing_are_ids(tmp_path: Path) -> None:
+    file = write_submission(tmp_path, ["NA", "null", "a"], np.array([0.0, 0.25, 1.0]), {"seed": 0}, threshold=None)
+    assert check_submission(file, ["NA", "null", "a"]) == 3
+
+
+def test_a_score_reads_every_digit_and_every_id(tmp_path: Path) -> None:
+    probs = np.array([np.nextafter(1.0, 0.0), 1.0, 0.5])  # an order that a quick parser loses
+    file = write_submission(tmp_path, ["NA", "null", "a"], probs, {"seed": 0}, threshold=None)
+    (tmp_path / "labels.csv").write_text("id,label\nNA,0\nnull,1\na,0\n")
+    assert run_score(file, tmp_path / "labels.csv", groups=None, threshold=0.5, as_json=True) == 1.0
 
 
 @pytest.mark.parametrize(

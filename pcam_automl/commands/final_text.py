@@ -8,7 +8,7 @@ from pcam_automl import terminal
 from pcam_automl.finalize import FinalResult
 from pcam_automl.finalizing.compare import Step
 from pcam_automl.finalizing.decision import Decision
-from pcam_automl.operating import Operating
+from pcam_automl.operating import Operating, threshold_text
 from pcam_automl.paired import Gain
 from pcam_automl.search.confirmations import Confirmation
 
@@ -98,7 +98,7 @@ def _say_thresholds(operating: Operating) -> None:
     )
     for point in operating.points:
         terminal.say(
-            f"  {point.threshold:.3f} ({point.rule}): {100 * point.sensitivity:.1f} % of tumour found, "
+            f"  {threshold_text(point.threshold)} ({point.rule}): {100 * point.sensitivity:.1f} % of tumour found, "
             f"{100 * point.specificity:.1f} % of normal left alone"
         )
 

@@ -15,7 +15,7 @@ from pcam_automl.data.images import PatchFault, read_patch
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
-from pcam_automl.files import check_can_write, write_png
+from pcam_automl.files import check_can_write, write_png, written_whole
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
@@ -73,6 +73,8 @@ def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -
     inputs = {file.resolve() for file in files}
     if out.resolve() in inputs:
         raise DataError(f"--out {out} is one of the images of --input; choose another name")
+    if out.is_dir():
+        raise DataError(f"--out {out} is a folder; probabilities go into a CSV: --out {out / 'predictions.csv'}")
     check_can_write(out.parent)
     if explain is None:
         return
@@ -83,8 +85,9 @@ def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -
         raise DataError(
             f"--explain {explain}: {len(own)} pictures would replace the images ({first_few(own)}); choose another folder"
         )
-    if out.resolve() in {(explain / name).resolve() for name in (*names, EXPLANATIONS)}:
+    if out.resolve() in {explain.resolve(), *((explain / name).resolve() for name in (*names, EXPLANATIONS))}:
         raise DataError(f"--explain {explain} would replace --out {out}; choose another folder")
+    check_can_write(explain)
 
 
 def _predict_maps(
@@ -117,5 +120,6 @@ def _explain(predictor: Predictor, files: list[Path], probs: dict[str, float], o
             rows.append((file.stem, sentence))
             terminal.say(f"{file.stem}: {sentence}")
             bars.step(task)
-    pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(out / EXPLANATIONS, index=False)
+    with written_whole(out / EXPLANATIONS) as partial:
+        pd.DataFrame(rows, columns=["id", "explanation"]).to_csv(partial, index=False)
     terminal.result(f"{out}: {len(rows):,} pictures")

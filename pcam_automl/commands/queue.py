@@ -193,7 +193,8 @@ class QueueWatch:
                     terminal.say(f"study {line.name} is not watched: {fault}")
                     self._due[line.name] = float("inf")
                     continue
-                self._watch[line.name] = Watchman(Slots(self.engine, line.name), settings.grace_s), settings
+                slots = Slots(self.engine, line.name)
+                self._watch[line.name] = Watchman(slots, settings.grace_s, every_s=WATCH_S), settings
             watchman, settings = self._watch[line.name]
             self._due[line.name] = now + min(WATCH_S, settings.grace_s / LOOKS_A_GRACE) * 0.9
             if silent := watchman.look(dead=True):

@@ -90,12 +90,16 @@ def report_of_training(
             stages.append((f"stage {number + 1}", read_scores(file, store.ids, store.part)))
     if stages and scores is not None:
         stages.append((f"stage {len(bundle.recipe.stages)}", scores))
+    scores_before = scores is None
+    if scores is None:
+        scores = out_of_fold_scores(folder, card, store)
     content = ReportContent(
         title,
         store,
         split,
         bundle=bundle,
         scores=scores,
+        scores_before=scores_before,
         threshold=threshold,
         reproduce=(str(command),) if (command := bundle.provenance.get("command")) else (),
         stages=tuple(stages),
@@ -165,8 +169,7 @@ def report_of_study(
         file = opened.folder / "trials" / str(trial.number) / SCORES
         scores = read_scores(file, opened.store.ids, opened.store.part) if file.is_file() else None
         if scores is not None:
-            on = f"validation slides of trial {trial.number}, before the final training"
-            scores = replace(scores, on=on)
+            scores = replace(scores, on=f"{scores.on} of trial {trial.number}, before the final training")
     recipe = None
     if bundle is None and trial is not None and "recipe" in trial.user_attrs:
         recipe = build_recipe(json.loads(trial.user_attrs["recipe"]))

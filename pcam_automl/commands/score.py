@@ -19,10 +19,10 @@ def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold:
     ids, label = read_labels(labels)
     truth = pd.Series(label, index=ids)
     check_submission_ids = check_submission(submission, read_ids(submission).tolist())
-    table = pd.read_csv(submission, dtype={"id": str}).set_index("id")
+    table = pd.read_csv(submission, dtype=str, keep_default_na=False).set_index("id")  # text: float() loses no digit
     if missing := [i for i in truth.index if i not in table.index]:
         raise DataError(f"{submission} lacks {len(missing)} of the {len(truth)} labelled ids ({first_few(missing)})")
-    probs = table.loc[truth.index, "label"].to_numpy(np.float64)
+    probs = np.array([float(value) for value in table.loc[truth.index, "label"]])
     group = None
     if groups is not None:
         names = dict(zip(*read_names(groups, "group"), strict=True))

@@ -65,6 +65,8 @@ def run_search(
     with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call, spends=launcher is None)
+        if asked.budget_s is not None:
+            give_budget(opened, asked.budget_s)  # refused before it is noted for all workers
         note_asked(opened.study, n_trials, asked.budget_s)
         work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
         if launcher is None:
@@ -331,7 +333,7 @@ def _print_end(
         )
         return
     done = n_finished_of(opened.study)
-    if end.n_finished == 0 and end.why == "done":
+    if end.n_finished == 0 and end.why == "done" and budget_of(opened.study) is None:
         terminal.say(f"study {opened.name} has its {done} finished trials already; a larger --trials adds more")
     elif end.why == "timeout":
         terminal.say(f"time is up: {_of(done, n_trials)} finished; the same command goes on")

@@ -13,9 +13,9 @@ from pcam_automl.augment import augment, augment_spec, draw
 from pcam_automl.counter import key_of
 from pcam_automl.data.quality import findings
 from pcam_automl.data.splits import HOLDOUT, Split
-from pcam_automl.data.store import TEST, TRAIN, VALID, Flag, PatchStore
+from pcam_automl.data.store import TEST, TRAIN, VALID, Flag, PatchStore, channel_moments
 from pcam_automl.explain import with_centre_box
-from pcam_automl.models.factory import Normalisation
+from pcam_automl.models.factory import Normalisation, normalisation_of
 from pcam_automl.recipe import PATCH_PX, Recipe
 from pcam_automl.report.blocks import Block, Facts, Picture, Section, Table, Text, left_out
 from pcam_automl.report.content import IMAGE, PATCH, Noun, ReportContent
@@ -202,7 +202,11 @@ def batch_sheet(store: PatchStore, recipe: Recipe, content: ReportContent) -> Pi
     if not len(rows):
         return left_out("a batch, since no labelled patch can be trained on.")
     chosen = rows[:N_BATCH]
-    norm = content.bundle.normalisation if content.bundle else _PLAIN
+    norm = (
+        content.bundle.normalisation
+        if content.bundle
+        else normalisation_of(recipe, *channel_moments(np.asarray(store.stats[rows])))
+    )
     view = _views(store, recipe, chosen, norm)
     low, high = float(view.min()), float(view.max())
     mean, std = float(view.mean()), float(view.std())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pcam_automl.operating import HALF, Operating, operate
+from pcam_automl.operating import HALF, Operating, operate, threshold_text
 from pcam_automl.report.blocks import Block, Picture, Table, Text, left_out
 from pcam_automl.report.content import FinalFigures, ReportContent, both_labels
 from pcam_automl.report.style import BLUE, GREY, INK, VERMILION, dress, legend, new_figure, picture
@@ -45,7 +45,7 @@ def threshold_table(operating: tuple[Operating, ...]) -> Table:
         (
             _rule(point.rule),
             _share_of(one),
-            f"{point.threshold:.3f}",
+            threshold_text(point.threshold),
             *map(_percent, (point.sensitivity, point.specificity, point.ppv, point.npv, point.called)),
         )
         for one in operating

@@ -71,7 +71,14 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
     if domains := group_aucs(scores, domain, store.domain_names, clusters_of(store, scores)):
         over = "slides" if (slide >= 0).any() else many
         note = f"Bars are 95 % intervals drawn over {over}."
-        yield forest_figure(domains, "auc_domains.png", "scanner or centre", note, of_store)
+        yield forest_figure(
+            domains,
+            "auc_domains.png",
+            "scanner or centre",
+            note,
+            of_store,
+            over.removesuffix("s") if over == "slides" else of_store.one,
+        )
     else:
         yield left_out(f"AUC by scanner or centre, since no known one has both labels and {LEAST_ROWS} scored {many}.")
     if slides := group_aucs(scores, slide, store.group_names, rows):
@@ -91,8 +98,10 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
         yield left_out("AUC by slide, since no slide is known.")
 
 
-def forest_figure(groups: list[GroupAuc], name: str, what: str, note: str, of_store: Noun = PATCH) -> Picture:
-    """A point and a bar for each group."""
+def forest_figure(
+    groups: list[GroupAuc], name: str, what: str, note: str, of_store: Noun = PATCH, drawn: str | None = None
+) -> Picture:
+    """A point and a bar for each group; ``drawn`` is what the intervals' draws are over, in the singular."""
     figure = new_figure(6.8, 1.3 + 0.28 * len(groups))
     x = "AUC" if of_store == PATCH else "AUC over pixels"
     axes = add_axes(figure, title=f"{what} (number of {of_store.many})", x=x, grid="x")
@@ -104,7 +113,7 @@ def forest_figure(groups: list[GroupAuc], name: str, what: str, note: str, of_st
     axes.set_ylim(-0.6, len(groups) - 0.4)
     words = ", ".join(f"{g.name} {g.auc:.4f} ({_words(g.interval)})" for g in groups[:10])
     alone = (
-        " One without a bar holds a single slide, or a single one with a label."
+        f" One without a bar has all of a label in a single {drawn or of_store.one}."
         if any(g.interval is None for g in groups)
         else ""
     )

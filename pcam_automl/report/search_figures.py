@@ -236,7 +236,8 @@ def _positions(trials: Sequence[FrozenTrial], name: str) -> tuple[np.ndarray, li
     distribution = trials[0].distributions[name]
     raw = [t.params[name] for t in trials]
     if isinstance(distribution, CategoricalDistribution):
-        known = sorted({str(value) for value in raw})
+        held = {str(value) for value in raw}
+        known = [text for choice in distribution.choices if (text := str(choice)) in held]  # in the space's order
         step = 1.0 / max(len(known) - 1, 1)
         return np.array([known.index(str(value)) * step for value in raw]), [
             (i * step, text) for i, text in enumerate(known)

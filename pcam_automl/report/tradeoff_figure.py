@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def tradeoff_figure(found: Sequence[tuple[Tradeoff, str, float]], goal: Goal) ->
     on = (
         f" Times were taken on {timed.device}: median forward passes of one patch, all of this study beside each other."
     )
-    left = f" {timed.n_left_out} trials were not timed there." if timed.n_left_out else ""
+    n_left = timed.n_left_out
+    left = f" {n_left} {'trial was' if n_left == 1 else 'trials were'} not timed there." if n_left else ""
     return picture(
         figure,
         "search_tradeoff.png",
@@ -87,11 +89,12 @@ def front_table(tradeoff: Tradeoff, goal: Goal) -> Table:
     for place in tradeoff.front.tolist():
         trial = tradeoff.trials[place]
         size = trial.user_attrs.get(PARAMETERS)
+        known = {**json.loads(trial.user_attrs.get("recipe", "{}")), **trial.params}  # what is fixed is no parameter
         words = [word for word, at in (("knee", tradeoff.knee), ("best", int(tradeoff.front[-1]))) if at == place]
         rows.append(
             (
                 str(trial.number),
-                shortened(str(trial.params.get("backbone", "–"))),
+                shortened(str(known.get("backbone", "–"))),
                 f"{tradeoff.values[place]:.4f}",
                 f"{tradeoff.costs[place]:.2f}",
                 "–" if size is None else f"{size / 1e6:.2f}",

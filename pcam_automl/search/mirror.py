@@ -95,6 +95,7 @@ class Mirror:
 
     def drop_checkpoints(self, lineage: str) -> None:
         """Its trial never goes on."""
+        self._listed[:] = [(at, names - {lineage}) for at, names in self._listed]
         with self._faults(f"the checkpoints of lineage {lineage}"):
             self._remove([key for keys in self._rungs(lineage).values() for key in keys])
 

@@ -129,12 +129,17 @@ def make_plan(
         device: where the trials will run.
         speed: remembered measurements.
         views: training images of a whole trial; None decides from the speed. Naming them, or epochs or views in the
-            space, lifts the limit on a trial's seconds.
+            space's base, lifts the limit on a trial's seconds.
         trial_s: seconds of a whole trial of the median backbone; by default ``TYPICAL_TRIAL_S``.
         cap_s: that no trial exceeds; by default ``CAP_S``.
         n_rungs: of each trial; one where none is pruned, so that nothing is spent on scores that decide nothing.
         progress: told of the backbone that had to be timed; nothing if its speed was known.
     """
+    if searched := sorted({"views", "epochs"} & set(space.parameters)):
+        raise RecipeError(
+            f"{' and '.join(searched)} cannot be searched: the rungs decide how long a trial trains; fix it in the "
+            "space's base, or give --views N or --set epochs=N"
+        )
     fields = merge_fields(default.model_dump(), {name: v for name, v in space.base.items() if name != UPSCALE})
     asked = views if views is not None else _asked_views(fields, space, n_train)
     planned_px = planned_side(fields, space)

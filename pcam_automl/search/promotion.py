@@ -6,9 +6,13 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.search.lineages import Lineage, has_diverged
+from pcam_automl.search.reading import errors_of
+
+MOST_FAILED_THAWS = 1
+"""So often is a paused row gone on from again, after going on from it ended by an error."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Paused:
     """A lineage that waits at a rung.
 
     Attributes:
-        lineage: its rows; the newest one is pruned.
+        lineage: its rows; the newest one is pruned, but for a thaw of it that ended by an error.
         rung: index of the last rung that it has a value of.
         value: that value.
     """
@@ -36,12 +40,27 @@ def paused_of(lineages: Sequence[Lineage], steps: Sequence[int]) -> list[Paused]
     found = []
     for lineage in lineages:
         reached = [number for number, step in enumerate(steps) if step in lineage.values]
-        if lineage.last.state != TrialState.PRUNED or not reached or reached[-1] == len(steps) - 1:
+        row = _waiting(lineage)
+        if row is None or not reached or reached[-1] == len(steps) - 1:
             continue
         value = lineage.values[steps[reached[-1]]]
-        if math.isfinite(value) and not has_diverged(lineage.last):
+        if math.isfinite(value) and not has_diverged(row):
             found.append(Paused(lineage, reached[-1], value))
     return found
+
+
+def _waiting(lineage: Lineage) -> FrozenTrial | None:
+    """The paused row that could be gone on from: the last one, or the one before a thaw that an error ended.
+
+    Rows that were interrupted or lost leave their slot open and are gone on with by a claim, or were given up.
+    """
+    row = lineage.finished
+    if row is None or row.state != TrialState.PRUNED:
+        return None
+    later = [one for one in lineage.rows if one.number > row.number]
+    if not later:
+        return row
+    return row if errors_of(later[-1:]) and len(errors_of(later)) <= MOST_FAILED_THAWS else None
 
 
 def promotable(

@@ -53,9 +53,9 @@ class SuccessiveHalving(BasePruner):
             return False
         sign = sign_of(study)
         own, trials = _score(trial.intermediate_values[step], sign), study.get_trials(deepcopy=False)
-        if own > -math.inf and self.spared(
-            lineage_of(trial), (lineage_of(t) for t in trials if t.number < trial.number)
-        ):
+        mine = lineage_of(trial)
+        began = min((t.number for t in trials if lineage_of(t) == mine), default=trial.number)
+        if own > -math.inf and self.spared(mine, (lineage_of(t) for t in trials if t.number < began)):
             return False
         others = values_at(step, trials, trial)
         scores = sorted([own, *(_score(value, sign) for value in others)], reverse=True)

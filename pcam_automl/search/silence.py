@@ -59,10 +59,14 @@ class Watchman:
         slots: of the study; its engine is read.
         grace_s: seconds without a sign of life.
         now: a clock that is never set, in seconds.
+        every_s: between two looks, where that is longer than the grace asks for.
     """
 
-    def __init__(self, slots: Slots, grace_s: float, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, slots: Slots, grace_s: float, now: Callable[[], float] = time.monotonic, *, every_s: float = 0.0
+    ) -> None:
         self.slots, self.grace_s, self.now = slots, grace_s, now
+        self.every_s = max(every_s, grace_s / LOOKS_A_GRACE)
         self._seen: dict[tuple[str, int], tuple[Any, float]] = {}
         self._looked: float | None = None
 
@@ -82,8 +86,7 @@ class Watchman:
         } | {("row", number): heartbeat for number, heartbeat in rows.items() if number not in held}
         self._looked = now = self.now()
         # A database that was away, or this process asleep: nobody's signs could be seen, and all count from now.
-        pause_s = self.grace_s / LOOKS_A_GRACE
-        if last is None or now - before > max(pause_s, BUSY_S) or before - last > 2 * pause_s + BUSY_S:
+        if last is None or now - before > max(self.every_s, BUSY_S) or before - last > 2 * self.every_s + BUSY_S:
             self._seen = {}
         self._seen = {
             key: known if (known := self._seen.get(key)) is not None and known[0] == sign else (sign, now)

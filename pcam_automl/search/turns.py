@@ -141,7 +141,8 @@ def held_elsewhere(slots: Slots, limits: Limits, owner: str) -> int:
 
 def _thawed(slots: Slots, lineage: Lineage, owner: str) -> Turn | None:
     slot = slots.thaw(lineage.name, owner)
-    return None if slot is None else Turn(slot, lineage.last.number)
+    paused = lineage.finished or lineage.last  # after a thaw that an error ended, the row before it
+    return None if slot is None else Turn(slot, paused.number)
 
 
 def _end(study: optuna.Study, limits: Limits) -> str:

@@ -11,10 +11,13 @@ import timm
 from pcam_automl.calibration import reliability
 from pcam_automl.data.store import open_store
 from pcam_automl.metrics import auc, log_loss
-from pcam_automl.report.content import losses
-from pcam_automl.report.data_figures import spread_rows
+from pcam_automl.models.factory import normalisation
+from pcam_automl.recipe import Recipe
+from pcam_automl.report.blocks import Picture
+from pcam_automl.report.content import ReportContent, losses
+from pcam_automl.report.data_figures import batch_sheet, spread_rows
 from pcam_automl.report.examples import N_SHOWN, chosen
-from pcam_automl.report.group_figures import group_aucs
+from pcam_automl.report.group_figures import GroupAuc, forest_figure, group_aucs
 from pcam_automl.report.network_table import MOST_ROWS, layer_rows
 from pcam_automl.scores import Scores
 
@@ -94,3 +97,29 @@ def test_network_table_shows_outputs_in_the_order_of_execution() -> None:
     assert shapes["fc"] == (1,)
     assert rows[0].name == "conv1"
     assert rows[-1].name == "fc"
+
+
+def test_a_batch_without_a_network_yet_is_normalised_as_its_recipe_says(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+
+    def caption(**fields: object) -> str:
+        recipe = Recipe(backbone="test_resnet", augment=0.0, **fields)  # type: ignore[arg-type]
+        made = batch_sheet(store, recipe, ReportContent("t", store=store, recipe=recipe))
+        assert isinstance(made, Picture)
+        return made.caption
+
+    def mean(text: str) -> float:
+        return float(text.split("mean ")[1].split(",")[0])
+
+    unit, usual = caption(normalise="unit"), caption(normalise="backbone")
+    norm = normalisation("test_resnet")
+    assert len(set(norm.mean)) == len(set(norm.std)) == 1, "else the means do not carry over so simply"
+    assert mean(usual) == pytest.approx((mean(unit) - norm.mean[0]) / norm.std[0], abs=0.03)
+    assert abs(mean(caption(normalise="dataset"))) < 1.0
+
+
+def test_a_group_without_an_interval_says_what_the_draws_are_over() -> None:
+    groups = [GroupAuc("a", 20, 0.9, None), GroupAuc("b", 20, 0.9, (0.8, 1.0))]
+    assert "has all of a label in a single patch." in forest_figure(groups, "x.png", "slide", "").caption
+    assert "in a single slide." in forest_figure(groups, "x.png", "scanner", "", drawn="slide").caption
+    assert "without a bar" not in forest_figure(groups[1:], "x.png", "slide", "").caption

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from pcam_automl.goals import AUC
-from pcam_automl.report.search_figures import _best_table, _facts, history_figure
+from pcam_automl.report.search_figures import _best_table, _facts, _positions, history_figure
+from pcam_automl.report.tradeoff_figure import front_table
 from pcam_automl.search.lineages import seconds_of_lineages
+from pcam_automl.search.pareto import tradeoff_of
 
 C, P, F = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
@@ -53,3 +57,20 @@ def test_the_history_draws_no_cross_for_what_went_on(study: optuna.Study, monkey
     history_figure(study.get_trials(), AUC)
     crosses = next(dots for dots in drawn[0].collections if dots.get_label() == "stopped early, at its last score")
     assert crosses.get_offsets().tolist() == [[1.0, 0.6]]
+
+
+def test_choices_that_are_numbers_stand_in_their_order_on_the_axis() -> None:
+    space = {"batch_size": CategoricalDistribution([32, 64, 128, 256])}
+    trials = [
+        create_trial(state=C, value=0.9, params={"batch_size": size}, distributions=space) for size in (128, 32, 64)
+    ]
+    heights, ticks = _positions(trials, "batch_size")
+    assert heights.tolist() == [1.0, 0.0, 0.5]
+    assert ticks == [(0.0, "32"), (0.5, "64"), (1.0, "128")]
+
+
+def test_the_front_names_a_backbone_that_the_space_fixes() -> None:
+    attrs = {"latency_ms": 2.0, "device": "cpu", "recipe": json.dumps({"backbone": "resnet18"})}
+    trial = create_trial(state=C, value=0.9, user_attrs=attrs)
+    table = front_table(tradeoff_of([trial], AUC), AUC)
+    assert table.rows[0][1] == "resnet18"

@@ -88,6 +88,7 @@ def test_what_one_machine_leaves_another_has(client: Any, tmp_path: Path) -> Non
     there.pull_checkpoint("8")
     there.drop_checkpoints("7")
     assert keys(client) == []
+    assert there.lineages() == frozenset(), "though the list is of half a minute ago"
 
 
 def test_an_upload_that_was_cut_off_is_not_seen(client: Any, tmp_path: Path) -> None:

@@ -29,6 +29,22 @@ def row(
     return trial
 
 
+def test_a_thaw_that_ended_by_an_error_leaves_its_lineage_paused_once() -> None:
+    def failed(number: int, reason: str) -> FrozenTrial:
+        return row(number, "a", {}, TrialState.FAIL, reason=reason, thawed_from=0)
+
+    paused, error = row(0, "a", {100: 0.6}), "error: RuntimeError: CUDA error"
+    (one,) = paused_of(lineages_of([paused, failed(1, error)]), STEPS)
+    assert (one.rung, one.value) == (0, 0.6)
+    assert paused_of(lineages_of([paused, failed(1, error), failed(2, error)]), STEPS) == []
+    for reason in ("worker lost", "interrupted"):  # its slot is open, or it was given up
+        assert paused_of(lineages_of([paused, failed(1, reason)]), STEPS) == []
+    going = row(1, "a", {}, TrialState.RUNNING, thawed_from=0)
+    assert paused_of(lineages_of([paused, going]), STEPS) == []
+    further = row(2, "a", {100: 0.6, 300: 0.7})
+    assert paused_of(lineages_of([paused, failed(1, error), further, failed(3, error)]), STEPS)[0].rung == 1
+
+
 def test_a_lineage_is_one_recipe_whatever_rows_it_took() -> None:
     rows = [
         row(0, "0", {100: 0.6}),

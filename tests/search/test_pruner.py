@@ -103,6 +103,16 @@ def test_lineage_counts_once_with_its_latest_trial() -> None:
     assert pruned(study, 0.4, lineage="d") is True
 
 
+def test_who_is_spared_for_the_audit_does_not_hang_on_what_began_between_a_trial_and_its_retry() -> None:
+    study = study_of(0.9, 0.8, 0.7)
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"lineage": "3"}))
+    study.add_trial(create_trial(state=TrialState.PRUNED, value=0.5, user_attrs={"lineage": "4"}))
+    asked: list[set[str]] = []
+    study.pruner.spared = lambda lineage, earlier: asked.append({lineage, *earlier}) is None  # type: ignore[attr-defined]
+    assert not pruned(study, 0.1, lineage="3")
+    assert asked == [{"trial 0", "trial 1", "trial 2", "3"}]
+
+
 def test_retry_is_not_measured_against_its_own_first_run() -> None:
     study = study_of(0.2, 0.1)
     assert pruned(study, 0.9, lineage="a") is False

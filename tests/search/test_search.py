@@ -618,6 +618,17 @@ def test_without_a_budget_networks_that_are_all_too_slow_are_an_error(asked: Ask
         plan.make_plan(space, default, n_train=2000, n_valid=500, device=CPU, speed=speed)
 
 
+@pytest.mark.parametrize("field", ["epochs", "views"])
+def test_how_long_a_trial_trains_cannot_be_searched(asked: Asked, field: str) -> None:
+    from pcam_automl.search import plan
+    from pcam_automl.search.space import parse_space
+
+    space = parse_space(f"parameters: {{{field}: {{choice: [1, 100]}}}}", "s")
+    default, speed = build_recipe({"backbone": "test_resnet", "crop_size": 32}), SimpleNamespace()
+    with pytest.raises(RecipeError, match=f"{field} cannot be searched: the rungs decide"):
+        plan.make_plan(space, default, n_train=2000, n_valid=500, device=CPU, speed=speed)  # type: ignore[arg-type]
+
+
 def test_a_backbone_without_weights_is_left_out_by_name(tmp_path: Path, asked: Asked) -> None:
     import timm
     from safetensors.torch import save_file

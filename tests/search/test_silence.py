@@ -86,6 +86,19 @@ def test_a_claim_is_silent_once_nothing_of_it_has_changed_for_the_grace(study: o
     assert silent.rows == ()
 
 
+def test_a_patrol_that_looks_less_often_than_a_short_grace_asks_for_sees_who_vanished(
+    study: optuna.Study, slots: Slots
+) -> None:
+    clock = Clock()
+    seldom, often = Watchman(slots, 2.0, clock, every_s=10.0), Watchman(slots, 2.0, clock)
+    number = claimed_by(study, slots, ELSEWHERE)
+    assert not seldom.look()
+    assert not often.look()
+    clock.seconds = 10
+    assert [slot.trial_number for slot in seldom.look().slots] == [number]
+    assert not often.look(), "it should have looked before: it was away"
+
+
 def test_an_observer_that_could_not_see_starts_anew(
     study: optuna.Study, slots: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:

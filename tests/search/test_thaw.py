@@ -26,6 +26,7 @@ from pcam_automl.search.pruner import SuccessiveHalving
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
 from pcam_automl.search.slots import Slot, Slots
+from pcam_automl.search.soundness import check_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits, Turn, next_turn
@@ -271,3 +272,30 @@ def test_a_short_search_begins_its_second_trial_also_where_the_first_was_slower_
     late = told(left=39.0)
     late.short = ShortSearch(2, 100.0)
     assert next_turn(opened, slots, [row], Limits(3, clock=late), "me") == "budget"
+
+
+@pytest.mark.parametrize("n_failures", [1, 99])
+def test_a_thaw_that_ends_by_an_error_is_tried_once_more(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, n_failures: int
+) -> None:
+    opened, whole, failed = opened_in(tmp_path, asked), Objective._train, list[int]()
+
+    def fails(self: Objective, trial: optuna.Trial, lineage: str) -> float:
+        if self.thawed_from is not None and len(failed) < n_failures:
+            failed.append(self.thawed_from)
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return whole(self, trial, lineage)
+
+    monkeypatch.setattr(Objective, "_train", fails)
+    assert run(opened, 3, told())[0] == SearchEnd(3, "done")
+    rows, slots = opened.study.get_trials(), Slots(engine_of(opened.study), opened.name).all()
+    paused = [lineage for lineage in lineages_of(rows) if any(row.state == TrialState.PRUNED for row in lineage.rows)]
+    assert paused
+    if n_failures == 1:
+        assert len(failed) == 1
+        assert {lineage.last.state for lineage in lineages_of(rows)} == {TrialState.COMPLETE}
+    else:
+        assert sorted(failed) == sorted(2 * [lineage.rows[0].number for lineage in paused]), "from the paused row"
+        assert {lineage.last.state for lineage in paused} == {TrialState.FAIL}
+    assert [slot.state for slot in slots] == ["done"] * 3
+    assert check_study(rows, slots, opened.checkpoints, total=3).faults == ()
