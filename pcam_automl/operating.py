@@ -55,13 +55,13 @@ def threshold_text(threshold: float) -> str:
 
     Most thresholds are a tumour patch's own probability, which a rounded-up one would miss.
     """
-    exact = Decimal(repr(threshold))
+    exact = Decimal(repr(float(threshold)))
     allowed = min(exact, 1 - exact) / 1000
     for digits in range(3, 17):
         cut = exact.quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR)
         if exact - cut <= allowed:
             return str(cut)
-    return repr(threshold)
+    return repr(float(threshold))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budge
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.overview import overview
-from pcam_automl.search.reading import load_study
+from pcam_automl.search.reading import CLOCK_KEY, load_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import open_study
 from pcam_automl.training.pace import N_PARTS, Pace
@@ -189,6 +189,11 @@ def test_a_used_up_budget_is_said_with_the_ways_out(run: Any, easy_pack: Path) -
     assert code == 0, err
     study, _ = load_study("pcam")
     assert intervals_of(study) == [], "a study without a budget counts no seconds"
+    set_budget(study, 3600.0)
+    code, _, err = run("search", "--budget", "10m")
+    assert code == 2
+    assert "--budget is 10 min 00 s, study 'pcam' has 1 h 00 min" in err
+    assert load_study("pcam")[0].user_attrs.get(CLOCK_KEY) is None, "workers that join are not told of what was refused"
     set_budget(study, 0.001)
     code, _, err = run("finalize", "--no-report")
     assert code == 2

@@ -6,7 +6,7 @@ import os
 import time
 
 from pcam_automl import terminal
-from pcam_automl.commands.search import Work, give_budget, print_plan
+from pcam_automl.commands.search import Work, print_plan
 from pcam_automl.commands.workers import StudyBar
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal
@@ -31,8 +31,6 @@ def work_on_ray(
         raise StudyError(
             "--launcher ray on several machines needs a database server: take PostgreSQL (docs/distributed.md)"
         )
-    if work.budget_s is not None:
-        give_budget(opened, work.budget_s)
     print_plan(opened, work.n_trials)
     planned_on_gpu = str(opened.settings.plan["device"]).startswith("cuda")
     gpu = asked.device.startswith("cuda") or (asked.device == "auto" and planned_on_gpu)

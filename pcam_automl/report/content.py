@@ -50,6 +50,7 @@ class Noun:
 
 
 PATCH, IMAGE, PIXEL = Noun("patch", "patches"), Noun("image", "images"), Noun("pixel", "pixels")
+SLIDE = Noun("slide", "slides")
 
 
 @dataclass(frozen=True)

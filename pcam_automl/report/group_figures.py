@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pcam_automl.data.store import PatchStore
 from pcam_automl.metrics import auc, auc_interval, n_independent
 from pcam_automl.report.blocks import Block, Picture, Table, Text, left_out
-from pcam_automl.report.content import PATCH, Noun, clusters_of, losses
+from pcam_automl.report.content import PATCH, SLIDE, Noun, clusters_of, losses
 from pcam_automl.report.style import BLUE, GREY, add_axes, new_figure, picture, shortened
 from pcam_automl.scores import Scores
 
@@ -69,16 +69,9 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
     slide = np.asarray(store.group)[rows].astype(np.int64)
     domain = np.asarray(store.domain)[rows].astype(np.int64)
     if domains := group_aucs(scores, domain, store.domain_names, clusters_of(store, scores)):
-        over = "slides" if (slide >= 0).any() else many
-        note = f"Bars are 95 % intervals drawn over {over}."
-        yield forest_figure(
-            domains,
-            "auc_domains.png",
-            "scanner or centre",
-            note,
-            of_store,
-            over.removesuffix("s") if over == "slides" else of_store.one,
-        )
+        over = SLIDE if (slide >= 0).any() else of_store
+        note = f"Bars are 95 % intervals drawn over {over.many}."
+        yield forest_figure(domains, "auc_domains.png", "scanner or centre", note, of_store, over)
     else:
         yield left_out(f"AUC by scanner or centre, since no known one has both labels and {LEAST_ROWS} scored {many}.")
     if slides := group_aucs(scores, slide, store.group_names, rows):
@@ -99,9 +92,9 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
 
 
 def forest_figure(
-    groups: list[GroupAuc], name: str, what: str, note: str, of_store: Noun = PATCH, drawn: str | None = None
+    groups: list[GroupAuc], name: str, what: str, note: str, of_store: Noun = PATCH, over: Noun | None = None
 ) -> Picture:
-    """A point and a bar for each group; ``drawn`` is what the intervals' draws are over, in the singular."""
+    """A point and a bar for each group; ``over`` is what the intervals are drawn over, by default the patches."""
     figure = new_figure(6.8, 1.3 + 0.28 * len(groups))
     x = "AUC" if of_store == PATCH else "AUC over pixels"
     axes = add_axes(figure, title=f"{what} (number of {of_store.many})", x=x, grid="x")
@@ -113,7 +106,7 @@ def forest_figure(
     axes.set_ylim(-0.6, len(groups) - 0.4)
     words = ", ".join(f"{g.name} {g.auc:.4f} ({_words(g.interval)})" for g in groups[:10])
     alone = (
-        f" One without a bar has all of a label in a single {drawn or of_store.one}."
+        f" One without a bar has all of a label in a single {(over or of_store).one}."
         if any(g.interval is None for g in groups)
         else ""
     )

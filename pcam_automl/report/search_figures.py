@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -37,6 +36,7 @@ from pcam_automl.report.style import (
 from pcam_automl.report.tradeoff_figure import tradeoff_blocks
 from pcam_automl.search.audit import audit_study, rung_table
 from pcam_automl.search.lineages import lineage_of, lineages_of, not_superseded, seconds_of_lineages
+from pcam_automl.search.reading import recipe_field
 
 _MOST_LINES, _MOST_AXES, _MOST_BARS = 200, 8, 12
 _SHOWN_TRIALS = 10
@@ -54,7 +54,7 @@ def search_section(content: ReportContent) -> Section:
     importance, why_not = _importance(content)
     goal = AUC if content.study_settings is None else content.study_settings.goal
     blocks: list[Block] = [_facts(trials, complete, goal), history_figure(trials, goal)]
-    blocks += ranking_blocks(content.ranking, {t.number: str(_field(t, "backbone") or "") for t in complete})
+    blocks += ranking_blocks(content.ranking, {t.number: str(recipe_field(t, "backbone") or "") for t in complete})
     blocks += _fidelity(content, trials)
     blocks.append(importance_figure(importance) if importance else left_out(f"parameter importance: {why_not}."))
     cut = "tile_size" if content.dense else "crop_size"
@@ -163,18 +163,11 @@ def _varied(complete: list[FrozenTrial], importance: dict[str, float], cut: str,
     else:
         yield left_out("parallel coordinates, since fewer than two parameters vary among the complete trials.")
     for field, draw in ((cut, crop_figure if cut == "crop_size" else tile_figure), ("backbone", backbone_figure)):
-        pairs = [(value, _value(t)) for t in complete if (value := _field(t, field)) is not None]
+        pairs = [(value, _value(t)) for t in complete if (value := recipe_field(t, field)) is not None]
         if len({value for value, _ in pairs}) >= 2:
             yield draw(pairs, goal)
         else:
             yield left_out(f"{field} against {goal.short}, since all complete trials have the same one.")
-
-
-def _field(trial: FrozenTrial, name: str) -> Any:
-    """The recipe's value of a field, pinned or suggested; None where the trial has neither."""
-    if name in trial.params:
-        return trial.params[name]
-    return json.loads(trial.user_attrs["recipe"]).get(name) if "recipe" in trial.user_attrs else None
 
 
 def _common_parameters(complete: list[FrozenTrial], importance: dict[str, float]) -> list[str]:
@@ -313,9 +306,9 @@ def _best_table(complete: list[FrozenTrial], cut: str, goal: Goal, seconds: Mapp
     rows = tuple(
         (
             str(t.number),
-            str(_field(t, "backbone") or "–"),
+            str(recipe_field(t, "backbone") or "–"),
             f"{_value(t):.4f}",
-            str(_field(t, cut) or "–"),
+            str(recipe_field(t, cut) or "–"),
             f"{seconds[lineage_of(t)]:.0f}" if "seconds" in t.user_attrs else "–",
         )
         for t in best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from pcam_automl.goals import Goal
 from pcam_automl.report.blocks import Block, Picture, Table, Text, left_out
 from pcam_automl.report.style import BLUE, GREY, INK, ORANGE, VERMILION, add_row, dress, new_figure, picture, shortened
 from pcam_automl.search.pareto import LATENCY, PARAMETERS, Tradeoff, tradeoff_of
+from pcam_automl.search.reading import recipe_field
 
 _LEAST = 2
 _COSTS = ((LATENCY, "latency of one patch (ms)", 1.0), (PARAMETERS, "parameters (millions)", 1e-6))
@@ -89,12 +89,11 @@ def front_table(tradeoff: Tradeoff, goal: Goal) -> Table:
     for place in tradeoff.front.tolist():
         trial = tradeoff.trials[place]
         size = trial.user_attrs.get(PARAMETERS)
-        known = {**json.loads(trial.user_attrs.get("recipe", "{}")), **trial.params}  # what is fixed is no parameter
         words = [word for word, at in (("knee", tradeoff.knee), ("best", int(tradeoff.front[-1]))) if at == place]
         rows.append(
             (
                 str(trial.number),
-                shortened(str(known.get("backbone", "–"))),
+                shortened(str(recipe_field(trial, "backbone") or "–")),
                 f"{tradeoff.values[place]:.4f}",
                 f"{tradeoff.costs[place]:.2f}",
                 "–" if size is None else f"{size / 1e6:.2f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -105,6 +106,13 @@ def auc_of(trial: FrozenTrial, goal: Goal) -> float:
     if goal.name == "auc":
         return float("nan") if trial.value is None else float(trial.value)
     return float(trial.user_attrs.get(FIGURES, {}).get("auc", "nan"))
+
+
+def recipe_field(trial: FrozenTrial, name: str) -> Any:
+    """The recipe's value of a field, pinned or suggested; None where the trial has neither."""
+    if name in trial.params:
+        return trial.params[name]
+    return json.loads(trial.user_attrs["recipe"]).get(name) if "recipe" in trial.user_attrs else None
 
 
 def errors_of(trials: list[FrozenTrial]) -> list[str]:

@@ -14,7 +14,7 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import normalisation
 from pcam_automl.recipe import Recipe
 from pcam_automl.report.blocks import Picture
-from pcam_automl.report.content import ReportContent, losses
+from pcam_automl.report.content import SLIDE, ReportContent, losses
 from pcam_automl.report.data_figures import batch_sheet, spread_rows
 from pcam_automl.report.examples import N_SHOWN, chosen
 from pcam_automl.report.group_figures import GroupAuc, forest_figure, group_aucs
@@ -121,5 +121,5 @@ def test_a_batch_without_a_network_yet_is_normalised_as_its_recipe_says(easy_pac
 def test_a_group_without_an_interval_says_what_the_draws_are_over() -> None:
     groups = [GroupAuc("a", 20, 0.9, None), GroupAuc("b", 20, 0.9, (0.8, 1.0))]
     assert "has all of a label in a single patch." in forest_figure(groups, "x.png", "slide", "").caption
-    assert "in a single slide." in forest_figure(groups, "x.png", "scanner", "", drawn="slide").caption
+    assert "in a single slide." in forest_figure(groups, "x.png", "scanner", "", over=SLIDE).caption
     assert "without a bar" not in forest_figure(groups[1:], "x.png", "slide", "").caption
