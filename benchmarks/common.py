@@ -166,7 +166,8 @@ def start(recipe: Recipe, store: PatchStore, compute: Compute) -> Training:
     """Our training at its beginning, on all labelled patches, without any to be scored on."""
     rows = choose_rows(store, recipe, store.development_rows(), np.zeros(0, np.int64))
     patches = open_patches(store, torch.device(compute.device))
-    torch.backends.cudnn.benchmark = True  # as a final training has it; without a GPU it changes nothing
+    # As a final training has it; without a GPU it changes nothing.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     return start_training(recipe, store, rows, patches=patches, weights=Weights("none"), compute=compute, key=KEY)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Protocol
 
 import numpy as np
@@ -143,13 +144,26 @@ def load_shared(store: PatchStore, device: torch.device) -> Tensor | None:
     A process that gets it through torch's pickling (CUDA IPC) has no copy of its own; this one must keep it, and live, as long.
 
     Returns:
-        None where there is nothing to share: on a CPU all map the same file; and where the patches are streamed, or the platform
-        cannot share (CUDA IPC is Linux's).
+        None where there is nothing to share: on a CPU all map the same file; and where the patches are streamed, or the platform or
+        torch's allocator cannot share (CUDA IPC is Linux's).
     """
     if device.type != "cuda" or sys.platform != "linux":
         return None
+    if not _can_send(device):
+        return None
     opened = open_patches(store, device)
     return opened.tensor if isinstance(opened, ResidentPatches) else None
+
+
+def _can_send(device: torch.device) -> bool:
+    """Whether torch hands tensors of the device to other processes: not if its allocator was told to take expandable segments, or CUDA's
+    own pool. Tried with a byte, since what is sent and never received is never freed.
+    """
+    try:
+        ForkingPickler.dumps(torch.empty(1, dtype=torch.uint8, device=device))
+    except RuntimeError:  # each process then holds its own
+        return False
+    return True
 
 
 def open_masks(store: PatchStore, device: torch.device) -> Patches:

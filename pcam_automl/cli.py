@@ -81,8 +81,14 @@ def _root(
         os.environ["PCAM_AUTOML_DEBUG"] = "1"
 
 
+_ON_WINDOWS = "error: pcam-automl runs on Linux, macOS and under WSL2, not on Windows itself; install it inside WSL2 (wsl --install)"
+
+
 def main() -> None:
     """Entry point: faults in one line; 0 done, 2 the user's input, 1 anything else, 130 / 143 after a signal."""
+    if sys.platform == "win32":
+        print(_ON_WINDOWS, file=sys.stderr)
+        sys.exit(2)
     choose_waiting()
     try:
         # Standalone the parser would frame its own faults and end the process.

@@ -59,6 +59,10 @@ class SearchFailed(PcamError):
     """So many trials failed that going on makes no sense."""
 
 
+class DeviceFailed(PcamError):
+    """A GPU failed in this process (an illegal access, a fault of the hardware): all that the process asks of it fails from then on."""
+
+
 class TrainingDiverged(PcamError):
     """The training loss became NaN or infinite."""
 

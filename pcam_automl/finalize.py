@@ -73,8 +73,9 @@ def check_test_set(store: PatchStore) -> None:
     missing = list(store.source.get("missing_test_ids", ()))
     if missing:
         raise DataError(
-            f"{len(missing)} ids of the sample submission have no test image ({first_few(missing)}); "
-            "complete the test folder, or give prepare a --sample that lists what is there"
+            f"{len(missing):,} ids of the sample submission have no test image ({first_few(missing)}), and a study stays with the files it "
+            "began with; give --no-submission for the network alone, which `pcam-automl predict --sample CSV` predicts a whole test folder "
+            "with, or start another study on the whole folder"
         )
 
 
@@ -123,7 +124,8 @@ def finalize(
     which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
     check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
-    check_test_set(opened.store)
+    if options.submission:
+        check_test_set(opened.store)
     check_ranks(Candidate(lineage_of(trial), trial).recipe)
     rows = final_rows(
         opened,
@@ -170,6 +172,7 @@ def finalize(
             out,
             threshold=threshold,
             compare=options.compare,
+            submission=options.submission,
             device=device,
             watch=watch,
         )

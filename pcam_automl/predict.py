@@ -112,7 +112,7 @@ class Predictor:
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
     """The bundle's layout, and the precision that left its AUC as it is, where it was trained on this device; else plain ones."""
     measured = bundle.provenance.get("compute", {})
-    if measured.get("device") != str(device):
+    if torch.device(measured.get("device", "meta")).type != device.type:
         return Compute(str(device))
     judged = bundle.provenance.get("inference", measured)  # of a dense network the training's own
     precision = judged.get("precision", "fp32")

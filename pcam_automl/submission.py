@@ -13,6 +13,8 @@ import pandas as pd
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.files import write_json, written_whole
 
+SUBMISSION_FILE, LABELS_FILE = "submission.csv", "submission_labels.csv"
+
 
 def check_threshold(threshold: float | None) -> None:
     """Raise InputError for a threshold outside [0, 1]."""
@@ -32,8 +34,13 @@ def write_probabilities(file: Path, ids: Sequence[str], probs: np.ndarray, *, th
         table.to_csv(partial, index=False)
 
 
-def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
+def check_submission(file: Path, sample_ids: Sequence[str], *, more_columns: bool = False) -> int:
     """Check a submission against the ids that are wanted, in their order; returns the number of rows.
+
+    Args:
+        file: CSV ``id,label``.
+        sample_ids: in their order.
+        more_columns: whether there may be others behind them, such as ``predicted``.
 
     Raises:
         DataError: columns, ids, order, NaN, or values outside [0, 1]; all that is wrong in one line.
@@ -42,7 +49,8 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
         table = pd.read_csv(file, dtype={"id": str}, keep_default_na=False, encoding="utf-8")  # an id may be NA
     except (OSError, ValueError, UnicodeDecodeError) as fault:  # pandas' parser errors are ValueErrors
         raise DataError(f"{file} cannot be read as a submission ({' '.join(str(fault).split())[:120]})") from None
-    if list(table.columns) != ["id", "label"]:
+    named = list(table.columns)[:2] if more_columns else list(table.columns)
+    if named != ["id", "label"]:
         raise DataError(f"{file}: columns must be id,label, got {','.join(map(str, table.columns))}")
     faults = []
     found, wanted = table["id"].astype(str).tolist(), list(sample_ids)
@@ -55,7 +63,9 @@ def check_submission(file: Path, sample_ids: Sequence[str]) -> int:
         if len(have) < len(found):
             faults.append(f"{len(found) - len(have)} ids are repeated")
         if not faults:
-            faults.append("the ids are not in the sample's order")
+            faults.append(
+                "the ids are not in the sample's order (`pcam-automl predict --sample CSV` writes them in it)"
+            )
     values = np.array([_number(value) for value in table["label"]], np.float64)
     if n := int(np.isnan(values).sum()):
         faults.append(f"{n} labels are not numbers")
@@ -78,14 +88,14 @@ def write_submission(
     folder: Path, ids: Sequence[str], probs: np.ndarray, provenance: dict[str, Any], *, threshold: float | None
 ) -> Path:
     """Write ``submission.csv`` (checked), ``submission.json`` (provenance) and, with a threshold, ``submission_labels.csv``."""
-    file = folder / "submission.csv"
+    file = folder / SUBMISSION_FILE
     write_probabilities(file, ids, probs)
     check_submission(file, ids)
     if threshold is None:
-        (folder / "submission_labels.csv").unlink(missing_ok=True)  # of an earlier network
+        (folder / LABELS_FILE).unlink(missing_ok=True)  # of an earlier network
     else:
         labels = pd.DataFrame({"id": list(ids), "label": (probs >= threshold).astype(int)})
-        with written_whole(folder / "submission_labels.csv") as partial:
+        with written_whole(folder / LABELS_FILE) as partial:
             labels.to_csv(partial, index=False)
     write_json(folder / "submission.json", provenance)
     return file

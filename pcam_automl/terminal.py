@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -35,9 +36,13 @@ def mute() -> None:
 
 
 class PLAIN:
-    """``--plain``: no bars, a time before each line; for logs."""
+    """``--plain``: no bars, a time before each line; for logs.
 
-    on = False
+    On from the start where PCAM_AUTOML_PLAIN is set, and in a notebook's cell, which looks like a terminal but keeps every line of a table
+    that is drawn anew.
+    """
+
+    on = bool(os.environ.get("PCAM_AUTOML_PLAIN") or os.environ.get("JPY_PARENT_PID"))
 
 
 def say(text: str) -> None:

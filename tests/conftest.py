@@ -20,6 +20,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
 # The same examples in every run and no deadline: what a property misses is found by PCAM_TEST_HYPOTHESIS=default, not by somebody's push.
 settings.load_profile(os.environ.get("PCAM_TEST_HYPOTHESIS", "ci"))
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the GPU's own tests see one: the others expect what a CPU does, bit for bit."""
+    if "gpu" not in str(config.getoption("markexpr")).replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; commands that tests start inherit it
+
+
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 

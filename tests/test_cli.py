@@ -64,6 +64,25 @@ def test_help_answers_fast_and_without_torch() -> None:
     assert min(seconds) < (5.0 if os.environ.get("PYTEST_XDIST_WORKER") else 0.5)
 
 
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import pcam_automl.cli as cli
+
+    monkeypatch.setattr(cli.sys, "platform", "win32")
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "WSL2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PCAM_AUTOML_PLAIN", "JPY_PARENT_PID"])
+def test_a_notebook_and_an_environment_variable_make_the_output_plain(name: str) -> None:
+    code = "from pcam_automl import terminal; print(terminal.PLAIN.on)"
+    bare = {key: value for key, value in os.environ.items() if key not in ("PCAM_AUTOML_PLAIN", "JPY_PARENT_PID")}
+    for environment, expected in ((bare, "False"), ({**bare, name: "1"}, "True")):
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == expected
+
+
 def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     search = ("search", "--data", easy_raw, "--trials", 2, "--space", "tiny.yaml", "--weights", "none", "--views", 480)
     code, out, err = run(*search)
@@ -105,6 +124,7 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     predicted = pd.read_csv("p.csv", dtype={"id": str}).set_index("id")
     assert list(predicted.columns) == ["label", "predicted"]
     np.testing.assert_allclose(predicted.loc[submission["id"], "label"], submission["label"], atol=2e-3)
+    assert run("score", "p.csv", "--labels", easy_raw / "test_labels.csv")[0] == 0
 
     card = json.loads((model / "bundle.json").read_text())
     card["provenance"]["compute"]["device"] = "cuda:7"  # as if trained elsewhere: the device given predicts
@@ -522,7 +542,48 @@ def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Pat
     assert (
         run("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)[0] == 0
     )
-    fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40)
+    fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40, "--no-submission")
+    alone = ("finalize", "--no-submission", "--confirm", 0, "--epochs", 0.5, "--no-report", "--json")
+    code, out, err = run(*alone)
+    assert code == 0, err
+    final = json.loads(out)
+    assert final["submission"] is None
+    assert not (Path(final["out"]) / "submission.csv").exists()
+    assert (Path(final["out"]) / "model" / "bundle.json").is_file()
+
+
+def test_other_slides_for_a_study_are_refused_before_anything_is_packed(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=60, n_test=4)
+    groups = (raw / "train_groups.csv").read_text()
+    (raw / "train_groups.csv").unlink()
+    search = ("search", "--data", raw, "--space", "tiny.yaml", "--weights", "none", "--views", 64, "--trials")
+    code, _, err = run(*search, 1)
+    assert code == 0, err
+    (in_tmp / "slides.csv").write_text(groups)
+    n_packs = len(list((in_tmp / "studies" / "packs").iterdir()))
+    fails_with(
+        run(*search, 2, "--groups", "slides.csv"),
+        "names other groups than the study was made with, for 60 of 64",
+        "--study NAME",
+    )
+    assert len(list((in_tmp / "studies" / "packs").iterdir())) == n_packs
+    code, _, err = run(*search, 2, "--study", "again", "--groups", "slides.csv")
+    assert code == 0, err
+    assert run("search", "--study", "again", "--trials", 2, "--groups", "slides.csv")[0] == 0, "the same slides"
+
+
+def test_where_slides_are_unknown_every_printed_auc_says_so(run: Any, in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_train=60, n_test=4)
+    (raw / "train_groups.csv").unlink()
+    search = ("search", "--data", raw, "--trials", 2, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
+    code, out, err = run(*search)
+    assert code == 0, err
+    assert "no slides are known" in out
+    assert "no slides are known" in run("status")[1]
+    for options in (("--confirm", 0), ("--confirm", 2)):
+        code, out, err = run("finalize", *options, "--epochs", 0.5, "--no-report", "--json")
+        assert code == 0, err
+        assert "whose slides are unknown and may have been trained on: likely too high" in json.loads(out)["auc_on"]
 
 
 def test_epochs_that_cannot_be_are_refused_before_the_confirmations(run: Any, easy_pack: Path) -> None:
@@ -575,7 +636,12 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
     assert "96 patches train, 24 validate" in err
     code, out, err = run("finalize", "--epochs", 3, "--no-report", "--json")
     assert code == 0, err
-    assert len(pd.read_csv(json.loads(out)["submission"])) == 20
+    final = json.loads(out)
+    assert len(pd.read_csv(final["submission"])) == 20
+    found = json.loads((Path(final["out"]) / "submission.json").read_text())["labelled_test"]
+    assert f"test AUC {found['auc']:.4f}" in err
+    assert found["n"] == 20
+    assert found["auc"] > 0.9
 
 
 def test_class_folders_go_the_whole_path(run: Any, in_tmp: Path) -> None:
@@ -617,6 +683,21 @@ def test_unreadable_files_are_named_and_left_out_of_a_prediction(
     for name in ("empty.tif", "page.tif", "half.tif"):
         assert name in err
     assert pd.read_csv("p.csv", dtype={"id": str})["id"].tolist() == [good.stem]
+    sample = in_tmp / "sample.csv"
+    sample.write_text(f"id,label\nhalf,0\n{good.stem},0\n")
+    code, _, err = run("predict", "--model", "m", "--input", folder, "--out", "s.csv", "--sample", sample)
+    assert code == 0, err
+    assert "2 images are not in" in err
+    assert "1 of them are in the sample: they have the mean probability of the others" in err
+    written = pd.read_csv("s.csv", dtype={"id": str})
+    assert written["id"].tolist() == ["half", good.stem], "in the sample's order"
+    assert written["label"][0] == written["label"][1] == pd.read_csv("p.csv")["label"][0]
+    assert run("check-submission", "s.csv", "--sample", sample)[0] == 0
+    sample.write_text(f"id,label\nabsent,0\n{good.stem},0\n")
+    fails_with(
+        run("predict", "--model", "m", "--input", folder, "--out", "s.csv", "--sample", sample),
+        "1 of its 2 ids have no image in --input (absent)",
+    )
     good_copy = folder / good.name
     good_copy.unlink()
     fails_with(

@@ -42,7 +42,11 @@ def test_a_score_reads_every_digit_and_every_id(tmp_path: Path) -> None:
         ("id,prob\na1,0\n", "columns must be id,label, got id,prob"),
         ("id,label\na1,0\n007,0\n", r"1 ids of the sample are missing \(1e5\)"),
         ("id,label\na1,0\n007,0\n1e5,0\nzz,0\n", r"1 ids are not in the sample \(zz\)"),
-        ("id,label\n007,0\na1,0\n1e5,0\n", "not in the sample's order"),
+        (
+            "id,label\n007,0\na1,0\n1e5,0\n",
+            r"not in the sample's order \(`pcam-automl predict --sample CSV` writes them in it\)",
+        ),
+        ("id,label,predicted\na1,0,0\n007,0,0\n1e5,0,0\n", "columns must be id,label, got id,label,predicted"),
         ("id,label\na1,0\na1,0\n007,0\n1e5,0\n", "1 ids are repeated"),
         ("id,label\na1,\n007,0\n1e5,0\n", "1 labels are not numbers"),
         ("id,label\na1,1.5\n007,-1\n1e5,0\n", r"2 labels are outside \[0, 1\]"),
@@ -69,6 +73,12 @@ def test_the_order_of_probabilities_near_one_survives(tmp_path: Path) -> None:
     write_probabilities(tmp_path / "p.csv", [f"{number}" for number in range(20)], probs)
     found = [float(line.split(",")[1]) for line in (tmp_path / "p.csv").read_text().splitlines()[1:]]
     assert found == probs.tolist()
+
+
+def test_a_table_with_labels_beside_the_probabilities_is_scored(tmp_path: Path) -> None:
+    write_probabilities(tmp_path / "p.csv", ["x", "y"], np.array([0.2, 0.8]), threshold=0.5)
+    (tmp_path / "labels.csv").write_text("id,label\nx,0\ny,1\n")
+    assert run_score(tmp_path / "p.csv", tmp_path / "labels.csv", groups=None, threshold=0.5, as_json=True) == 1.0
 
 
 def test_labels_stand_beside_probabilities(tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ def predict(
     ],
     files: Annotated[list[Path] | None, typer.Argument(help="More image files.")] = None,
     threshold: Threshold = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            "--sample",
+            help="Sample submission: write its ids, all of them, in its order (a submission).",
+            metavar="CSV",
+        ),
+    ] = None,
     one_view: Annotated[
         bool,
         typer.Option("--one-view", help="The centre view only instead of the mean of the recipe's views (faster)."),
@@ -70,6 +78,7 @@ def predict(
         device=device,
         all_views=not one_view,
         explain=explain,
+        sample=sample,
     )
 
 

@@ -19,7 +19,7 @@ Groups = Annotated[
     Path | None,
     typer.Option(
         "--groups",
-        help="CSV id,group: the slide of each patch. train_groups.csv beside the labels is used unasked.",
+        help="CSV id,group (or id,wsi): the slide of each patch. train_groups.csv beside the labels is used unasked.",
         metavar="CSV",
     ),
 ]
@@ -166,7 +166,7 @@ Timeout = Annotated[
 def _plain(on: bool) -> bool:
     from pcam_automl import terminal
 
-    terminal.PLAIN.on = on
+    terminal.PLAIN.on = on or terminal.PLAIN.on
     return on
 
 

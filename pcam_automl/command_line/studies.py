@@ -180,6 +180,10 @@ def finalize(
         bool,
         typer.Option("--no-budget", help="Do not hold the final training within what the study's --budget has left."),
     ] = False,
+    no_submission: Annotated[
+        bool,
+        typer.Option("--no-submission", help="The network alone; `predict --sample CSV` writes the submission later."),
+    ] = False,
     storage: Storage = None,
     report: WithReport = True,
     device: Device = "auto",
@@ -202,7 +206,9 @@ def finalize(
         as_json=json,
         with_report=report,
         pick=pick,
-        options=FinalOptions(confirm, confirm_folds, ensemble, compare, keep_back=keep_back),
+        options=FinalOptions(
+            confirm, confirm_folds, ensemble, compare, keep_back=keep_back, submission=not no_submission
+        ),
         within_budget=not no_budget,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,9 @@ def _print_store(store: PatchStore, as_json: bool) -> None:
         terminal.say(NO_SLIDES)
     if len(found.rows):
         terminal.say(f"pictures of them: {sheet}")
+    terminal.say(
+        f"next: pcam-automl search --data {shlex.quote(str(store.root))} --trials 50 (the pack holds all that it needs)"
+    )
     terminal.result(f"{store.root}: {len(store):,} patches, content {store.content_hash[:16]}")
 
 

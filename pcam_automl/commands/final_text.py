@@ -69,7 +69,7 @@ def print_final(final: FinalResult, as_json: bool) -> None:
             [_step_cells(s) for s in final.steps],
         )
     made = final.submission or final.maps
-    terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches, so no submission)")
+    terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches are predicted, so no submission)")
 
 
 def _as_json(final: FinalResult) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, load_bundle
 from pcam_automl.commands.report import bundle_folder
 from pcam_automl.data.images import PatchFault, read_patch
+from pcam_automl.data.tables import read_ids
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
@@ -19,7 +20,7 @@ from pcam_automl.files import check_can_write, write_png, written_whole
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.predict import Predictor, compute_of, list_images, patch_side, predict_files
 from pcam_automl.predict_dense import build_map_predictor, write_maps
-from pcam_automl.submission import check_threshold, write_probabilities
+from pcam_automl.submission import check_submission, check_threshold, write_probabilities
 from pcam_automl.training.compute import use_device
 
 EXPLANATIONS = "explanations.csv"
@@ -34,15 +35,24 @@ def run_predict(
     device: str,
     all_views: bool,
     explain: Path | None = None,
+    sample: Path | None = None,
 ) -> None:
-    """Write ``id,label`` for image files; with ``explain`` also a Grad-CAM picture and a sentence for each."""
+    """Write ``id,label`` for image files; with ``explain`` also a Grad-CAM picture and a sentence for each.
+
+    With ``sample`` what is written is a submission: its ids, all of them, in its order.
+    """
     check_threshold(threshold)
     bundle = load_bundle(bundle_folder(model))
     files = list_images(inputs)
+    wanted = None if sample is None else read_ids(sample).tolist()
+    if wanted is not None:
+        files = _images_of_sample(files, wanted, sample)
     place = use_device(device)
     if bundle.recipe.task == "dense":
         if explain is not None:
             raise InputError("--explain belongs to task patch; a dense bundle's map shows itself where the tumour is")
+        if wanted is not None:
+            raise InputError("--sample belongs to task patch; a dense bundle writes maps")
         _predict_maps(bundle, files, out, place, threshold=threshold, all_views=all_views)
         return
     _check_predict_targets(files, out, explain)
@@ -59,13 +69,42 @@ def run_predict(
             bars.step(task, len(names) + len(faults))
     if not ids:
         raise DataError(f"none of the {len(files)} files is a readable patch ({first_few(left_out)})")
+    known = dict(zip(ids, np.concatenate(probs).tolist(), strict=True))
     if left_out:
         terminal.say(f"left out {len(left_out)} of {len(files)} files: {first_few(left_out)}")
-    write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
-    terminal.result(f"{out}: {len(ids):,} probabilities")
+    if wanted is None:
+        write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
+    else:
+        _write_submission(out, wanted, known, threshold)
+    terminal.result(f"{out}: {len(wanted or ids):,} probabilities")
     if explain is not None:
-        known = dict(zip(ids, np.concatenate(probs).tolist(), strict=True))
         _explain(networks[0], [file for file in files if file.stem in known], known, explain)
+
+
+def _images_of_sample(files: list[Path], wanted: list[str], sample: Path | None) -> list[Path]:
+    """The images of a sample submission's ids, in its order; others are not predicted.
+
+    Raises:
+        DataError: ids without an image.
+    """
+    by_id = {file.stem: file for file in files}
+    if missing := [name for name in wanted if name not in by_id]:
+        raise DataError(
+            f"{sample}: {len(missing):,} of its {len(wanted):,} ids have no image in --input ({first_few(missing)}); give the folder that holds "
+            "all of them"
+        )
+    if n_more := len(by_id) - len(set(wanted)):
+        terminal.say(f"{n_more:,} images are not in {sample} and are left out")
+    return [by_id[name] for name in wanted]
+
+
+def _write_submission(out: Path, wanted: list[str], known: dict[str, float], threshold: float | None) -> None:
+    """All ids of the sample; those whose image could not be read have the mean of the others, which is said."""
+    mean = float(np.mean(list(known.values())))
+    if n := sum(name not in known for name in wanted):
+        terminal.say(f"{n:,} of them are in the sample: they have the mean probability of the others, {mean:.4f}")
+    write_probabilities(out, wanted, np.array([known.get(name, mean) for name in wanted]), threshold=threshold)
+    check_submission(out, wanted, more_columns=threshold is not None)
 
 
 def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -> None:

@@ -18,7 +18,7 @@ def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold:
     """AUC of a submission against true labels."""
     ids, label = read_labels(labels)
     truth = pd.Series(label, index=ids)
-    check_submission_ids = check_submission(submission, read_ids(submission).tolist())
+    check_submission_ids = check_submission(submission, read_ids(submission).tolist(), more_columns=True)
     table = pd.read_csv(submission, dtype=str, keep_default_na=False).set_index("id")  # text: float() loses no digit
     if missing := [i for i in truth.index if i not in table.index]:
         raise DataError(f"{submission} lacks {len(missing)} of the {len(truth)} labelled ids ({first_few(missing)})")
@@ -41,7 +41,7 @@ def run_score(submission: Path, labels: Path, *, groups: Path | None, threshold:
         terminal.print_json(value)
     else:
         terminal.result(
-            f"test AUC {score:.4f} (95 % {low:.4f} to {high:.4f}), accuracy {value['accuracy']:.4f} at {threshold:g}, {len(truth):,} patches"
+            f"AUC {score:.4f} (95 % {low:.4f} to {high:.4f}), accuracy {value['accuracy']:.4f} at {threshold:g}, {len(truth):,} labelled patches"
         )
     return score
 

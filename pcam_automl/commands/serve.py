@@ -42,7 +42,7 @@ def run_serve(
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warn_of_open_address(host, dashboard_port or port)
-    devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url)
+    devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url, shares=False)
     with storage_faults(url):
         engine = engine_of(open_storage(url))
     children = children_of(url, data, devices, host, dashboard_port)
@@ -68,7 +68,7 @@ def children_of(url: str, data: Path | None, devices: Sequence[str], host: str, 
     secret = {STORAGE_VARIABLE: url}
     more = [] if data is None else ["--data", str(data)]
     threads = {}
-    if len(devices) > 1 and set(devices) == {"cpu"} and "OMP_NUM_THREADS" not in os.environ:
+    if len(devices) > 1 and "OMP_NUM_THREADS" not in os.environ:
         threads = {"OMP_NUM_THREADS": str(max(1, int(joblib.cpu_count()) // len(devices)))}
     seen: collections.Counter[str] = collections.Counter()
     children = []

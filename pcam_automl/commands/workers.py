@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import joblib
 import torch
 
 from pcam_automl import terminal
@@ -14,6 +15,7 @@ from pcam_automl.config import find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import DataError
 from pcam_automl.interrupt import StopSignal
+from pcam_automl.models.cost import weight_bytes
 from pcam_automl.recipe import Recipe
 from pcam_automl.recipe_files import load_recipe
 from pcam_automl.search.patience import patient
@@ -31,12 +33,23 @@ from pcam_automl.training.compute import use_cores
 from pcam_automl.training.speed import SpeedBook
 from pcam_automl.workers_board import Board
 
+_STATE_COPIES = 11
+"""Of the weights in float32, beside themselves: AdamW's two, their average, and four each for a branch and for a checkpoint."""
 _PACK_BYTES_UNKNOWN = 6_100_000_000
 """Kaggle's training set, where the size of the data is not known before they are packed."""
 
 
-def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, url: str | None) -> list[str]:
+def devices_for(
+    asked: Asked, n_workers: int | None, per_device: str | None, url: str | None, *, shares: bool = True
+) -> list[str]:
     """The device of each worker, one a GPU unless told otherwise; ``auto`` measures the recipe that the search starts from.
+
+    Args:
+        asked: for the device, the data and the recipe.
+        n_workers: workers in all.
+        per_device: workers on each, or ``auto``.
+        url: of the storage, beside whose studies speeds are kept.
+        shares: whether the workers of one GPU share one copy of the patches: those of one command do.
 
     Raises:
         InputError: see :func:`~pcam_automl.search.placement.worker_devices`.
@@ -47,7 +60,7 @@ def devices_for(asked: Asked, n_workers: int | None, per_device: str | None, url
     def fitting(device: torch.device) -> int:
         recipe = load_recipe(find_config("recipes", asked.recipe or "default"), overrides={"pretrained": False})
         recipe = recipe.model_copy(update={"pretrained": False})
-        return _n_on_cpu(recipe, studies) if device.type == "cpu" else _n_on_gpu(recipe, device, asked, studies)
+        return _n_on_cpu(recipe, studies) if device.type == "cpu" else _n_on_gpu(recipe, device, asked, studies, shares)
 
     devices = worker_devices(asked.device, n_workers, per_device, fitting=fitting)
     check_few(storage_url(url), len(devices))
@@ -69,12 +82,13 @@ def _n_on_cpu(recipe: Recipe, studies: Path) -> int:
     return n
 
 
-def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path) -> int:
+def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path, shares: bool) -> int:
     """Not run here yet: no GPU was at hand."""
     book = SpeedBook(studies / "speed.json")
     double = recipe.model_copy(update={"batch_size": 2 * recipe.batch_size})
     step_s, double_step_s = (one.batch_size / book.images_per_s(one, device) for one in (recipe, double))
-    peak_bytes = book.peak_bytes(double, device)
+    # The step that is measured has neither an optimizer's state, nor an average, nor copies of all that for a branch and a checkpoint.
+    peak_bytes = book.peak_bytes(double, device) + _STATE_COPIES * weight_bytes(recipe)
     torch.cuda.empty_cache()
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return n_for_gpu(
@@ -83,7 +97,8 @@ def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path)
         peak_bytes=peak_bytes,
         step_s=step_s,
         double_step_s=double_step_s,
-        n_cores=use_cores(),
+        n_cores=max(1, int(joblib.cpu_count()) // torch.cuda.device_count()),  # whatever OMP_NUM_THREADS says
+        shares=shares,
     )
 
 

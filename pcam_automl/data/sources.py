@@ -29,6 +29,10 @@ GET_THE_DATA = (
 )
 
 
+MANY_ABSENT = 0.01
+"""Of the labelled ids: if more have no image, the folder may not be whole."""
+
+
 @dataclass(frozen=True)
 class PatchSource:
     """N patches of a raw folder: train (by id), valid, then test in the order of the sample submission."""
@@ -133,13 +137,17 @@ def _nothing_found(root: Path) -> str:
 def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
     labels_csv = root / "train_labels.csv"
     if not (root / "train").is_dir():
-        raise DataError(f"{root} has train_labels.csv but no folder train/ with the images; {GET_THE_DATA}")
+        archive = next((name for name in ("train.zip", "train.tar.gz", "train.tar") if (root / name).is_file()), None)
+        remedy = GET_THE_DATA if archive is None else f"unpack {archive} into train/ (and test likewise)"
+        raise DataError(f"{root} has train_labels.csv but no folder train/ with the images; {remedy}")
     ids, labels = read_labels(labels_csv)
     images, n_bad = list_images(root / "train", "train/")
     notes = bad_name_notes(n_bad, root / "train")
     label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
     if absent := [name for name in label_of if name not in images]:
-        notes.append(f"{len(absent)} labelled ids have no image in train/ and are left out: {first_few(absent)}")
+        notes.append(
+            f"{len(absent)} labelled ids have no image in train/ and are left out: {first_few(absent)}{_if_unfinished(len(absent), len(ids))}"
+        )
     if unlabelled := sorted(name for name in images if name not in label_of):
         notes.append(f"{len(unlabelled)} images in train/ have no label and are left out: {first_few(unlabelled)}")
     train = sorted(name for name in label_of if name in images)
@@ -164,6 +172,16 @@ def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
     )
 
 
+def _if_unfinished(n_absent: int, n: int) -> str:
+    """What to say where so many images are absent that the folder may be half unpacked."""
+    if n_absent <= MANY_ABSENT * n:
+        return ""
+    return (
+        f". That is {n_absent / n:.0%} of them: if the folder is still being unpacked, wait until it is whole, since a study stays with "
+        "the files it began with"
+    )
+
+
 def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], tuple[str, ...], list[str], list[Path]]:
     """Ids and files of ``test/`` in submission order, ids without an image, notes, the sample file if one was read."""
     found: dict[str, str] = {}
@@ -183,7 +201,10 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     known = set(wanted)
     missing = tuple(name for name in wanted if name not in found)
     if missing:
-        notes.append(f"{len(missing)} ids of {csv.name} have no image in test/: {first_few(missing)}")
+        notes.append(
+            f"warning: {len(missing)} ids of {csv.name} have no image in test/: {first_few(missing)}; finalize can write no submission without "
+            "them (--no-submission), and a study stays with the files it began with: complete the folder first"
+        )
     if extra := sorted(name for name in found if name not in known):
         notes.append(f"{len(extra)} images in test/ are not in {csv.name} and are left out: {first_few(extra)}")
     names = [name for name in wanted if name in found]

@@ -13,8 +13,10 @@ _MAX_BUNDLES = 500  # scikit-learn places groups one by one in Python: 220,000 p
 _ATTEMPTS = 20
 NO_SLIDES = (
     "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
-    " optimistic; --groups CSV (id,group) makes it honest"
+    " optimistic; --groups CSV (id,group or id,wsi) makes it honest"
 )
+SLIDES_UNKNOWN = ", whose slides are unknown and may have been trained on: likely too high"
+"""Behind what an AUC is of, where no slide of its patches is known."""
 
 Ints = NDArray[np.int64]
 

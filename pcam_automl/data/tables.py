@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 from pcam_automl.errors import DataError, did_you_mean, first_few
 
 MAX_TABLE_BYTES = 512 << 20
+_GZIP_MAGIC, _GZIP_WINDOW = b"\x1f\x8b", 16 + zlib.MAX_WBITS
 
 Strings = NDArray[np.str_]
 
 # One name, no path: nothing that could lead out of a folder, hide or break a line.
 _ID = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]{1,200}")
 _SIMPLE_IDS = re.compile(r"(?:[A-Za-z0-9_-]{1,200}\n)*")
+_ALIASES = {"group": "wsi"}
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 
@@ -43,10 +46,12 @@ def read_labels(path: Path) -> tuple[Strings, NDArray[np.int8]]:
 def read_names(path: Path, column: str) -> tuple[Strings, Strings]:
     """An ``id,<column>`` table (group or domain): (N,) ids and (N,) names; an empty name means unknown.
 
+    Slides may also stand in a column ``wsi``, as in the tables that Kaggle's participants share.
+
     Raises:
         DataError: missing, not UTF-8, no such columns, bad or repeated ids.
     """
-    columns = _read_columns(path, ("id", column))
+    columns = _read_columns(path, ("id", column), {column: _ALIASES.get(column, column)})
     _raise_faults(path, _id_faults(columns["id"]))
     return _as_strings(columns["id"]), _as_strings([name.strip() for name in columns[column]])
 
@@ -108,10 +113,16 @@ def _as_strings(values: list[str]) -> Strings:
     return np.array(values, dtype=np.str_)
 
 
-def _read_columns(path: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """The named columns as lists of text; nothing is taken for a number or for missing, a short row ends in ``""``."""
+def _read_columns(path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """The named columns as lists of text; nothing is taken for a number or for missing, a short row ends in ``""``.
+
+    A column that is not there is looked for under its alias.
+    """
     first, rows = _read_rows(path)
     known = [name.strip() for name in first]
+    for name, other in (aliases or {}).items():
+        if name not in known and other in known:
+            known[known.index(other)] = name
     if missing := [name for name in names if name not in known]:
         hint = did_you_mean(missing[0], known)
         raise DataError(
@@ -147,10 +158,26 @@ def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_TABLE_BYTES:
             raise DataError(f"{path} is larger than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
-        return path.read_bytes().decode("utf-8-sig")
+        return _inflated(path.read_bytes(), path).decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as fault:
         raise DataError(f"{path} cannot be read ({fault.strerror or fault})") from None
     except UnicodeDecodeError as fault:
         raise DataError(f"{path} is not UTF-8 text (byte {fault.start}: {fault.reason}); save it as UTF-8") from None
+
+
+def _inflated(raw: bytes, path: Path) -> bytes:
+    """The table of a ``.csv.gz``; other bytes as they are."""
+    if not raw.startswith(_GZIP_MAGIC):
+        return raw
+    inflate = zlib.decompressobj(_GZIP_WINDOW)
+    try:
+        text = inflate.decompress(raw, MAX_TABLE_BYTES)
+    except zlib.error as fault:
+        raise DataError(f"{path} is a damaged gzip file ({fault})") from None
+    if inflate.unconsumed_tail:
+        raise DataError(f"{path} holds more than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
+    if not inflate.eof:
+        raise DataError(f"{path} is a gzip file that ends too early; copy it again")
+    return text

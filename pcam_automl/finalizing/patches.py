@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial
 from pcam_automl.batches import Patches, open_patches
 from pcam_automl.bundle import CARD, ModelBundle, load_bundle, write_calibration
 from pcam_automl.calibration import calibrate, changes, probs_at
+from pcam_automl.data.split_groups import SLIDES_UNKNOWN
 from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.ensemble import member_folder, open_judge
 from pcam_automl.errors import first_few
@@ -31,13 +32,14 @@ from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
 from pcam_automl.search.reading import auc_of as trial_auc
 from pcam_automl.search.study import OpenStudy
+from pcam_automl.submission import LABELS_FILE as SUBMISSION_LABELS
+from pcam_automl.submission import SUBMISSION_FILE as SUBMISSION
 from pcam_automl.submission import write_submission
 from pcam_automl.training.start import without_excluded
 
 RAW = "model-raw"
 """Bundle of the first member's weights before averaging, kept where a holdout can say what the average was worth."""
 OOF = "oof.csv"
-SLIDES_UNKNOWN = ", whose slides are unknown and may be in its training: likely too high"
 THRESHOLDS, REJECTS = "thresholds.csv", "reject.csv"
 
 
@@ -77,6 +79,7 @@ def finish_patches(
     *,
     threshold: float | None,
     compare: bool,
+    submission: bool,
     device: torch.device,
     watch: FinalWatch,
 ) -> FinalResult:
@@ -90,6 +93,7 @@ def finish_patches(
         out: with ``model`` and, for several networks, ``ensemble.json``.
         threshold: also write 0/1 labels at this probability.
         compare: whether the holdout, or the slides kept back, shall say what each ingredient was worth.
+        submission: whether the test patches are predicted.
         device: where to predict.
         watch: progress.
     """
@@ -110,7 +114,7 @@ def finish_patches(
         write_scores(out / OOF, decision.oof, store.ids)
     else:
         (out / OOF).unlink(missing_ok=True)  # of an earlier decision
-    test = store.test_rows()
+    test = store.test_rows() if submission else store.test_rows()[:0]
     notes = unreadable_notes(store, test)
     provenance: dict[str, Any] = {
         **bundle.provenance,
@@ -126,18 +130,27 @@ def finish_patches(
         "test_time_views": len(networks[0].views),
         "test_time_averaging": networks[0].views.averaging,
     }
-    submission = None
+    written = None
     if len(test):
         probs = probs_at(end.logits(test, "test"), judge.temperature)
         # nothing to see: the share of positives
         probs[_unreadable(store, test)] = float((store.label[opened.split.order] == 1).mean())
-        submission = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
+        if known := _on_labelled_test(store, test, probs):
+            provenance["labelled_test"] = known
+            low, high = known["auc_95"]
+            notes = (
+                *notes,
+                f"test AUC {known['auc']:.4f} (95 % {low:.4f} to {high:.4f}) on the {known['n']:,} test patches whose labels the data hold",
+            )
+        written = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
     else:
+        for name in (SUBMISSION, SUBMISSION_LABELS):
+            (out / name).unlink(missing_ok=True)  # of an earlier network
         write_json(out / "submission.json", provenance)
     score, on, interval = figures["auc"], figures["auc_on"], figures["auc_95"]
     return FinalResult(
         out,
-        submission,
+        written,
         trial.number,
         score,
         on,
@@ -151,6 +164,17 @@ def finish_patches(
     )
 
 
+def _on_labelled_test(store: PatchStore, test: np.ndarray, probs: np.ndarray) -> dict[str, Any] | None:
+    """AUC on the test patches whose labels came with the data (PCam's HDF5 files have them); None without both labels."""
+    known = store.label[test] >= 0
+    label = np.asarray(store.label)[test][known].astype(np.int64)
+    if len(np.unique(label)) < 2:
+        return None
+    group = np.asarray(store.group)[test][known].astype(np.int64)
+    interval = list(auc_interval(label, probs[known], group))
+    return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval}
+
+
 def _on_held(
     end: _Ending, trial: FrozenTrial, decision: Decision, rows: FinalRows, compare: bool
 ) -> tuple[dict[str, Any], Scores | None, tuple[Step, ...]]:
@@ -162,7 +186,9 @@ def _on_held(
             on = decision.oof.on + _chosen_there(decision) + _shorter(decision, end.networks[0])
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
-        return {"auc": value, "auc_on": f"validation fold, trial {trial.number}", "auc_95": None}, None, ()
+        on = f"validation fold, trial {trial.number}"
+        on += SLIDES_UNKNOWN if (np.asarray(store.group)[end.opened.split.order] < 0).all() else ""
+        return {"auc": value, "auc_on": on, "auc_95": None}, None, ()
     label, group = np.asarray(store.label)[held].astype(np.int64), np.asarray(store.group)[held].astype(np.int64)
     logits = end.logits(held, rows.name)
     on = f"{_kept_back(held, group)} from its training" if rows.kept_back else f"holdout of {len(held):,} patches"

@@ -33,6 +33,7 @@ class FinalOptions:
             an earlier call trained is completed.
         keep_back: share of the patches, in whole slides, that the final training leaves out to be judged by; None is a tenth
             where ``seconds`` are limited and there is no holdout, else nothing.
+        submission: predict the test patches and write the submission; False hands over the network alone.
     """
 
     confirm: int = 3
@@ -41,6 +42,7 @@ class FinalOptions:
     compare: bool = False
     seconds: float | None = None
     keep_back: float | None = None
+    submission: bool = True
 
 
 def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: int) -> None:
@@ -60,6 +62,8 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
             "--confirm must be 0 or more, --confirm-folds and --ensemble 1 or more, got "
             f"{options.confirm}, {options.confirm_folds} and {options.ensemble}"
         )
+    if dense and not options.submission:
+        raise InputError("--no-submission belongs to task patch; a dense study writes maps and no submission")
     if options.ensemble > 1:
         if dense:
             raise InputError(f"--ensemble {options.ensemble} belongs to task patch; leave it out for a dense study")

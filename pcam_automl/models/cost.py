@@ -21,6 +21,13 @@ layers are shorter than what calls them, is twice as slow as estimated). A GPU's
 """
 
 
+def weight_bytes(recipe: Recipe) -> int:
+    """Of the recipe's network in float32."""
+    with torch.device("meta"):
+        network = build_network(recipe.model_copy(update={"pretrained": False}), Weights("none"), seed=0)
+    return 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
 def training_cost(recipe: Recipe) -> float:
     """Seconds of a training image up to a factor that the device has and the network has not.
 

@@ -24,6 +24,8 @@ from pcam_automl.search.reading import n_finished_of
 
 TOTAL_KEY = "pcam_automl:budget_s"
 RUN_KEY = "pcam_automl:run:"
+FINALIZE = "finalize"
+"""The command of a run that is no part of the search."""
 CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
 """Of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
 MOST_FINAL_EPOCHS = 60.0
@@ -190,7 +192,7 @@ def too_late(total_s: float, used_s: float) -> str | None:
         return None
     return (
         f"{used_s:.0f} s of the budget of {total_s:g} s are spent before the first trial, which leaves it no time; "
-        f"give --budget {max(2, math.ceil(used_s / 15))}m or more"
+        f"give --budget {max(2, math.ceil(used_s / 15))}m or more, or repeat the command if they went into packing, which is done once"
     )
 
 
@@ -237,10 +239,29 @@ class Ledger:
         self._began = time.monotonic() - age_s
         self._key = f"{RUN_KEY}{uuid.uuid4().hex}"
         self._begun = False
+        self._confirming: tuple[float, float | None] | None = None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
+
+    def confirming(self, since_s: float) -> None:
+        """It confirms trials: from then, in :attr:`seconds`, until :meth:`confirmed` or its end."""
+        if self._confirming is None:
+            self._confirming = (since_s, None)
+
+    def confirmed(self) -> None:
+        """Its confirmations, if there were any, are over."""
+        if self._confirming is not None:
+            self._confirming = (self._confirming[0], self.seconds)
+
+    @property
+    def confirm_s(self) -> float:
+        """Of its seconds so far those that confirmations took."""
+        if self._confirming is None:
+            return 0.0
+        since_s, until_s = self._confirming
+        return (self.seconds if until_s is None else until_s) - since_s
 
     def note(self) -> None:
         """Write how long it has lasted so far; a killed process loses what it spent since."""
@@ -248,6 +269,8 @@ class Ledger:
             return
         self._begun = True
         entry = {"command": self.command, "began": round(self.began_at, 3), "seconds": round(self.seconds, 3)}
+        if self._confirming is not None:
+            entry["confirm_s"] = round(self.confirm_s, 3)
         self.study.set_user_attr(self._key, json.dumps(entry))
 
     def close(self) -> None:
@@ -258,11 +281,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Interval:
-    """A command's run. Seconds since 1970, and its length by a clock that is never set."""
+    """A command's run. Seconds since 1970, its length by a clock that is never set, and what of it confirmations took."""
 
     command: str
     began: float
     seconds: float
+    confirm_s: float = 0.0
 
 
 def intervals_of(study: optuna.Study) -> list[Interval]:
@@ -276,7 +300,8 @@ def _run_texts(attrs: Mapping[str, Any]) -> list[str]:
 
 def _interval(text: str) -> Interval:
     entry = json.loads(text)
-    return Interval(str(entry["command"]), float(entry["began"]), float(entry["seconds"]))
+    confirm_s = float(entry.get("confirm_s", 0.0))  # before 2026-12 a finalize did not tell them apart
+    return Interval(str(entry["command"]), float(entry["began"]), float(entry["seconds"]), confirm_s)
 
 
 def union_of_attrs(attrs: Mapping[str, Any]) -> float:
@@ -305,6 +330,29 @@ def added_by(intervals: Iterable[Interval]) -> list[tuple[str, float]]:
         seen.append(one)
         found.append((one.command, union_seconds(seen) - before))
     return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of a budget's parts, as planned or as spent.
+
+    Attributes:
+        search_s: start-up, packing and trials.
+        confirm_s: the top trials again on other folds.
+        final_s: final training and prediction, with finalize's start-up and the report's page.
+    """
+
+    search_s: float
+    confirm_s: float
+    final_s: float
+
+
+def spent_parts(intervals: Iterable[Interval]) -> Parts:
+    """What noted runs have spent of each part; together :func:`union_seconds`."""
+    intervals = list(intervals)
+    finalize_s = math.fsum(seconds for command, seconds in added_by(intervals) if command == FINALIZE)
+    confirm_s = min(finalize_s, math.fsum(one.confirm_s for one in intervals))
+    return Parts(max(0.0, union_seconds(intervals) - finalize_s), confirm_s, finalize_s - confirm_s)
 
 
 def spent_s(study: optuna.Study) -> float:
@@ -356,6 +404,12 @@ class BudgetClock:
 
     def __post_init__(self) -> None:
         self.learn(None)
+
+    @property
+    def parts(self) -> Parts:
+        """What each part is to have, as far as :meth:`learn` knows; of a short search at most, and of its final training at least."""
+        confirm_s = 0.0 if self.short is not None else CONFIRM_SHARE * self.total_s
+        return Parts(self.total_s - self.reserve_s, confirm_s, self.reserve_s - confirm_s)
 
     def left_for_rungs_s(self) -> float:
         """Until when a rung may end that begins now; a short search's few trials shall end, though an estimate was too short."""

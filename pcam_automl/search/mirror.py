@@ -226,7 +226,7 @@ def open_mirror(url: str, study: str, folder: Path, say: Say = lambda text: None
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
-        raise InputError(f"--artifacts {url} needs boto3; run: pip install 'pcam-automl[s3]'") from None
+        raise InputError(f"--artifacts {url} needs boto3; run: pip install boto3") from None
     try:
         attempts, connect_s = (2, 3) if quick else (8, 10)
         retries = {"mode": "standard", "max_attempts": attempts}

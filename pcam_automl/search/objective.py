@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -21,6 +22,7 @@ from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.counter import key_of
 from pcam_automl.errors import (
     DataError,
+    DeviceFailed,
     Interrupted,
     OutOfTime,
     SearchFailed,
@@ -45,7 +47,7 @@ from pcam_automl.search.slots import Slot
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
-from pcam_automl.training.compute import Compute, cpu_name, device_name
+from pcam_automl.training.compute import Compute, cpu_name, device_name, has_lost_its_device
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, branch_share, fit, total_views
 from pcam_automl.training.latency import latency_ms
@@ -77,7 +79,7 @@ class Objective:
         slot: the claimed slot, set by the worker before each trial.
         origin: where the slot's prescribed parameters come from; None where the sampler chooses them all.
         stop: called at every step; raises :class:`Interrupted`.
-        interrupted: what ended the last trial and ends the worker, too: a signal, or a disk that takes no more.
+        interrupted: what ended the last trial and ends the worker, too: a signal, a disk that takes no more, or a GPU that failed.
         begun: called once the trial's number and lineage are known.
         clock: of a budget, None without one.
         thawed_from: the paused row that the next trial goes on from, set by the worker.
@@ -94,7 +96,7 @@ class Objective:
     begun: Callable[[Slot, int, str], bool] = lambda slot, number, lineage: True
     slot: Slot | None = None
     origin: str | None = None
-    interrupted: Interrupted | WriteError | None = None
+    interrupted: Interrupted | WriteError | DeviceFailed | None = None
     clock: BudgetClock | None = None
     thawed_from: int | None = None
     goes_on: bool = False
@@ -166,6 +168,12 @@ class Objective:
         except Exception as fault:
             root = fault.__cause__ or fault  # Optuna's word on a fault of the database says nothing of it
             reason = f"{ERROR}{type(root).__name__}: {str(root)[:500]}"
+            if has_lost_its_device(root):
+                first = (str(root).splitlines() or [""])[0]
+                self.interrupted = DeviceFailed(
+                    f"{self.device} failed in trial {trial.number} ({first}), and this process cannot use it any more; every finished trial is "
+                    "stored, and the same command goes on without this one"
+                )
             raise
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
@@ -207,33 +215,35 @@ class Objective:
             if mirror is not None:
                 mirror.pull_checkpoint(lineage)
         planned = self.opened.rungs
-        for result in fit(
-            training,
-            rows.train,
-            rungs,
-            checkpoints=self.opened.checkpoints / lineage,
-            writer=self.writer,
-            written=None if mirror is None else mirror.push_checkpoint,
-            note=self.watch.note,
-            stop=self._check,
-            progress=self.watch.views,
-        ):
-            report(
-                trial,
-                self._value(result),
-                step=planned[result.rung].views,
-                **self._network,
-                rungs=[asdict(done) for done in training.results],
-                **{FIGURES: figures_of(best_result(training.results, recipe))},
-                images_per_s=round(result.images_per_s, 1),
-                micro_batch=training.micro_batch,
-                micro_batches=training.micro_batches,
-            )
-            if self.opened.settings.pruner == "wilcoxon":
-                self._note_slides(trial, training.scores, planned[result.rung].views)
-            self.watch.rung(trial.number, result)
-            self._judge(trial, training, rungs, result)
-        self._speed.note_micro_batch(recipe, self.device, training.micro_batch)
+        try:
+            for result in fit(
+                training,
+                rows.train,
+                rungs,
+                checkpoints=self.opened.checkpoints / lineage,
+                writer=self.writer,
+                written=None if mirror is None else mirror.push_checkpoint,
+                note=self.watch.note,
+                stop=self._check,
+                progress=self.watch.views,
+            ):
+                report(
+                    trial,
+                    self._value(result),
+                    step=planned[result.rung].views,
+                    **self._network,
+                    rungs=[asdict(done) for done in training.results],
+                    **{FIGURES: figures_of(best_result(training.results, recipe))},
+                    images_per_s=round(result.images_per_s, 1),
+                    micro_batch=training.micro_batch,
+                    micro_batches=training.micro_batches,
+                )
+                if self.opened.settings.pruner == "wilcoxon":
+                    self._note_slides(trial, training.scores, planned[result.rung].views)
+                self.watch.rung(trial.number, result)
+                self._judge(trial, training, rungs, result)
+        finally:
+            self._note_micro_batch(training)
         if training.scores is not None:
             write_scores(
                 self.opened.folder / "trials" / str(trial.number) / SCORES, training.scores, self.opened.store.ids
@@ -241,6 +251,11 @@ class Objective:
             if mirror is not None:
                 mirror.push_trial(trial.number)
         return self._value(best_result(training.results, recipe))
+
+    def _note_micro_batch(self, training: Training) -> None:
+        """What the network's next training begins with. A full disk or a GPU that failed loses the note and hides no other fault."""
+        with contextlib.suppress(WriteError, OSError, RuntimeError):
+            self._speed.note_micro_batch(training.recipe, self.device, training.micro_batch)
 
     def _value(self, result: RungResult) -> float:
         """The objective's.

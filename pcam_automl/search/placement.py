@@ -59,7 +59,14 @@ def n_for_cpu(rate_of: Callable[[int], float]) -> int:
 
 
 def n_for_gpu(
-    *, free_bytes: int, pack_bytes: int, peak_bytes: int, step_s: float, double_step_s: float, n_cores: int
+    *,
+    free_bytes: int,
+    pack_bytes: int,
+    peak_bytes: int,
+    step_s: float,
+    double_step_s: float,
+    n_cores: int,
+    shares: bool = True,
 ) -> int:
     """Workers that fit into a GPU's memory and find it idle.
 
@@ -68,14 +75,16 @@ def n_for_gpu(
 
     Args:
         free_bytes: of the device, before any worker.
-        pack_bytes: of the patches, which the workers share (:func:`shared_packs`); streamed where they take too much.
+        pack_bytes: of the patches, streamed where they take too much.
         peak_bytes: a training step's.
         step_s: measured seconds of a step.
         double_step_s: the same for twice the batch.
-        n_cores: host cores; each worker keeps one busy.
+        n_cores: host cores for this GPU's workers; each worker keeps one busy.
+        shares: whether the workers share the patches (:func:`shared_packs`); each holds its own else.
     """
     resident = pack_bytes if pack_bytes <= RESIDENT_SHARE * free_bytes else 0
-    by_memory = int((free_bytes - resident) // max(1, peak_bytes + CONTEXT_BYTES))
+    once, each = (resident, 0) if shares else (0, resident)
+    by_memory = int((free_bytes - once) // max(1, peak_bytes + CONTEXT_BYTES + each))
     own_s = max(double_step_s - step_s, 1e-9)
     by_time = round(step_s / own_s)
     return max(1, min(by_memory, by_time, n_cores, MOST_PER_DEVICE))

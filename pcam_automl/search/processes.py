@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pcam_automl import errors
 from pcam_automl.config import storage_url
-from pcam_automl.errors import Interrupted, PcamError, SearchFailed
+from pcam_automl.errors import DeviceFailed, Interrupted, PcamError, SearchFailed
 from pcam_automl.goals import Goal
 from pcam_automl.interrupt import ONE_SIGNAL_S, StopSignal, stop_signal
 from pcam_automl.search.objective import Objective, Watch
@@ -273,6 +273,9 @@ def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: lis
                 end = run_worker(objective, task.limits, finished=finished)
             tell("ended", end)
         except Interrupted as fault:
+            code = fault.exit_code
+        except DeviceFailed as fault:  # another process can use it again: this worker is replaced
+            tell("note", str(fault))
             code = fault.exit_code
         except PcamError as fault:
             tell("fault", type(fault).__name__, str(fault))

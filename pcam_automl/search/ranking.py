@@ -308,12 +308,18 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     first = read_named_scores(file)
     if fault := _not_the_value(first, best):
         raise DataError(fault)
-    cluster = clusters_of_rows(store, rows_of(first.ids, store.ids, store.part, of=file))
+    rows_here = rows_of(first.ids, store.ids, store.part, of=file)
+    cluster = clusters_of_rows(store, rows_here)
     n_clusters, n_of_label = len(np.unique(cluster)), n_independent(first.label, cluster)
     limit = MOST_RANKED if n_clusters < len(cluster) else MOST_RANKED_WITHOUT_SLIDES
     compared = complete[: max(2, min(limit, MOST_ROWS_READ // max(len(cluster), 1)))]
     rows, probs, notes = _alike(first, compared, folder)
-    if n_of_label < FEW_SLIDES:
+    if (np.asarray(store.group)[rows_here] < 0).all():
+        notes.append(
+            "no slides are known (--groups): patches of one slide lie in training and validation, the AUC is likely too high and its "
+            "interval too narrow"
+        )
+    elif n_of_label < FEW_SLIDES:
         few = f"{n_of_label} slides" if n_of_label == n_clusters else f"{n_of_label} slides of a label"
         notes.append(f"{few} are few: the intervals are wide, and hardly any trial can be told from another")
     if any(_device(row) != _device(best) for row in rows):

@@ -116,7 +116,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise InputError("--launcher ray needs Ray; run: pip install 'pcam-automl[ray]'") from None
+        raise InputError("--launcher ray needs Ray; run: pip install ray") from None
     return ray
 
 

@@ -39,6 +39,8 @@ NETWORK_FILE_SYSTEMS = frozenset(
         "panfs",
         "davfs",
         "fuse.davfs2",
+        "fuse.drive",  # Google Drive in a Colab notebook
+        "9p (drvfs)",  # a drive of Windows under WSL2
     ]
 )
 MOUNTS = Path("/proc/self/mountinfo")
@@ -85,5 +87,5 @@ def file_system_of(path: Path, mounts: Path = MOUNTS) -> str | None:
             continue
         at = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4]))
         if full.is_relative_to(at) and len(at.parts) >= len(best.parts):  # of two on one place the later one is seen
-            best, kind = at, after.split()[0]
+            best, kind = at, after.split()[0] + " (drvfs)" * (after.startswith("9p ") and "drvfs" in after)
     return kind

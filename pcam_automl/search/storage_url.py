@@ -14,10 +14,10 @@ from pcam_automl.errors import NoStudyError, StudyError, did_you_mean
 if TYPE_CHECKING:  # imported where it is used: `status` on an SQLite file does without these 0.5 s
     import sqlalchemy as sa
 
-# Drivers in order of preference, the extra of ours that brings the first, and the scheme that Optuna's own SQL knows.
+# What to install for the first of the drivers, and the drivers in order of preference, with the scheme that Optuna's own SQL knows.
 _SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "postgresql": ("postgres", (("psycopg", "psycopg"), ("psycopg2", "psycopg2"))),
-    "mysql": ("mysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
+    "postgresql": ("psycopg[binary]", (("psycopg", "psycopg"), ("psycopg2", "psycopg2"))),
+    "mysql": ("pymysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
 }
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
 CONNECT_TIMEOUT_S, BUSY_TIMEOUT_S = 10, 60
@@ -162,11 +162,11 @@ def _checked_sqlite(parsed: sa.URL, url: str) -> str:
 
 
 def _installed_driver(backend: str) -> str:
-    extra, drivers = _SERVERS[backend]
+    requirement, drivers = _SERVERS[backend]
     for driver, module in drivers:
         if importlib.util.find_spec(module) is not None:
             return driver
-    raise StudyError(f"storage {backend} needs the package {drivers[0][1]}; run: pip install 'pcam-automl[{extra}]'")
+    raise StudyError(f"storage {backend} needs the package {drivers[0][1]}; run: pip install '{requirement}'")
 
 
 def driver_module(scheme: str) -> str | None:
@@ -197,8 +197,8 @@ def plain_sqlite_path(url: str) -> Path | None:
     return None if odd else Path(file)
 
 
-def extra_of(url: str) -> str:
-    """The extra of this package that brings the driver for the URL's database."""
+def requirement_of(url: str) -> str:
+    """What to install for the driver of the URL's database."""
     import sqlalchemy as sa
 
     return _SERVERS[sa.make_url(url).get_backend_name()][0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
@@ -15,7 +16,8 @@ from pcam_automl.data.domains import with_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, is_pack, open_store
-from pcam_automl.errors import DataError, RecipeError, StudyError
+from pcam_automl.data.tables import read_names
+from pcam_automl.errors import DataError, RecipeError, StudyError, first_few
 from pcam_automl.files import sha256_of_json
 from pcam_automl.models.factory import backbone_fault
 from pcam_automl.models.weights import Weights, parse_weights
@@ -29,6 +31,7 @@ from pcam_automl.search.plan import SLOWEST_SHARE, trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.storage_url import safe_url
+from pcam_automl.search.warm_start import pack_of
 from pcam_automl.search.whose_folder import claim
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.speed import SpeedBook
@@ -323,12 +326,42 @@ def _remembered_table(option: str, table: str | None, data: Path) -> Path | None
     return None if table is None else Path(table)
 
 
+def _check_names(settings: StudySettings, asked: Asked) -> None:
+    """Whether a table that is given names the study's own slides and scanners, before anything is packed for it.
+
+    Raises:
+        StudyError: it does not; nothing is said where the study's pack is not at hand.
+    """
+    store = pack_of(settings) if asked.groups is not None or asked.domains is not None else None
+    if store is None:
+        return
+    for option, csv, code, known in (
+        ("groups", asked.groups, store.group, store.group_names),
+        ("domains", asked.domains, store.domain, store.domain_names),
+    ):
+        if csv is None:
+            continue
+        given = dict(zip(*(array.tolist() for array in read_names(csv, option[:-1])), strict=True))
+        held = np.array([*known, ""], dtype=np.str_)[np.asarray(code)].tolist()  # -1 is the last
+        other = [
+            f"{name}: {given.get(name) or 'none'!r} there, {own or 'none'!r} here"
+            for name, own in zip(store.ids.tolist(), held, strict=True)
+            if given.get(name, "") != own
+        ]
+        if other:
+            raise StudyError(
+                f"--{option} {csv} names other {option} than the study was made with, for {len(other):,} of {len(held):,} patches "
+                f"({first_few(other, 1)}); a study keeps its split: start another, --study NAME --{option} {csv}"
+            )
+
+
 def _open_store(
     settings: StudySettings, asked: Asked, folder: Path, say: Say, pack_call: PackCall | None
 ) -> PatchStore:
     """The study's pack: where it was, or packed again from the raw data, or the one that was asked for."""
     remembered = Path(settings.pack)
-    if asked.data is None and asked.groups is None and asked.domains is None and remembered.is_dir():
+    _check_names(settings, asked)
+    if asked.data is None and remembered.is_dir():
         store = open_store(remembered)
     else:
         path = find_data(asked.data, settings.data)

@@ -7,9 +7,10 @@ import functools
 import math
 import os
 import platform
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from pcam_automl.heap import keep_freed_memory
 from pcam_automl.models.convolution import set_routed
 
 Precision = Literal["bf16", "fp16", "fp32"]
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,39 @@ def choose_device(text: str) -> torch.device:
     """``auto`` is the first CUDA device where there is one, else the CPU.
 
     Raises:
-        InputError: an unknown or absent device.
+        InputError: an unknown or absent device, or one that this torch has no kernels for.
     """
+    chosen = _named_device(text)
+    if chosen.type == "cuda":
+        index = chosen.index or 0
+        capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+        if not has_kernels(capability, built):
+            raise InputError(
+                f"--device {text}: torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(index)} (compute capability "
+                f"{capability[0]}.{capability[1]}, built for {', '.join(built)}); use --device cpu, or install a torch built for it"
+            )
+    return chosen
+
+
+def has_kernels(capability: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether code of one of the architectures runs on a GPU: ``sm_XY`` on the same major version from minor Y on, ``sm_XYa`` on that
+    very one, ``compute_XY`` (which the driver compiles) on all later ones. Of other names nothing is known, so they may.
+    """
+    names = [match for name in built if (match := _ARCHITECTURE.fullmatch(name))]
+    for kind, major, minor, suffix in (match.groups() for match in names):
+        own = (int(major), int(minor))
+        if suffix == "a":
+            runs = capability == own
+        elif kind == "compute" and not suffix:
+            runs = capability >= own
+        else:
+            runs = capability[0] == own[0] and capability >= own
+        if runs:
+            return True
+    return not names
+
+
+def _named_device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, index = text.partition(":")
@@ -320,6 +353,11 @@ _OUT_OF_MEMORY = (
 def is_out_of_memory(fault: BaseException) -> bool:
     """CUDA's out-of-memory error, that of its libraries, or the CPU allocator's (plain RuntimeErrors)."""
     return isinstance(fault, torch.OutOfMemoryError) or any(words in str(fault) for words in _OUT_OF_MEMORY)
+
+
+def has_lost_its_device(fault: BaseException) -> bool:
+    """Whether CUDA answered with an error that stays until the process ends; a full memory does not."""
+    return isinstance(fault, torch.AcceleratorError) and not is_out_of_memory(fault)
 
 
 @torch.inference_mode()

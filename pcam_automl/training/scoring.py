@@ -20,6 +20,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
 
 EVAL_BATCH = 256
+EVAL_BATCH_ON_GPU = 1024  # fewer do not fill one with a small network; where they do not fit they are halved
 LEAST_BATCH = 16
 """Patches at once where memory is short; a device that cannot judge so many can train nothing either."""
 N_JUDGED = 1_000
@@ -135,7 +136,7 @@ def outputs_of_rows(
         progress: called with the number of rows done in each batch.
     """
     answers: list[Tensor] = []
-    begin, size = 0, EVAL_BATCH
+    begin, size = 0, EVAL_BATCH if patches.device.type == "cpu" else EVAL_BATCH_ON_GPU
     while begin < len(rows):
         stop()
         batch, following = rows[begin : begin + size], rows[begin + size : begin + 2 * size]

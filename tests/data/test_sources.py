@@ -60,6 +60,51 @@ def test_labels_without_images_and_images_without_labels_are_counted_and_named(k
     assert any("every training label is 1" in note for note in source.notes)
 
 
+def test_many_images_that_are_absent_may_be_a_folder_still_being_unpacked(kaggle: Path) -> None:
+    (kaggle / "train" / f"{patch_id(0)}.tif").unlink()
+    (note,) = (note for note in open_source(kaggle).notes if "labelled ids have no image" in note)
+    assert "That is 12% of them" in note
+    assert "wait until it is whole" in note
+    rows = [(patch_id(number), number % 2) for number in range(1, 8)]
+    images = [kaggle / "train" / f"many{number}.tif" for number in range(150)]
+    for image in images:
+        shutil.copy(kaggle / "train" / f"{patch_id(1)}.tif", image)
+    rows += [(image.stem, 1) for image in images] + [("more", 0)]
+    write_csv(kaggle / "train_labels.csv", "id,label", rows)
+    (note,) = (note for note in open_source(kaggle).notes if "labelled ids have no image" in note)
+    assert note == "1 labelled ids have no image in train/ and are left out: more", "less than a hundredth"
+
+
+def test_an_archive_that_nobody_unpacked_is_named(kaggle: Path) -> None:
+    shutil.rmtree(kaggle / "train")
+    (kaggle / "train.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"no folder train/ with the images; unpack train\.zip into train/"):
+        open_source(kaggle)
+
+
+def test_slides_are_read_from_a_shared_table_as_it_is(kaggle: Path, tmp_path: Path) -> None:
+    text = "id,wsi\n" + "".join(f"{patch_id(number)},camelyon16_{number % 3}\n" for number in range(8))
+    (tmp_path / "patch_id_wsi_full.csv.gz").write_bytes(gzip.compress(text.encode()))
+    source = open_source(kaggle, groups=tmp_path / "patch_id_wsi_full.csv.gz")
+    assert dict(zip(source.ids.tolist(), source.group.tolist(), strict=True))[patch_id(4)] == "camelyon16_1"
+    (tmp_path / "both.csv").write_text(f"id,wsi,group\n{patch_id(0)},w,g\n")
+    assert read_names(tmp_path / "both.csv", "group")[1].tolist() == ["g"]
+    with pytest.raises(DataError, match="no column 'domain'"):
+        read_names(tmp_path / "both.csv", "domain")
+
+
+def test_a_damaged_or_huge_gzip_table_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = gzip.compress(b"id,group\n" + b"a,b\n" * 1000)
+    for raw, words in ((whole[:-9], "ends too early"), (whole[:10] + b"\xff" * 40, "damaged gzip file")):
+        (tmp_path / "t.csv.gz").write_bytes(raw)
+        with pytest.raises(DataError, match=words):
+            read_ids(tmp_path / "t.csv.gz")
+    monkeypatch.setattr("pcam_automl.data.tables.MAX_TABLE_BYTES", 500)
+    (tmp_path / "t.csv.gz").write_bytes(whole)
+    with pytest.raises(DataError, match="holds more than 500 bytes"):
+        read_ids(tmp_path / "t.csv.gz")
+
+
 def test_no_label_with_an_image_is_an_error(kaggle: Path) -> None:
     write_csv(kaggle / "train_labels.csv", "id,label", [("a.tif", 0)])
     with pytest.raises(DataError, match=r"none of its 1 ids has an image .* \(labels name a.tif, the folder holds"):
@@ -71,7 +116,9 @@ def test_sample_ids_without_an_image_are_kept_accessible(kaggle: Path) -> None:
     shutil.copy(kaggle / "train" / f"{patch_id(0)}.tif", kaggle / "test" / "extra.tif")
     source = open_source(kaggle)
     assert source.missing_test_ids == (patch_id(1001),)
-    assert any(note.startswith("1 ids of sample_submission.csv have no image") for note in source.notes)
+    (note,) = (note for note in source.notes if "1 ids of sample_submission.csv have no image" in note)
+    assert note.startswith("warning: ")
+    assert "no submission without them" in note
     assert any("extra" in note and "not in sample_submission.csv" in note for note in source.notes)
     assert "extra" not in source.ids
 

@@ -8,9 +8,14 @@ import joblib
 import pytest
 import torch
 
+from pcam_automl import batches
 from pcam_automl.batches import load_shared
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import InputError
+from pcam_automl.models.cost import weight_bytes
+from pcam_automl.models.factory import build_network
+from pcam_automl.models.weights import Weights
+from pcam_automl.recipe import Recipe
 from pcam_automl.search import placement
 from pcam_automl.search.placement import n_for_cpu, n_for_gpu, shared_packs, worker_devices
 
@@ -31,6 +36,8 @@ def none_fits(device: torch.device) -> int:
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
@@ -76,6 +83,7 @@ def test_a_gpu_takes_as_many_as_fit_and_find_it_idle() -> None:
     assert n_for_gpu(**{**GPU, "free_bytes": 8_000_000_000}) == 3  # the pack is streamed there
     assert n_for_gpu(**{**GPU, "free_bytes": 1_000_000_000}) == 1
     assert n_for_gpu(**{**GPU, "n_cores": 2}) == 2
+    assert n_for_gpu(**{**GPU, "free_bytes": 14_000_000_000, "shares": False}) == 1  # the pack for each
 
 
 def test_a_pack_is_shared_on_gpus_with_several_workers_only(monkeypatch: pytest.MonkeyPatch, easy_pack: Path) -> None:
@@ -93,3 +101,24 @@ def test_a_pack_is_shared_on_gpus_with_several_workers_only(monkeypatch: pytest.
 
 def test_on_a_cpu_the_mapped_file_is_what_all_share(easy_pack: Path) -> None:
     assert load_shared(open_store(easy_pack), torch.device("cpu")) is None
+
+
+def test_where_the_allocator_cannot_share_each_worker_holds_its_own(
+    monkeypatch: pytest.MonkeyPatch, easy_pack: Path
+) -> None:
+    def refuses(value: object) -> bytes:
+        raise RuntimeError("Cannot share an expandable_segments allocation")
+
+    tensor = torch.zeros(1, dtype=torch.uint8)
+    monkeypatch.setattr(batches, "open_patches", lambda store, device: batches.ResidentPatches(tensor, device))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: tensor)  # no GPU is asked
+    store, gpu = open_store(easy_pack), torch.device("cuda:0")
+    assert load_shared(store, gpu) is tensor
+    monkeypatch.setattr(batches.ForkingPickler, "dumps", refuses)
+    assert load_shared(store, gpu) is None
+
+
+def test_the_bytes_of_a_network_are_those_of_its_weights() -> None:
+    recipe = Recipe(backbone="resnet10t", crop_size=64)
+    network = build_network(recipe.model_copy(update={"pretrained": False}), Weights("none"), seed=0)
+    assert weight_bytes(recipe) == sum(p.numel() * p.element_size() for p in network.parameters())

@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 from warm_processes import warm_context
 
 from pcam_automl.commands.workers import settled_text
@@ -22,6 +22,7 @@ from pcam_automl.errors import DataError, Interrupted, SearchFailed, StudyError
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search import processes
 from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.objective import Objective
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
@@ -153,6 +154,38 @@ def test_a_worker_that_ends_without_a_word_counts_as_dead(
     with stop_signal("") as stop, stop.deferred(), pytest.raises(SearchFailed, match="every worker was killed"):
         run_workers(task_of(opened, 3), ["cpu"], stop=stop, heard=said.append)
     assert [event.values[0].startswith("worker 0 ended by exit code 3") for event in said] == [True] * 5
+
+
+def _gpu_fails_in_trial_0(task: WorkerTask, number: int, device: str, pipe: Connection, pack: list[object]) -> None:
+    train = Objective._train
+
+    def fails(self: Objective, trial: Trial, lineage: str) -> float:
+        if trial.number == 0:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nfor debugging ...")
+        return train(self, trial, lineage)
+
+    Objective._train = fails  # type: ignore[method-assign]
+    _WORK(task, number, device, pipe, pack)  # type: ignore[arg-type]
+
+
+def test_a_worker_whose_gpu_failed_is_replaced_by_a_process_that_can_use_it(
+    opened: OpenStudy, warm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_work", _gpu_fails_in_trial_0)
+    said: list[Heard] = []
+    with stop_signal("") as stop, stop.deferred():
+        end = run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=said.append)
+    assert end.why == "done"
+    first, *others = opened.study.get_trials()
+    assert first.state == TrialState.FAIL
+    assert first.user_attrs["reason"].startswith("error: AcceleratorError: CUDA error: an illegal memory access")
+    assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
+    failed, replaced = (event.values[0] for event in said if event.kind == "note")
+    assert failed.startswith(
+        "cpu failed in trial 0 (CUDA error: an illegal memory access was encountered), and this process"
+    )
+    assert replaced.startswith("worker 0 ended by exit code 1")
+    assert replaced.endswith("another worker takes its place")
 
 
 def test_a_replaced_worker_has_what_is_left_of_the_search_s_time(

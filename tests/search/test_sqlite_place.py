@@ -17,6 +17,8 @@ MOUNTS = r"""22 1 0:20 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
 32 31 0:27 / {0}/home/with\040space rw - tmpfs tmpfs rw
 33 30 0:28 / {0}/over rw - ext4 /dev/vdc rw
 34 33 0:29 / {0}/over rw - fuse.sshfs me@there: rw
+35 30 0:30 / {0}/c rw,noatime - 9p drvfs rw,dirsync,aname=drvfs;path=C:\\;uid=1000
+36 30 0:31 / {0}/own rw,noatime - 9p none rw,trans=fd
 a line that is cut
 """
 
@@ -37,6 +39,8 @@ def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("homes/s.db", "xfs"),
         ("home/with space/s.db", "tmpfs"),
         ("over/s.db", "fuse.sshfs"),
+        ("c/s.db", "9p (drvfs)"),
+        ("own/s.db", "9p"),
     ],
 )
 def test_the_deepest_and_latest_mount_holds_a_file(place: str, kind: str, tmp_path: Path, mounts: Path) -> None:
@@ -51,6 +55,8 @@ def test_without_proc_nothing_is_known_and_nothing_refused(tmp_path: Path) -> No
 def test_a_study_on_a_network_file_system_is_refused(tmp_path: Path, mounts: Path) -> None:
     with pytest.raises(StudyError, match=r"lies on a network file system \(nfs4\).*local disk, or take PostgreSQL"):
         open_storage(f"sqlite:///{tmp_path}/home/me/s.db")
+    with pytest.raises(StudyError, match=r"network file system \(9p \(drvfs\)\)"):
+        open_storage(f"sqlite:///{tmp_path}/c/s.db")
     assert not (tmp_path / "home").exists(), "nothing is made before"
     check_local(tmp_path / "s.db")
 

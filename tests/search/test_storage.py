@@ -193,8 +193,8 @@ def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, 
         ("+psycopg://h/db", "is not valid"),
         ("postgresql:user:secret@host/db?proxy=http://x", "is not valid"),
         ("postgresql://u@h", "names no database"),
-        ("postgresql+nodriver://u@h/db", r"run: pip install 'pcam-automl\[postgres\]'"),
-        ("mysql+mysqlconnector://u@h/db", r"run: pip install 'pcam-automl\[mysql\]'"),
+        ("postgresql+nodriver://u@h/db", r"run: pip install 'psycopg\[binary\]'"),
+        ("mysql+mysqlconnector://u@h/db", r"run: pip install 'pymysql'"),
     ],
 )
 def test_wrong_url_is_refused_in_one_line(url: str, message: str) -> None:
@@ -290,9 +290,9 @@ def test_a_server_of_another_kind_behind_the_port_is_noticed_soon(monkeypatch: p
 
 def test_missing_driver_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(StudyError, match=r"needs the package psycopg; run: pip install 'pcam-automl\[postgres\]'"):
+    with pytest.raises(StudyError, match=r"needs the package psycopg; run: pip install 'psycopg\[binary\]'"):
         normalised_url("postgresql://u@h/db")
-    with pytest.raises(StudyError, match=r"needs the package pymysql; run: pip install 'pcam-automl\[mysql\]'"):
+    with pytest.raises(StudyError, match=r"needs the package pymysql; run: pip install 'pymysql'"):
         normalised_url("mysql://u@h/db")
 
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from pcam_automl.errors import InputError
 from pcam_automl.training import compute as compute_module
 from pcam_automl.training.compute import (
     Compute,
+    choose_device,
     fixed_variant,
+    has_kernels,
     has_precision,
     is_out_of_memory,
     measure,
@@ -139,6 +142,47 @@ def test_a_cpu_has_bf16_or_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_precision(cpu, "fp32")
     assert not has_precision(cpu, "fp16")
     assert fixed_variant(cpu).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ("sm_80", "sm_90"), True),
+        ((8, 9), ("sm_80", "sm_90"), True),
+        ((6, 0), ("sm_75", "sm_80", "sm_90"), False),
+        ((7, 0), ("sm_75",), False),
+        ((9, 0), ("sm_90a",), True),
+        ((9, 1), ("sm_90a",), False),
+        ((12, 1), ("sm_120",), True),
+        ((12, 1), ("sm_100", "compute_100"), True),
+        ((10, 3), ("sm_100f",), True),
+        ((12, 0), ("sm_100f",), False),
+        ((9, 0), ("gfx942",), True),
+        ((9, 0), (), True),
+    ],
+)
+def test_a_gpu_runs_what_was_built_for_it_or_before_it(
+    capability: tuple[int, int], built: tuple[str, ...], runs: bool
+) -> None:
+    assert has_kernels(capability, built) is runs
+
+
+def test_a_gpu_without_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("is_available", True),
+        ("device_count", 1),
+        ("get_device_capability", (6, 0)),
+        ("get_arch_list", ["sm_75", "sm_90"]),
+        ("get_device_name", "Tesla P100"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    with pytest.raises(
+        InputError,
+        match=r"no kernels for Tesla P100 \(compute capability 6\.0, built for sm_75, sm_90\); use --device cpu",
+    ):
+        choose_device("auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    assert choose_device("auto") == torch.device("cuda:0")
 
 
 def test_deterministic_mode_is_torchs_own() -> None:
