@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import binascii
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import RecipeError, did_you_mean
-from pcam_automl.search.lineages import lineage_of, sign_of
+from pcam_automl.search.lineages import LINEAGE, lineage_of, sign_of
 from pcam_automl.search.wilcoxon import WilcoxonOverSlides
 
 PrunerName = Literal["asha", "hyperband", "median", "wilcoxon", "none"]
@@ -82,15 +84,42 @@ def _score(value: float, sign: float) -> float:
     return -math.inf if math.isnan(value) else sign * value
 
 
-class _FinishingHyperband(HyperbandPruner):
-    """Optuna's Hyperband that lets a fully trained trial be complete."""
+class _HyperbandOfLineages(HyperbandPruner):
+    """Optuna's Hyperband in which a lineage counts once at a rung, stays in its first row's bracket and may be complete.
+
+    Optuna counts rows: a paused one and its thaw both, the thaw's later value among those of the bracket's first rung, and in
+    the bracket of its own number. Here values are read where they were reported, and of each lineage its latest trial's, as
+    asha does; no notes are kept in system attributes. Where every lineage has one row, both decide alike.
+    """
 
     def __init__(self, rungs: tuple[int, ...]) -> None:
         super().__init__(min_resource=rungs[0], max_resource=rungs[-1], reduction_factor=3)
-        self._last_rung = rungs[-1]
+        self.rungs = rungs
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        return (trial.last_step or 0) < self._last_rung and bool(super().prune(study, trial))
+        """Whether the trial ends here: it is not among the best third of its bracket's values at the step, at least one."""
+        bracket, step = self._get_bracket_id(study, trial), trial.last_step
+        if step is None or step >= self.rungs[-1] or not self._judges(bracket, step):
+            return False
+        sign = sign_of(study)
+        own = _score(trial.intermediate_values[step], sign)
+        beside = [t for t in study.get_trials(deepcopy=False) if self._get_bracket_id(study, t) == bracket]
+        others = [_score(value, sign) for value in values_at(step, beside, trial) if not math.isnan(value)]
+        scores = sorted([own, *others], reverse=True)
+        return own == -math.inf or own < scores[max(1, len(scores) // self._reduction_factor) - 1]
+
+    def _judges(self, bracket: int, step: int) -> bool:
+        """Whether the bracket's trials can end at ``step``: the first report behind one of its powers of the reduction factor."""
+        before = max((rung for rung in self.rungs if rung < step), default=0)
+        powers = range(bracket, len(self._trial_allocation_budgets))
+        return any(before < self.rungs[0] * self._reduction_factor**power <= step for power in powers)
+
+    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:  # what Optuna's samplers ask, too
+        if not self._trial_allocation_budgets:
+            self._try_initialization(study)
+        lineage = trial.user_attrs.get(LINEAGE, trial.number)  # it is named after its first row
+        share = binascii.crc32(f"{study.study_name}_{lineage}".encode()) % self._total_trial_allocation_budget
+        return bisect.bisect_right(list(itertools.accumulate(self._trial_allocation_budgets)), share)
 
 
 class _FinishingMedian(MedianPruner):
@@ -116,7 +145,7 @@ def build_pruner(name: str, *, rungs: Sequence[int], pauses: bool = False, n_fir
     if name == "asha":
         return SuccessiveHalving(steps, pauses=pauses, n_first=n_first)
     if name == "hyperband":
-        return _FinishingHyperband(steps)
+        return _HyperbandOfLineages(steps)
     if name == "median":
         return _FinishingMedian(steps)
     if name == "wilcoxon":

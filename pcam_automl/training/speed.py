@@ -29,6 +29,7 @@ from pcam_automl.training.compute import (
     measure_fitting,
     peak_of_step,
 )
+from pcam_automl.versions import versions
 
 PROBE_BATCH_CPU = THOROUGH.largest_batch
 """Images that a step's seconds are of on a CPU, at most; a GPU is measured at the recipe's own batch."""
@@ -63,8 +64,8 @@ def network_shape(recipe: Recipe) -> list[str]:
 class SpeedBook:
     """Fastest variant and step time of a network on a device, measured once and kept.
 
-    The key is (backbone, network px, batch, device, CPU and its instructions, threads, torch version, probe): a studies folder may
-    move to a machine without bf16.
+    The key is (backbone, network px, batch, device, CPU and its instructions, threads, torch and timm version, probe): a studies
+    folder may move to a machine without bf16, and what an earlier version's networks took is measured again.
 
     Args:
         file: the JSON; made at the first measurement.
@@ -125,12 +126,18 @@ class SpeedBook:
     def _entry(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
         """What is known of the network, measured if that is not enough."""
         key = self._key(recipe, device)
-        known = self._known.get(key)
-        if known is not None and (self.quick or not known.get("quick")) and not _was_short(known, device):
+        known = self._known.get(key, {})
+        if _was_short(known, device):
+            known = {}
+        if "step_s" in known and (self.quick or not known.get("quick")):
             return _bare(known)
+        short: dict[str, Any] = {name: known[name] for name in ("micro_batch", "available_bytes") if name in known}
         if self.quick and (near := self._at_another_side(recipe, device)) is not None:
-            return near
-        self._note(key, self._measured(recipe, device))
+            return near | _bare(short)
+        measured = self._measured(recipe, device)
+        if short and short["micro_batch"] < (measured.get("micro_batch") or recipe.batch_size):
+            measured |= short  # a training's, which needed more memory than the probe's bare steps
+        self._note(key, measured)
         return _bare(self._known[key])
 
     def _measured(self, recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -152,10 +159,11 @@ class SpeedBook:
         before, after = self._key(recipe, device).split(f"/{px}/", 1)
         sides = [
             int(side)
-            for key in self._known
+            for key, entry in self._known.items()
             if key.startswith(f"{before}/")
             and key.endswith(f"/{after}")
             and (side := key[len(before) + 1 : -len(after) - 1]).isdigit()
+            and "step_s" in entry
         ]
         if not sides:
             return None
@@ -165,10 +173,15 @@ class SpeedBook:
         return {**entry, "step_s": entry["step_s"] * (px / near) ** 2}
 
     def note_micro_batch(self, recipe: Recipe, device: torch.device, micro_batch: int) -> None:
-        """Remember what fitted in the end, where a training needed more memory than the probe's bare steps had."""
+        """Remember what fitted in the end, where a training needed more memory than the probe's bare steps had.
+
+        Where nothing was measured at this side it is all that is known there. A deterministic training leaves no note: it has no
+        measured variant, and others take other memory.
+        """
         key = self._key(recipe, device)
-        if key in self._known and micro_batch < (self._known[key].get("micro_batch") or recipe.batch_size):
-            self._note(key, {**self._known[key], **_short_of_memory(micro_batch, device)})
+        known = self._known.get(key, {})
+        if not self.deterministic and micro_batch < (known.get("micro_batch") or recipe.batch_size):
+            self._note(key, {**known, **_short_of_memory(micro_batch, device)})
 
     def judged_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Images that the network judges in a second, in float32, which a prediction may fall back to; measured once and kept."""
@@ -177,7 +190,7 @@ class SpeedBook:
         known = self._known.get(key, {})
         if "forward_s" not in known:
             seconds = forward_seconds(_builder(recipe), recipe.network_px, batch, compute)
-            if not known:  # deterministic, or by another side's measurement: nothing is kept of it
+            if "step_s" not in known:  # deterministic, or by another side's measurement: nothing is kept of it
                 return batch / seconds
             self._note(key, {**known, "forward_s": seconds / batch})
         return 1.0 / float(self._known[key]["forward_s"])
@@ -195,8 +208,8 @@ class SpeedBook:
 
     def knows(self, recipe: Recipe, device: torch.device) -> bool:
         """Whether enough has been measured here of the recipe's network, so that nothing need be."""
-        entry = self._known.get(self._key(recipe, device))
-        if entry is None:
+        entry = self._known.get(self._key(recipe, device), {})
+        if "step_s" not in entry:
             return self.quick and self._at_another_side(recipe, device) is not None
         return self.quick or not entry.get("quick")
 
@@ -205,7 +218,8 @@ class SpeedBook:
         where = device_name(device)
         if device.type == "cpu":
             where += f", {cpu_name().replace('/', ' ')}"
-        return "/".join([*network_shape(recipe), str(recipe.network_px), batch, where, torch.__version__, PROBE])
+        releases = (torch.__version__, f"timm {versions()['timm']}")
+        return "/".join([*network_shape(recipe), str(recipe.network_px), batch, where, *releases, PROBE])
 
     def images_per_s(self, recipe: Recipe, device: torch.device) -> float:
         """Training images a second, by the measured step."""

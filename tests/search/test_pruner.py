@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import optuna
 import pytest
+from optuna.pruners import HyperbandPruner
 from optuna.trial import TrialState, create_trial
 
 from pcam_automl.errors import RecipeError
@@ -176,6 +177,49 @@ def test_pruners_prune(name: str) -> None:
     for value in (0.9, 0.8, 0.7, 0.9, 0.8, 0.7):
         study.add_trial(create_trial(value=value, intermediate_values={100: value}))
     assert pruned(study, 0.1) is True
+
+
+def next_row(study: optuna.Study, lineage: int, values: dict[int, float]) -> optuna.Trial:
+    """A row that goes on with a lineage: it reports again what the rows before it did."""
+    trial = study.ask()
+    trial.set_user_attr("lineage", f"{lineage}")
+    for step, value in values.items():
+        trial.report(value, step)
+    return trial
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rungs", [RUNGS, (7, 21, 64, 192), (10, 20, 30, 40, 50, 60, 70, 80, 90)])
+def test_hyperband_decides_on_rows_that_go_on_as_optunas_own_does_where_no_row_ever_ends(
+    rungs: tuple[int, ...], seed: int
+) -> None:
+    """Beside it each lineage is one row of another study, which Optuna's pruner judges and nothing ends."""
+    rng, n = np.random.default_rng(seed), 30
+    ours = optuna.create_study(study_name="s", direction="maximize", pruner=build_pruner("hyperband", rungs=rungs))
+    slow = HyperbandPruner(min_resource=rungs[0], max_resource=rungs[-1], reduction_factor=3)
+    theirs = optuna.create_study(study_name="s", direction="maximize", pruner=slow)
+    whole = [theirs.ask() for _ in range(n)]
+    values: list[dict[int, float]] = [{} for _ in range(n)]
+    rows: dict[int, optuna.Trial] = {}
+    order, decisions = list(rng.permutation(np.repeat(np.arange(n), len(rungs) - 1))), []
+    for lineage in map(int, order):
+        if any(map(math.isnan, values[lineage].values())):
+            continue
+        if lineage in rows and rng.random() < 0.7:
+            ours.tell(rows.pop(lineage), state=[TrialState.PRUNED, TrialState.FAIL][rng.integers(2)])
+        if lineage not in rows:
+            rows[lineage] = next_row(ours, lineage, values[lineage])
+        row = rows[lineage]
+        step = rungs[len(values[lineage])]
+        value = math.nan if rng.random() < 0.03 else float(rng.normal())
+        values[lineage][step] = value
+        for trial in (row, whole[lineage]):
+            trial.report(value, step)
+        decisions.append((row.should_prune(), whole[lineage].should_prune()))
+    assert [one for one, _ in decisions] == [other for _, other in decisions]
+    assert {one for one, _ in decisions} == {True, False}
+    assert len(ours.trials) > n + 5
+    assert all(trial.system_attrs == {} for trial in ours.trials)
 
 
 def test_unknown_pruner_and_unordered_rungs_are_refused() -> None:

@@ -32,6 +32,7 @@ from pcam_automl.errors import (
     SearchFailed,
     StudyError,
     TrainingDiverged,
+    WriteError,
 )
 from pcam_automl.files import sha256_of_file
 from pcam_automl.finalize import finalize
@@ -432,6 +433,60 @@ def test_a_diverged_training_ends_as_pruned_with_its_reason(
     (trial,) = opened.study.get_trials()
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["reason"] == "diverged: the training loss became nan"
+
+
+def memory_was_short_once(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    """The first training halves its micro-batch to 4 and ends by the fault."""
+    go_on, calls = objective_module.fit, []
+
+    def once(training: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            training.micro_batch = 4
+            raise fault
+        return go_on(training, *args, **options)
+
+    monkeypatch.setattr(objective_module, "fit", once)
+
+
+@pytest.mark.parametrize(
+    ("fault", "state"),
+    [
+        (optuna.TrialPruned("pruned at rung 1 of 3"), TrialState.PRUNED),
+        (TrainingDiverged("the training loss became nan"), TrialState.PRUNED),
+        (RuntimeError("a cosmic ray"), TrialState.FAIL),
+    ],
+)
+def test_what_fitted_into_memory_is_remembered_however_the_trial_ends(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, fault: Exception, state: TrialState
+) -> None:
+    memory_was_short_once(monkeypatch, fault)
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    search(opened, 1)
+    trial = opened.study.get_trials()[0]
+    assert trial.state == state
+    assert str(fault) in trial.user_attrs["reason"]
+    recipe = build_recipe(json.loads(trial.user_attrs["recipe"]))
+    assert opened.quick_speed_book.compute_for(recipe, CPU).micro_batch == 4
+
+
+@pytest.mark.parametrize("broken", [WriteError("no space left"), RuntimeError("CUDA error"), OSError(5, "I/O error")])
+def test_a_note_that_cannot_be_made_does_not_hide_how_the_trial_ended(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, broken: Exception
+) -> None:
+    memory_was_short_once(monkeypatch, TrainingDiverged("the training loss became nan"))
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    tried: list[int] = []
+
+    def note(book: object, recipe: object, device: object, micro_batch: int) -> None:
+        tried.append(micro_batch)
+        raise broken
+
+    monkeypatch.setattr(speed_module.SpeedBook, "note_micro_batch", note)
+    assert search(opened, 1) == SearchEnd(1, "done")
+    (trial,) = opened.study.get_trials()
+    assert (trial.state, trial.user_attrs["reason"]) == (TrialState.PRUNED, "diverged: the training loss became nan")
+    assert tried == [4]
 
 
 def test_a_timeout_starts_no_further_trial(tmp_path: Path, asked: Asked) -> None:

@@ -22,7 +22,7 @@ from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training import scoring as scoring_module
-from pcam_automl.training.compute import Compute, is_out_of_memory
+from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
 from pcam_automl.training.engine import Rung, RungResult, Training
 from pcam_automl.training.fit import best_result, fit, resume, save, stable_views, total_views
 from pcam_automl.training.schedule import Rates, rates_at
@@ -321,6 +321,34 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, mo
     assert training.micro_batches == [(0, 16), (0, 8), (0, 4)]
     assert result.auc is None
     assert math.isfinite(result.train_loss)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("limit", "clips"), [(0.05, True), (1e3, False), (0.0, False)])
+def test_a_step_moves_the_weights_by_gradients_clipped_by_hand(
+    data: TrainingData, limit: float, clips: bool, precision: Precision
+) -> None:
+    """Plain gradient descent, whose step is as long as its gradient; with a scaler they are clipped behind its scale."""
+    compute = Compute("cpu", precision)
+    recipe = replace_recipe(optimizer="sgd", beta1=0.0, weight_decay=0.0, dropout=0.0, ema=0.0, clip_norm=limit)
+    applied, by_hand = start(recipe, data, compute), start(recipe, data, compute)
+    before = [p.detach().clone() for p in applied.network.parameters()]
+    for training in (applied, by_hand):
+        training.network.train()
+        training.use(Rates(0, 0.5, 0.5, 0.0, 1.0))
+    applied.step(np.arange(16), np.arange(16))
+    by_hand._gradients(np.arange(16), np.arange(16))
+    scale = by_hand.scaler.get_scale()
+    assert (scale > 1.0) == (precision == "fp16")
+    gradients = [p.grad.double() / scale for p in by_hand.network.parameters()]  # type: ignore[union-attr]
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
+    assert (0.0 < limit < norm) == clips
+    share = limit / norm if clips else 1.0
+    steps = [old - p.detach() for old, p in zip(before, applied.network.parameters(), strict=True)]
+    for step, gradient in zip(steps, gradients, strict=True):
+        torch.testing.assert_close(step.double(), 0.5 * share * gradient, rtol=1e-3, atol=1e-6)
+    whole = math.sqrt(sum(float((step.double() ** 2).sum()) for step in steps))
+    assert whole == pytest.approx(0.5 * (limit if clips else norm), rel=1e-3)
 
 
 def test_what_is_not_memory_is_not_swallowed(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:

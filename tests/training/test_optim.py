@@ -127,6 +127,55 @@ def test_biases_and_norms_are_not_decayed(name: str) -> None:
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
 
 
+def stepped(network: nn.Module, optimizer: torch.optim.Optimizer, rates: tuple[tuple[float, float], ...]) -> None:
+    """A step on seeded images for each (learning rate, weight decay), set by hand."""
+    generator = torch.Generator().manual_seed(3)
+    for lr, weight_decay in rates:
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, weight_decay if group["weight_decay"] > 0 else 0.0
+        images = torch.randn(8, 3, 9, 9, generator=generator)
+        optimizer.zero_grad()
+        nn.functional.softplus(network(images)).mean().backward()
+        optimizer.step()
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 1))
+
+
+def by_loop(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Torch's optimizer that goes through the tensors one by one, with what is not decayed picked by hand."""
+    matrices, rest = ([p for p in network.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    plain = {"lr": recipe.lr, "foreach": False}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=recipe.beta1, nesterov=True, fused=False, **plain)
+    if recipe.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, **plain)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
+    return kind(groups, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=False, **plain)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop"])
+def test_fused_and_foreach_steps_are_those_of_torchs_loop_over_single_tensors(name: str) -> None:
+    """Within 1e-6 (2e-8 measured) of steps that move weights by 0.04 to 0.2; with one other setting they are 1e-4 and more apart."""
+    recipe = Recipe(optimizer=name, lr=0.01, weight_decay=0.3, beta1=0.8, beta2=0.9, eps=1e-6)
+    rates = ((0.01, 0.3), (0.02, 0.3), (0.01, 0.1), (0.005, 0.1), (0.001, 0.3))
+
+    def apart(other: Recipe) -> float:
+        ours, slow = tiny(), tiny()
+        stepped(ours, build_optimizer(ours, recipe), rates)
+        stepped(slow, by_loop(slow, other), rates)
+        pairs = zip(ours.state_dict().values(), slow.state_dict().values(), strict=True)
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+    assert apart(recipe) < 1e-6
+    others = {"beta1": 0.81, "weight_decay": 0.0} | ({} if name == "sgd" else {"beta2": 0.95, "eps": 1e-3})
+    for field, value in others.items():
+        assert apart(recipe.model_copy(update={field: value})) > 1e-4, field
+
+
 def test_each_stage_has_a_whole_cycle_and_the_last_holds_beyond_the_end() -> None:
     stages = ({"share": 0.25, "lr": 1.0}, {"share": 0.75, "lr": 0.5, "lr_low": 0.05})
     recipe = Recipe.model_validate({"schedule": "one_cycle", "warmup": 0.5, "stages": stages})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,64 @@ def test_what_fitted_in_the_end_is_where_the_next_training_begins(calls: list[st
     book.note_micro_batch(RECIPE, CPU, 16)
     book.note_micro_batch(RECIPE, CPU, 32)  # another worker had more room
     assert SpeedBook(tmp_path / "speed.json").compute_for(RECIPE, CPU).micro_batch == 16
+
+
+def test_what_fitted_is_kept_where_the_variant_came_from_another_side(calls: list[str], tmp_path: Path) -> None:
+    larger, file = RECIPE.model_copy(update={"crop_size": 64}), tmp_path / "speed.json"
+    book = SpeedBook(file, quick=True)
+    book.compute_for(RECIPE, CPU)
+    book.note_micro_batch(larger, CPU, 8)
+    for again in (book, SpeedBook(file, quick=True)):
+        assert again.knows(larger, CPU)
+        assert again.compute_for(larger, CPU) == Compute("cpu", "bf16", True, 2.0, micro_batch=8)
+        assert again.images_per_s(larger, CPU) == 16.0, "four times the pixels, as before"
+        assert again.compute_for(RECIPE, CPU).micro_batch is None
+        between = again.compute_for(RECIPE.model_copy(update={"crop_size": 60}), CPU)
+        assert (between.step_s, between.micro_batch) == (pytest.approx(0.5 * (60 / 32) ** 2), None)
+    assert calls == ["measured 32 at 32"]
+    thorough = SpeedBook(file)
+    assert not thorough.knows(larger, CPU)
+    assert thorough.compute_for(larger, CPU) == Compute("cpu", "bf16", True, 0.5, micro_batch=8)
+    assert calls[1:] == ["measured 32 at 64"]
+
+
+def test_what_fitted_where_nothing_was_measured_is_kept_until_it_is(calls: list[str], tmp_path: Path) -> None:
+    """A trial that goes on here with the variant that another machine measured."""
+    book = SpeedBook(tmp_path / "speed.json", quick=True)
+    book.note_micro_batch(RECIPE, CPU, 8)
+    assert not book.knows(RECIPE, CPU)
+    assert book.compute_for(RECIPE, CPU) == Compute("cpu", "bf16", True, 0.5, micro_batch=8)
+    assert calls == ["measured 32 at 32"]
+
+
+def test_another_release_of_timm_or_torch_is_measured_anew_and_old_notes_stay(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "speed.json"
+    SpeedBook(file, quick=True).compute_for(RECIPE, CPU)
+    ((key, entry),) = json.loads(file.read_text()).items()
+    named = f"/{torch.__version__}/timm {version('timm')}/"
+    assert named in key
+    file.write_text(
+        json.dumps({key.replace(named, f"/{torch.__version__}/"): entry})
+    )  # as it was before timm was named
+    for _ in range(2):
+        book = SpeedBook(file, quick=True)
+        book.compute_for(RECIPE, CPU)
+        book.compute_for(RECIPE.model_copy(update={"crop_size": 64}), CPU)  # nor is another side taken from an old note
+    monkeypatch.setattr(speed_module, "versions", lambda: {"timm": "0.0.1"})
+    assert not SpeedBook(file, quick=True).knows(RECIPE, CPU)
+    SpeedBook(file, quick=True).compute_for(RECIPE, CPU)
+    assert calls == ["measured 32 at 32"] * 3
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_a_deterministic_training_leaves_no_note(calls: list[str], tmp_path: Path) -> None:
+    """It runs in float32, which takes more memory than what others measured."""
+    file = tmp_path / "speed.json"
+    SpeedBook(file).compute_for(RECIPE, CPU)
+    SpeedBook(file, deterministic=True).note_micro_batch(RECIPE, CPU, 8)
+    assert SpeedBook(file).compute_for(RECIPE, CPU).micro_batch is None
 
 
 def test_deterministic_runs_measure_nothing(calls: list[str], tmp_path: Path) -> None:
