@@ -150,6 +150,14 @@ class Reliability:
         """Of tumour, by bin."""
         return np.asarray(np.divide(self.n_tumour, self.n, out=np.full(len(self.n), np.nan), where=self.n > 0))
 
+    def share_bounds(self) -> Floats:
+        """(2, n) Wilson's 95 % interval of each share (Wilson, JASA 1927), patches taken as independent; NaN where a bin is empty."""
+        n = np.where(self.n > 0, self.n, np.nan)
+        share, z = self.share, 1.959964
+        middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        return np.stack([middle - half, middle + half])
+
     @property
     def error(self) -> float:
         """Expected calibration error (Naeini et al., AAAI 2015): mean distance, weighted by the patches."""

@@ -18,16 +18,18 @@ from optuna.trial import TrialState
 import pcam_automl.finalize as finalize_module
 import pcam_automl.search.budget as budget_module
 import pcam_automl.search.plan as plan_module
+from pcam_automl.commands import models
 from pcam_automl.commands.search import Work, _budget
 from pcam_automl.errors import Interrupted, NoStudyError
 from pcam_automl.files import sha256_of_file
-from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_s
+from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_parts, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.overview import overview
 from pcam_automl.search.reading import CLOCK_KEY, load_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import open_study
+from pcam_automl.terminal import duration
 from pcam_automl.training.pace import N_PARTS, Pace
 
 SPACE = """\
@@ -45,14 +47,39 @@ def run(command_line: Any, in_tmp: Path) -> Any:
     return command_line
 
 
+def beside(err: str) -> dict[str, list[str]]:
+    """The last table of what was planned and what was: row to its cells."""
+    lines = err.splitlines()
+    last = max(number for number, line in enumerate(lines) if line.split() == ["planned", "was"])
+    ends = [match.end() for match in re.finditer(r"\S+", lines[last])]
+    found = {}
+    for line in lines[last + 1 :]:
+        name, *cells = re.split(r"\s{2,}", line.strip())
+        if not line.startswith("  ") or len(cells) < 2:
+            break
+        assert [line[end - 1] != " " for end in ends] == [True, True], "columns end beneath their heads"
+        found[name] = cells
+    return found
+
+
 def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> None:
     options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none")
     code, out, err = run("search", *options, "--budget", "24s")
     assert code == 0, err
     assert re.search(r"budget 24 s, [0-9.]+ s of it spent: search", err)
-    assert "planned: about" in err
+    planned = re.search(r"planned: about (.+) trials reach rungs 1 to 3, a whole trial takes about (.+)", err)
+    search = re.search(r"spent: search (.+) \(start-up", err)
+    assert planned
+    assert search
     assert "the search's part of the budget is over" in err
+    table = beside(err)
+    assert list(table) == ["search", "trials at rungs 1 to 3", "a whole trial"]
+    assert [cells[0] for cells in table.values()] == [search[1], planned[1], planned[2]]
+    reached = re.search(r"(\d+ -> \d+ -> \d+) reached rungs 1 to 3", err)
+    assert reached
+    assert table["trials at rungs 1 to 3"][1] == reached[1]
     study, _ = load_study("pcam")
+    assert table["search"][1] == duration(spent_s(study))
     assert budget_of(study) == 24.0
     (searched,) = intervals_of(study)
     assert searched.command == "search"
@@ -74,6 +101,13 @@ def test_a_search_and_its_finalize_share_a_budget(run: Any, easy_pack: Path) -> 
     study, _ = load_study("pcam")
     assert [one.command for one in intervals_of(study)] == ["search", "search", "finalize"]
     assert spent_s(study) > before
+    table = beside(err)
+    assert [name for name in table if name != "confirmations"] == [
+        *("search", "final training, prediction", "in all", "trials at rungs 1 to 3", "a whole trial")
+    ]
+    assert table["in all"][0] == "24 s"
+    assert re.fullmatch(r"[+-]\d+\.\d%", table["in all"][2])
+    assert table["search"] == [search[1], duration(before)]
     card = json.loads((Path(json.loads(out)["out"]) / "model" / "bundle.json").read_text())
     assert card["provenance"]["views_seen"] == card["metrics"]["epochs"][-1]["views"]
     assert len(card["metrics"]["epochs"]) == 20
@@ -99,6 +133,8 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     assert "confirmation" not in err
     assert "planned: a whole trial takes about " in err
     assert "2 trials, 2 complete, 0 went on after a pause" in err
+    assert beside(err)["whole trials"] == ["2", "2"]
+    assert beside(err)["search"][0].startswith("at most ")
     assert "first: recipe default; recipe default at 96 px shown at 64\n" in err
     study, _ = load_study("pcam")
     trials = study.get_trials()
@@ -117,6 +153,8 @@ def test_a_budget_too_short_to_search_in_goes_to_the_final_training(
     code, out, err = run("finalize", "--no-report", "--json")
     assert code == 0, err
     assert "is not confirmed: its seconds go to the final training" in err
+    assert beside(err)["final training, prediction"][0].startswith("at least ")
+    assert "confirmations" not in beside(err)
     assert "part  20 of 20" in err
     assert Path(json.loads(out)["submission"]).is_file()
 
@@ -242,6 +280,55 @@ def test_what_was_trained_is_completed_though_the_budget_is_used_up(
     set_budget(study, 0.001)
     shutil.rmtree("studies/pcam/final/model")
     assert run("finalize", "--no-report")[0] == 2, "nothing is left to complete"
+
+
+def test_confirmations_are_told_from_the_final_training_across_an_interruption(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
+    assert run("search", *options, "--trials", 2)[0] == 0
+    study, _ = load_study("pcam")
+    set_budget(study, 60.0)
+    monkeypatch.setattr(finalize_module, "_pace", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
+
+    def cut_off(*_: object) -> None:
+        raise Interrupted("interrupted", 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "say_confirmed", cut_off)
+        assert run("finalize", "--no-report")[0] == 130
+    (cut,) = intervals_of(load_study("pcam")[0])
+    took = [json.loads(file.read_text())["seconds"] for file in Path("studies/pcam/confirmations").rglob("*.json")]
+    assert 0.0 < took[0] < cut.confirm_s < cut.seconds
+    code, _, err = run("finalize", "--no-report")
+    assert code == 0, err
+    assert err.count("confirming trial") == 1, "the other one is stored"
+    study, _ = load_study("pcam")
+    went_on = intervals_of(study)[1]
+    assert 0.0 < went_on.confirm_s < went_on.seconds
+    table, parts = beside(err), spent_parts(intervals_of(study))
+    assert parts.confirm_s == pytest.approx(cut.confirm_s + went_on.confirm_s)
+    assert table["confirmations"] == ["6.0 s", duration(parts.confirm_s)]
+    for row, seconds in (("final training, prediction", parts.final_s), ("in all", spent_s(study))):
+        said = float(table[row][1].removesuffix(" s"))
+        assert said == pytest.approx(seconds, abs=1.0), "all but the command's last moments"
+    assert float(table["in all"][2].removesuffix("%")) == pytest.approx(100.0 * (spent_s(study) / 60.0 - 1.0), abs=2.0)
+    assert "a whole trial" not in table, "it was planned without a budget"
+    code, _, err = run("finalize", "--no-report")
+    assert (code, intervals_of(load_study("pcam")[0])[2].confirm_s) == (0, 0.0), "all are stored"
+
+
+def test_a_search_prints_its_plan_beside_what_happened_as_json_too(run: Any, easy_pack: Path) -> None:
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--trials", 1, "--views", 64, "--json")
+    assert json.loads(run("search", *options)[1])["budget"] is None
+    code, out, err = run("search", *options, "--budget", "10m")
+    assert code == 0, err
+    said, (searched,) = json.loads(out)["budget"], intervals_of(load_study("pcam")[0])
+    assert (said["total_s"], said["planned"]["confirm_s"]) == (600.0, 60.0)
+    assert sum(said["planned"][part] for part in ("search_s", "confirm_s", "final_s")) == pytest.approx(600.0)
+    assert said["was"]["search_s"] == searched.seconds
+    assert said["was"]["reached"] == [1, 1, 1]
+    assert said["was"]["whole_s"] > 0.0
 
 
 def test_a_search_needs_a_number_of_trials_or_a_budget(run: Any, easy_pack: Path) -> None:

@@ -19,15 +19,16 @@ from pcam_automl.bundle import check_bundle_target
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
 from pcam_automl.commands.report import after_work, report_of_study, report_of_training
-from pcam_automl.commands.search import command_options
+from pcam_automl.commands.search import command_options, say_account
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
 from pcam_automl.errors import InputError, did_you_mean
 from pcam_automl.finalize import Assisted, FinalOptions, FinalResult, FinalWatch, finalize
+from pcam_automl.finalizing.decision import Decision
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import Ledger, added_by, budget_of, intervals_of, spent_s, spent_with
+from pcam_automl.search.budget import FINALIZE, Ledger, budget_of, spent_with
 from pcam_automl.search.confirm import ConfirmWatch
 from pcam_automl.search.confirmations import Candidate, Confirmation
 from pcam_automl.search.pareto import PICKS, Pick
@@ -71,12 +72,11 @@ def _training_bar(stop: Callable[[], None], *, parts: int | None = None) -> Iter
 
 
 @contextmanager
-def _final_watch(
-    opened: OpenStudy, stop: Callable[[], None], spent: Callable[[], None], *, paced: bool
-) -> Iterator[FinalWatch]:
+def _final_watch(opened: OpenStudy, stop: Callable[[], None], ledger: Ledger, *, paced: bool) -> Iterator[FinalWatch]:
     """Bars and lines of a finalize; ``paced``: its training ends by the clock. When a confirmation or a training begins, and
-    after each confirmation and epoch, or part, ``spent`` is called, so that a kill does not give its seconds back.
+    after each confirmation and epoch, or part, the ``ledger`` is written, so that a kill does not give its seconds back.
     """
+    since_s = ledger.seconds  # from here on candidates are chosen and confirmed
 
     def plan(trial: FrozenTrial, recipe: Recipe, n_train: int, folder: Path) -> None:
         value = f" ({opened.settings.goal.label} {trial.value:.4f})" if trial.value is not None else ""
@@ -88,19 +88,23 @@ def _final_watch(
 
         def epoch(result: RungResult) -> None:
             train.epoch(result)
-            spent()
+            ledger.note()
 
         def begins(recipe: Recipe, compute: Compute, views: int) -> None:
             train.begins(recipe, compute, views)
-            spent()
+            ledger.note()
+
+        def decided(decision: Decision) -> None:
+            ledger.confirmed()
+            say_decision(decision)
 
         yield FinalWatch(
             replace(train, begins=begins, epoch=epoch),
             plan,
             lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
             lambda n: bars.step(task, n),
-            _confirm_watch(train, spent),
-            say_decision,
+            _confirm_watch(train, ledger, since_s),
+            decided,
         )
 
 
@@ -146,13 +150,13 @@ def finalize_study(
             check_bundle_target(folder, option=f"{folder.name}/ of --out")
         place = use_device(device, deterministic=opened.settings.deterministic)
         ledger = Ledger(
-            opened.study, "finalize", kept=budget_of(opened.study) is not None and within_budget and ranks().is_first
+            opened.study, FINALIZE, kept=budget_of(opened.study) is not None and within_budget and ranks().is_first
         )
         at_end.callback(ledger.close)  # however it ends: an interrupted one has spent, too
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))
         paced = options.seconds is not None and epochs is None
-        with stop.deferred(), _final_watch(opened, stop.check, ledger.note, paced=paced) as watch:
+        with stop.deferred(), _final_watch(opened, stop.check, ledger, paced=paced) as watch:
             final = finalize(
                 opened,
                 which=which,
@@ -206,11 +210,8 @@ def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
 
 def _say_spent(opened: OpenStudy) -> None:
     """The budget's parts as planned, and what was spent of it."""
-    total_s, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
-    terminal.say(
-        f"budget {terminal.duration(total_s)}: {terminal.duration(spent)} spent ({spent / total_s - 1.0:+.1%}); "
-        + ", ".join(f"{name} {terminal.duration(s)}" for name, s in added_by(intervals_of(opened.study)))
-    )
+    terminal.say(f"the budget of {terminal.duration(budget_of(opened.study) or 0.0)} as it was planned and spent:")
+    say_account(opened, finalized=True)
 
 
 def check_pick(pick: str, which: str) -> Pick:
@@ -227,17 +228,20 @@ def check_pick(pick: str, which: str) -> Pick:
     return chosen
 
 
-def _confirm_watch(train: TrainWatch, spent: Callable[[], None]) -> ConfirmWatch:
-    """The training's bar, and one line a confirmation; ``spent`` is called when it begins and ends."""
+def _confirm_watch(train: TrainWatch, ledger: Ledger, since_s: float) -> ConfirmWatch:
+    """The training's bar, and one line a confirmation; the ``ledger`` is written when it begins and ends. Where one is trained its
+    seconds are of confirmations from ``since_s``.
+    """
 
     def begins(candidate: Candidate, fold: int, training: Training, views: int) -> None:
         terminal.say(f"confirming trial {candidate.trial.number} with a fresh seed; scored on fold {fold}")
         train.begins(training.recipe, training.compute, views)
-        spent()
+        ledger.confirming(since_s)
+        ledger.note()
 
     def done(confirmation: Confirmation) -> None:
         say_confirmed(confirmation)
-        spent()
+        ledger.note()
 
     return ConfirmWatch(begins, train.views, done, terminal.say, train.stop)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -26,7 +27,7 @@ from pcam_automl.search.summary import summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which it can do without until it trains
     from pcam_automl.recipe import Recipe
-    from pcam_automl.search.budget import BudgetClock, Ledger
+    from pcam_automl.search.budget import BudgetClock, Ledger, Parts
     from pcam_automl.search.objective import Watch
     from pcam_automl.search.study import Asked, OpenStudy
     from pcam_automl.search.turns import Limits, Waits
@@ -78,7 +79,7 @@ def run_search(
     _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 
-GO_ON = "every finished trial is stored; the same command goes on"
+GO_ON = "every finished trial is stored, and so is a finished pack; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,7 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import BudgetClock, Ledger, budget_of, short_search, spent_with
-    from pcam_automl.search.plan import first_backbone
+    from pcam_automl.search.budget import Ledger, budget_of, spent_with
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
@@ -169,10 +169,18 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     age_s = time.monotonic() - began
     spent = spent_with(opened.study, age_s) - age_s  # what others have noted meanwhile is a part of this command's time
     give_budget(opened, work.budget_s)
+    return _clock(opened, work.budget_s, spent, began), ledger
+
+
+def _clock(opened: OpenStudy, total_s: float, spent_s: float, began: float) -> BudgetClock:
+    """As it is before the first trial."""
+    from pcam_automl.search.budget import BudgetClock, short_search
+    from pcam_automl.search.plan import first_backbone
+
     plan = opened.settings.plan
     rate = plan["images_per_s"].get(first_backbone(opened.start, opened.space.choices("backbone")))
-    short = short_search(plan.get("budget"), work.budget_s)
-    return BudgetClock(work.budget_s, spent, began, len(opened.split.order), rate, short), ledger
+    short = short_search(plan.get("budget"), total_s)
+    return BudgetClock(total_s, spent_s, began, len(opened.split.order), rate, short)
 
 
 def give_budget(opened: OpenStudy, budget_s: float) -> None:
@@ -246,17 +254,15 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
 
 def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int, n_trials: int | None) -> None:
     """How the budget is split, and what the search's part should do; of a study that was planned by it."""
-    from pcam_automl.search.budget import CONFIRM_SHARE
-    from pcam_automl.search.plan import ETA
+    from pcam_automl.search.plan import planned_reach
 
-    say, total = terminal.duration, clock.total_s
-    confirm_s = 0.0 if clock.short is not None else CONFIRM_SHARE * total
-    confirmed = f"confirmation {say(confirm_s)}, " if confirm_s else ""
+    say, total, parts = terminal.duration, clock.total_s, clock.parts
+    confirmed = f"confirmation {say(parts.confirm_s)}, " if parts.confirm_s else ""
     spent_s = clock.spent_s + time.monotonic() - clock.began
     most, least = ("at most ", "at least ") if clock.short is not None else ("", "")
     terminal.say(
-        f"  budget {say(total)}, {say(spent_s)} of it spent: search {most}{say(total - clock.reserve_s)} (start-up included), "
-        f"{confirmed}final training and prediction {least}{say(clock.reserve_s - confirm_s)}; search has {most}{say(max(0.0, clock.left_s()))} left"
+        f"  budget {say(total)}, {say(spent_s)} of it spent: search {most}{say(parts.search_s)} (start-up included), "
+        f"{confirmed}final training and prediction {least}{say(parts.final_s)}; search has {most}{say(max(0.0, clock.left_s()))} left"
     )
     if clock.short is not None:
         n = clock.short.n_trials
@@ -273,8 +279,7 @@ def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: i
             )
         )
     if planned is not None and planned["total_s"] == total:
-        eta = 1 if planned.get("short") else ETA  # those few run through
-        starts = [max(1, round(planned["n_started"] / eta**rung)) for rung in range(n_rungs)]
+        starts = planned_reach(planned, n_rungs)
         reach = f"about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, " if n_rungs > 1 else ""
         terminal.say(f"  planned: {reach}a whole trial takes about {say(planned.get('whole_s', planned['trial_s']))}")
 
@@ -328,9 +333,8 @@ def _print_end(
     ranking = rank_study(opened.study, opened.settings, opened.folder, store=opened.store)
     audit = audit_study(opened.study, opened.settings)
     if as_json:
-        terminal.print_json(
-            {**summary.to_json(), **judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
-        )
+        found = {**summary.to_json(), **judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
+        terminal.print_json({**found, "budget": _account_json(opened)})
         return
     done = n_finished_of(opened.study)
     if end.n_finished == 0 and end.why == "done" and budget_of(opened.study) is None:
@@ -357,24 +361,114 @@ def _of(done: int, n_trials: int | None) -> str:
 
 
 def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
-    """The plan beside what happened."""
+    """How the search ended, and the plan of it beside what happened."""
     from pcam_automl.search.budget import budget_of, spent_s
     from pcam_automl.search.lineages import THAWED_FROM, lineages_of
 
-    steps = [views for views, _ in opened.settings.rungs]
-    lineages = lineages_of(opened.study.get_trials(deepcopy=False))
-    reached = [sum(step in lineage.values for lineage in lineages) for step in steps]
+    lineages, reached = lineages_of(opened.study.get_trials(deepcopy=False)), _was(opened).reached
     n_thawed = sum(any(THAWED_FROM in row.user_attrs for row in lineage.rows) for lineage in lineages)
     rungs = (
-        f"{' -> '.join(map(str, reached))} reached rungs 1 to {len(steps)}, "
-        if len(steps) > 1
-        else f"{reached[0]} complete, "
+        f"{_arrows(reached)} reached rungs 1 to {len(reached)}, " if len(reached) > 1 else f"{reached[0]} complete, "
     )
     total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
         f"{why}: {done} {'trial' if done == 1 else 'trials'}, {rungs}{n_thawed} went on after a pause; "
         f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
     )
+    say_account(opened, finalized=False)
+
+
+@dataclass(frozen=True)
+class _Account:
+    """A budget and its search, as planned or as they went.
+
+    Attributes:
+        parts: seconds.
+        reached: trials at each rung; empty where nothing was planned for this budget.
+        whole_s: seconds of a whole trial, of several the median; None where there is none.
+    """
+
+    parts: Parts
+    reached: tuple[int, ...]
+    whole_s: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        whole_s = None if self.whole_s is None else round(self.whole_s, 3)
+        parts = {name: round(seconds, 3) for name, seconds in asdict(self.parts).items()}
+        return {**parts, "reached": list(self.reached), "whole_s": whole_s}
+
+
+def _planned(opened: OpenStudy, total_s: float) -> _Account:
+    """What was said before the first trial; of a budget that was raised since only the seconds."""
+    from pcam_automl.search.plan import planned_reach
+
+    parts, planned = _clock(opened, total_s, 0.0, time.monotonic()).parts, opened.settings.plan.get("budget")
+    if planned is None or planned["total_s"] != total_s:
+        return _Account(parts, (), None)
+    reach = planned_reach(planned, len(opened.settings.rungs))
+    return _Account(parts, tuple(reach), planned.get("whole_s", planned["trial_s"]))
+
+
+def _was(opened: OpenStudy) -> _Account:
+    """What has happened so far."""
+    from pcam_automl.search.budget import intervals_of, spent_parts
+    from pcam_automl.search.lineages import lineages_of, seconds_of_lineages
+
+    trials, steps = opened.study.get_trials(deepcopy=False), [views for views, _ in opened.settings.rungs]
+    lineages, seconds = lineages_of(trials), seconds_of_lineages(trials)
+    reached = tuple(sum(step in lineage.values for lineage in lineages) for step in steps)
+    whole = [seconds[lineage.name] for lineage in lineages if steps[-1] in lineage.values]
+    return _Account(spent_parts(intervals_of(opened.study)), reached, statistics.median(whole) if whole else None)
+
+
+def _account_json(opened: OpenStudy) -> dict[str, Any] | None:
+    """Both; None of a study without a budget."""
+    from pcam_automl.search.budget import budget_of
+
+    total_s = budget_of(opened.study)
+    if total_s is None:
+        return None
+    return {"total_s": total_s, "planned": _planned(opened, total_s).to_json(), "was": _was(opened).to_json()}
+
+
+def say_account(opened: OpenStudy, *, finalized: bool) -> None:
+    """What was planned of the study's budget beside what happened.
+
+    Args:
+        opened: a study with a budget.
+        finalized: whether all of it is spent; else its search's part alone is told.
+    """
+    from pcam_automl.search.budget import budget_of
+
+    total_s = budget_of(opened.study) or 0.0
+    planned, was, say = _planned(opened, total_s), _was(opened), terminal.duration
+    # A short search, whose trials are whole, has at most its part; what it leaves is the final training's.
+    most, least = ("", "") if planned.parts.confirm_s else ("at most ", "at least ")
+    rows = [("search", most + say(planned.parts.search_s), say(was.parts.search_s), "")]
+    if finalized:
+        if planned.parts.confirm_s or was.parts.confirm_s:
+            rows.append(("confirmations", say(planned.parts.confirm_s), say(was.parts.confirm_s), ""))
+        rows.append(("final training, prediction", least + say(planned.parts.final_s), say(was.parts.final_s), ""))
+        spent_s = was.parts.search_s + was.parts.confirm_s + was.parts.final_s
+        rows.append(("in all", say(total_s), say(spent_s), f"{spent_s / total_s - 1.0:+.1%}"))
+    if planned.reached:
+        at = "whole trials" if len(was.reached) == 1 else f"trials at rungs 1 to {len(was.reached)}"
+        rows.append((at, _arrows(planned.reached), _arrows(was.reached), ""))
+    if planned.whole_s is not None:
+        rows.append(("a whole trial", say(planned.whole_s), "-" if was.whole_s is None else say(was.whole_s), ""))
+    _say_beside(rows)
+
+
+def _say_beside(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """(what, planned, was, remark), in columns."""
+    rows = [("", "planned", "was", ""), *rows]
+    name, planned, was = (max(len(row[column]) for row in rows) for column in range(3))
+    for row in rows:
+        terminal.say(f"  {row[0]:<{name}}  {row[1]:>{planned}}  {row[2]:>{was}}  {row[3]}".rstrip())
+
+
+def _arrows(reached: Sequence[int]) -> str:
+    return " -> ".join(map(str, reached))
 
 
 def command_options(name: str | None, url: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def forest_figure(ranking: Ranking, names: Mapping[int, str]) -> Picture:
         axes.set_ylim(len(trials) - 0.4, -0.6)
     figure.legend(loc="outside lower center", ncols=len(_LOOKS), frameon=False, fontsize=8.5)
     best = trials[0]
-    return picture(
+    drawn = picture(
         figure,
         "search_intervals.png",
         alt=f"AUC of {len(trials)} trials with 95 % intervals; trial {best.number} is best with {best.auc:.4f}, "
@@ -85,6 +86,7 @@ def forest_figure(ranking: Ranking, names: Mapping[int, str]) -> Picture:
         "right every trial is compared with the best on the same draws: where the line crosses 0, the best does not beat it. The "
         "triangle marks the trial that finalize takes where it confirms none.",
     )
+    return replace(drawn, wide=True)
 
 
 def _rests_on(ranking: Ranking) -> str:

@@ -224,11 +224,17 @@ def calibration_figure(scores: Scores, noun: Noun = PATCH) -> Picture:
     upper, lower = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
     dress(upper, y=f"{noun.many} that are tumour (%)")
     upper.plot([0, 1], [0, 100], color=GREY, linestyle=":", linewidth=1.2, label="honest probabilities")
-    upper.plot(
-        bins.mean_prob[full],
-        100 * bins.share[full],
+    low, high = 100 * bins.share_bounds()[:, full]
+    share, at = 100 * bins.share[full], bins.mean_prob[full]
+    upper.errorbar(
+        at,
+        share,
+        yerr=np.clip((share - low, high - share), 0.0, None),
         color=BLUE,
+        ecolor=GREY,
+        elinewidth=1.6,
         marker="o",
+        linewidth=0.8,
         label=f"network, mean error {100 * bins.error:.1f} %",
     )
     legend(upper, loc="upper left")
@@ -250,5 +256,6 @@ def calibration_figure(scores: Scores, noun: Noun = PATCH) -> Picture:
         "calibration.png",
         alt=f"Calibration curve in {len(bins.n)} bins, expected calibration error {bins.error:.4f}",
         caption=f"Can the probabilities be believed? On the dotted line, of all {noun.many} given 0.8, 80 % are tumour. Below it the "
-        f"network is too sure of tumour, above it too timid. Points that stand for few {noun.many} wander by chance.",
+        f"network is too sure of tumour, above it too timid. Grey lines are what chance allows (Wilson's 95 %, {noun.many} taken as independent): points that stand for few "
+        f"{noun.many} wander, and only those whose line misses the dotted one say something.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from pcam_automl.report.style import (
     INK,
     MAP,
     ORANGE,
+    SKY,
     VERMILION,
     add_axes,
     legend_below,
@@ -40,6 +42,10 @@ from pcam_automl.search.reading import recipe_field
 
 _MOST_LINES, _MOST_AXES, _MOST_BARS = 200, 8, 12
 _SHOWN_TRIALS = 10
+_GOOD = 0.95
+"""From this best AUC on the history counts errors."""
+_LEAST_ERROR = 1e-5
+_AUC_TICKS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 
 
 def search_section(content: ReportContent) -> Section:
@@ -108,36 +114,66 @@ def _value(trial: FrozenTrial) -> float:
 
 
 def history_figure(trials: list[FrozenTrial], goal: Goal = AUC) -> Picture:
-    """The objective by trial number, and the best so far."""
-    figure = new_figure(6.8, 3.7)
+    """The objective by trial number, how far each recipe came, and the best so far."""
+    figure = new_figure(6.8, 3.9)
     axes = add_axes(figure, x="trial number", y=goal.label)
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
-    pruned = [
-        (t.number, t.intermediate_values[max(t.intermediate_values)])
-        for t in not_superseded(trials)
-        if t.state == TrialState.PRUNED and t.intermediate_values
-    ]
-    if pruned:
-        axes.scatter(
-            [n for n, _ in pruned],
-            [v for _, v in pruned],
-            color=GREY,
-            marker="x",
-            s=24,
-            label="stopped early, at its last score",
-        )
-    axes.scatter([t.number for t in complete], [_value(t) for t in complete], color=BLUE, s=28, label="complete")
+    shown = _stopped_by_rung(trials)
     best = goal.sign * np.maximum.accumulate([goal.sign * _value(t) for t in complete])
-    axes.step([t.number for t in complete], best, where="post", color=VERMILION, linewidth=1.8, label="best so far")
+    by_error = bool(goal.maximize and best[-1] >= _GOOD)
+    values = [value for dots in shown.values() for _, value in dots] + [_value(t) for t in complete]
+    most = _scale_by_error(axes, values) if by_error else math.inf  # what has no error has a place, too
+    for (rung, dots), marker, color in zip(shown.items(), "x^sD", (GREY, ORANGE, GREEN, SKY), strict=False):
+        numbers, scores = [number for number, _ in dots], [min(value, most) for _, value in dots]
+        label = f"stopped at rung {rung}, its score there"
+        axes.scatter(numbers, scores, color=color, marker=marker, s=24, linewidths=1.2, label=label)
+    numbers = [t.number for t in complete]
+    axes.scatter(numbers, [min(_value(t), most) for t in complete], color=BLUE, s=30, label="complete")
+    heights = np.minimum([*best, best[-1]], most)  # the best holds until the last trial
+    last = max(t.number for t in trials)
+    axes.step([*numbers, last], heights, where="post", color=VERMILION, linewidth=1.8, label="best so far")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(axes, ncols=3)
     return picture(
         figure,
         "search_history.png",
-        alt=f"{goal.label} of {len(complete)} complete trials; the best reaches {best[-1]:.4f}",
-        caption=f"Each dot is one recipe tried. While the line still {'climbs' if goal.maximize else 'falls'}, more trials are worth their time; once it has "
-        "been flat for long, they are not.",
+        alt=f"{goal.label} of {len(complete)} complete trials and {sum(map(len, shown.values()))} stopped early; the best reaches {best[-1]:.4f}",
+        caption=f"Each mark is one recipe tried; a score at an earlier rung is that of a shorter training. While the line still "
+        f"{'climbs' if goal.maximize else 'falls'}, more trials are worth their time; once it has been flat for long, they are not."
+        + " The scale counts errors (1 - AUC): each tenfold fewer take the same height."
+        * by_error,
     )
+
+
+def _stopped_by_rung(trials: list[FrozenTrial]) -> dict[int, list[tuple[int, float]]]:
+    """Rung, from 1, to (trial number, last score) of the recipes that ended there."""
+    steps = sorted({step for trial in trials for step in trial.intermediate_values})
+    found: dict[int, list[tuple[int, float]]] = {}
+    for trial in not_superseded(trials):
+        if trial.state == TrialState.PRUNED and trial.intermediate_values:
+            last = max(trial.intermediate_values)
+            if math.isfinite(value := trial.intermediate_values[last]):
+                found.setdefault(steps.index(last) + 1, []).append((trial.number, value))
+    return dict(sorted(found.items()))
+
+
+def _scale_by_error(axes: Axes, values: Sequence[float]) -> float:
+    """The y axis in steps of the error: of AUCs near 1 a linear one shows a single line. Returns where an AUC of 1 is drawn."""
+    errors = 1.0 - np.asarray(values)
+    least = max(_LEAST_ERROR, float(min(errors[errors > 0], default=1.0)) / (1.0 if errors.min() > 0 else 3.0))
+
+    def height(auc: np.ndarray) -> np.ndarray:
+        return -np.log10(np.maximum(1.0 - np.asarray(auc), least / 4))
+
+    axes.set_yscale("function", functions=(height, lambda h: 1.0 - 10.0 ** -np.asarray(h)))
+    ticks = [tick for tick in _AUC_TICKS if least * 0.7 <= 1.0 - tick <= 1.1 * errors.max()]
+    labels = [f"{tick:g}" for tick in ticks]
+    if errors.min() <= 0:
+        ticks, labels = [*ticks, 1.0 - least], [*labels, "1"]
+    axes.set_yticks(ticks, labels)
+    axes.minorticks_off()
+    axes.set_ylim(1.0 - 1.2 * errors.max(), 1.0 - least / 1.6)
+    return 1.0 - least
 
 
 def importance_figure(importance: dict[str, float]) -> Picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,6 +80,17 @@ def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_
     """Expected seconds of a whole trial: every rung's stable part and decay branch, and its scoring."""
     views = rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
     return OVERHEAD * (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
+
+
+def planned_reach(planned: Mapping[str, Any], n_rungs: int) -> list[int]:
+    """Trials that are expected to reach each rung.
+
+    Args:
+        planned: the study's :class:`~pcam_automl.search.budget.BudgetPlan` as its settings keep it.
+        n_rungs: of each trial.
+    """
+    eta = 1 if planned.get("short") else ETA  # those few run through
+    return [max(1, round(planned["n_started"] / eta**rung)) for rung in range(n_rungs)]
 
 
 def build_rungs(views: int, n_train: int, n_rungs: int = N_RUNGS) -> tuple[Rung, ...]:

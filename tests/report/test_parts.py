@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from scipy.stats import binomtest
 
 from pcam_automl.calibration import reliability
 from pcam_automl.data.store import open_store
@@ -36,6 +37,17 @@ def test_reliability_counts_every_patch_once_and_honest_probabilities_have_no_er
     assert bins.n_tumour.sum() == label.sum()
     assert bins.error == pytest.approx(0.0)
     assert reliability(1 - label, prob).error > 0.4
+
+
+def test_the_bounds_of_a_bins_share_are_wilsons() -> None:
+    rng = np.random.default_rng(0)
+    bins = reliability(rng.integers(0, 2, 60), rng.uniform(0, 0.85, 60))
+    for k, n, low, high in zip(bins.n_tumour, bins.n, *bins.share_bounds(), strict=True):
+        if n:
+            expected = binomtest(int(k), int(n)).proportion_ci(method="wilson")
+            assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        else:
+            assert np.isnan(low)
 
 
 def test_losses_average_to_the_log_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
@@ -55,8 +56,34 @@ def test_the_history_draws_no_cross_for_what_went_on(study: optuna.Study, monkey
     drawn: list[Any] = []
     monkeypatch.setattr(module, "picture", lambda figure, *_, **__: drawn.append(figure.axes[0]))
     history_figure(study.get_trials(), AUC)
-    crosses = next(dots for dots in drawn[0].collections if dots.get_label() == "stopped early, at its last score")
+    crosses = next(dots for dots in drawn[0].collections if str(dots.get_label()).startswith("stopped at rung 1"))
     assert crosses.get_offsets().tolist() == [[1.0, 0.6]]
+    line = drawn[0].lines[-1]
+    assert line.get_xdata()[-1] == 5
+    assert drawn[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("best", [0.96, 0.9995, 1.0])
+def test_near_one_the_history_counts_errors_and_loses_no_dot(best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pcam_automl.report.search_figures as module
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(module, "picture", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    study = optuna.create_study(direction="maximize")
+    for number, (state, value) in enumerate(((P, 0.23), (C, 0.9), (C, best))):
+        study.add_trial(row(state, value, str(number), 10))
+    history_figure(study.get_trials(), AUC)
+    (axes,) = drawn
+    assert axes.get_yscale() == "function"
+    low, high = axes.get_ylim()
+    assert low < 0.23
+    drawn_at = max(dots.get_offsets()[:, 1].max() for dots in axes.collections)
+    assert drawn_at == pytest.approx(best, abs=0.04 if best == 1.0 else 1e-9)
+    assert 0.9 < drawn_at < high
+    heights = [axes.transData.transform((0, value))[1] for value in (low, 0.23, 0.9, drawn_at, high)]
+    assert heights == sorted(heights), "higher is better"
+    assert all(np.isfinite(heights))
+    assert len(axes.get_yticks()) >= 3
 
 
 def test_choices_that_are_numbers_stand_in_their_order_on_the_axis() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
+import pcam_automl.search.budget as budget_module
 from pcam_automl.errors import OutOfTime
 from pcam_automl.search.budget import (
     CONFIRM_SHARE,
@@ -17,10 +19,12 @@ from pcam_automl.search.budget import (
     FIRST_SHARE,
     N_SHORT,
     ROW_S,
+    RUN_KEY,
     SHORT_SHARE,
     BudgetClock,
     Interval,
     Ledger,
+    Parts,
     ShortSearch,
     added_by,
     budget_of,
@@ -29,6 +33,7 @@ from pcam_automl.search.budget import (
     plan_budget,
     set_budget,
     short_search,
+    spent_parts,
     spent_s,
     typical_trial_s,
     union_seconds,
@@ -147,6 +152,65 @@ def test_of_a_search_that_finalized_at_its_end_both_parts_are_said() -> None:
 def test_the_parts_make_the_whole(pairs: list[tuple[int, int]]) -> None:
     intervals = [Interval("search", began, n) for began, n in pairs]
     assert sum(seconds for _, seconds in added_by(intervals)) == union_seconds(intervals)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20), st.booleans(), st.floats(0, 1)), max_size=8))
+def test_search_confirmations_and_final_training_make_what_is_spent(
+    runs: list[tuple[int, int, bool, float]],
+) -> None:
+    intervals = [
+        Interval("finalize" if final else "worker", began, n, share * n if final else 0.0)
+        for began, n, final, share in runs
+    ]
+    parts = spent_parts(intervals)
+    assert min(asdict(parts).values()) >= 0.0
+    assert sum(asdict(parts).values()) == pytest.approx(union_seconds(intervals))
+    if not any(final for _, _, final, _ in runs):
+        assert (parts.confirm_s, parts.final_s) == (0.0, 0.0)
+
+
+def test_of_two_finalizes_the_confirmations_are_told_from_the_training() -> None:
+    runs = [
+        Interval("search", 0, 30),
+        Interval("finalize", 0, 50, 15),  # after that search, in one process; cut off while it confirmed
+        Interval("finalize", 90, 25, 5),
+    ]
+    assert spent_parts(runs) == Parts(30.0, 20.0, 25.0)
+
+
+def test_a_ledger_tells_its_confirmations_apart_and_an_early_entry_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, now = optuna.create_study(), [100.0]
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
+
+    def noted() -> tuple[float, float]:
+        ledger.note()
+        (entry,) = intervals_of(study)
+        return entry.seconds, entry.confirm_s
+
+    ledger = Ledger(study, "finalize", since=97.0)
+    ledger.confirmed()  # none was trained
+    assert noted() == (3.0, 0.0)
+    ledger.confirming(2.0)
+    now[0] = 104.0
+    assert noted() == (7.0, 5.0)
+    ledger.confirming(6.0)  # the next one
+    now[0] = 105.0
+    ledger.confirmed()
+    now[0] = 120.0
+    assert noted() == (23.0, 6.0)
+    study.set_user_attr(f"{RUN_KEY}early", json.dumps({"command": "finalize", "began": 0.0, "seconds": 4.0}))
+    assert intervals_of(study)[0] == Interval("finalize", 0.0, 4.0, 0.0)
+
+
+def test_the_parts_that_are_shown_are_those_that_were_planned() -> None:
+    for rate, n_final in ((None, 0), (500.0, 1000), (10_000.0, 1000)):
+        plan = plan_budget(600.0, used_s=20.0, images_per_s=rate, n_final=n_final)
+        parts = BudgetClock(600.0, 0.0, time.monotonic(), n_final, rate).parts
+        assert parts == Parts(pytest.approx(plan.search_s), plan.confirm_s, pytest.approx(plan.final_s))
+    short = short_search(asdict(plan_budget(180.0, used_s=12.0, may_be_short=True)), 180.0)
+    assert short is not None
+    parts = BudgetClock(180.0, 0.0, time.monotonic(), 1000, short=short).parts
+    assert parts == Parts(pytest.approx(short.seconds), 0.0, pytest.approx(180.0 - short.seconds))
 
 
 def test_every_command_notes_what_it_spends() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -13,13 +18,21 @@ import pytest
 import torch
 from easy_set import write_easy_set
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from warm_processes import warm_context
 
 from pcam_automl.errors import DataError, Interrupted, StudyError, TrainingDiverged
+from pcam_automl.interrupt import stop_signal
+from pcam_automl.search import processes
 from pcam_automl.search import replay as replay_module
+from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.replay import Conditions, Replayed, judge, read_trial, replay
+from pcam_automl.search.settling import settle_lost
+from pcam_automl.search.slots import Slots
+from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
@@ -130,14 +143,78 @@ def test_a_trial_that_was_interrupted_and_went_on_replays_bit_for_bit(opened: Op
         assert (found.verdict, len(found.rungs)) == ("bit for bit", n_rungs)
 
 
-def test_a_thawed_row_is_trained_from_its_lineages_start(opened: OpenStudy) -> None:
-    """A pruned row and a later row of the same lineage that goes on from its checkpoint, as a thaw makes them."""
-    whole = opened.study.trials[0]
-    paused = add(opened, row_of(whole, TrialState.PRUNED, n_rungs=1), "thawing")
-    row = row_of(whole, TrialState.COMPLETE, n_rungs=3)
-    row.user_attrs["thawed_from"] = paused
-    found = replayed(opened, add(opened, row, "thawing"))
-    assert (found.verdict, len(found.rungs)) == ("bit for bit", 3)
+def pruning_study(folder: Path, asked: Asked) -> OpenStudy:
+    """A deterministic study whose pruner pauses trials."""
+    opened = create_or_open_study("tiny", url_in(folder), replace(asked, deterministic=True), say=lambda text: None)
+    torch.set_num_threads(1)
+    return opened
+
+
+def hours() -> BudgetClock:
+    """Of a budget that leaves time to thaw whatever is paused."""
+    return BudgetClock(36_000.0, 0.0, time.monotonic(), 0)
+
+
+def test_a_row_that_a_search_thawed_replays_bit_for_bit(tmp_path: Path, asked: Asked) -> None:
+    opened = pruning_study(tmp_path, asked)
+    assert run_worker(Objective(opened, CPU), Limits(3, clock=hours())).why == "done"
+    rows = opened.study.get_trials()
+    thawed = [row for row in rows if "thawed_from" in row.user_attrs]
+    assert thawed, "the search has paused trials and gone on with them"
+    for row in (*thawed, *(rows[row.user_attrs["thawed_from"]] for row in thawed)):
+        found = replayed(opened, row.number)
+        assert (found.verdict, found.warnings) == ("bit for bit", ())
+        assert [rung.auc for rung in found.rungs] == [rung["auc"] for rung in row.user_attrs["rungs"]]
+    assert {len(row.user_attrs["rungs"]) for row in thawed if row.state == TrialState.COMPLETE} == {3}
+
+
+class Killer:
+    """Hears the workers, and kills the one that has just scored the first rung of trial 1."""
+
+    def __init__(self, opened: OpenStudy) -> None:
+        self.slots, self.begun, self.killed = Slots(engine_of(opened.study), opened.name), dict[int, int](), set[int]()
+
+    def __call__(self, event: Heard) -> None:
+        if event.kind == "begins":
+            self.begun[event.values[0]] = event.worker
+        if event.kind == "rung" and event.values[::2] == (1, 1):
+            for slot in self.slots.claimed():
+                if slot.trial_number == 1 and slot.owner is not None:
+                    self.killed.add(int(slot.owner.split(":")[-2]))
+                    os.kill(max(self.killed), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a process that is forked beside threads
+def test_rows_of_two_worker_processes_one_of_them_killed_replay_bit_for_bit(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda method: warm_context()))
+    opened = pruning_study(tmp_path, asked)
+    slots, killer = Slots(engine_of(opened.study), opened.name), Killer(opened)
+
+    def settle() -> str:
+        return str(settle_lost(opened.study, slots, opened.study.get_trials(), checkpoints=opened.checkpoints))
+
+    task = WorkerTask(opened.name, opened.url, Asked(data=opened.store.root), Limits(4, clock=hours()), 2)
+    with stop_signal("") as stop, stop.deferred():
+        assert run_workers(task, ["cpu", "cpu"], stop=stop, heard=killer, settle=settle).why == "done"
+    rows = opened.study.get_trials()
+    assert len(killer.killed) == 1
+    assert rows[1].user_attrs["reason"] == "worker lost"
+    scored = [row for row in rows if row.user_attrs.get("rungs")]
+    beside = [
+        (one, two)
+        for one, two in itertools.combinations(scored, 2)
+        if killer.begun[one.number] != killer.begun[two.number]
+        and one.datetime_start < two.datetime_complete
+        and two.datetime_start < one.datetime_complete
+    ]
+    assert beside, "trials of two processes ran at the same time"
+    retried = next(row for row in rows[2:] if row.user_attrs["lineage"] == rows[1].user_attrs["lineage"])
+    thawed = [row for row in scored if "thawed_from" in row.user_attrs]
+    for number in sorted({row.number for row in (*beside[0], retried, *thawed)}):
+        found = replayed(opened, number)
+        assert (found.verdict, found.warnings) == ("bit for bit", ()), number
 
 
 def row_of(trial: FrozenTrial, state: TrialState, n_rungs: int) -> FrozenTrial:
