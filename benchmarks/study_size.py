@@ -91,7 +91,7 @@ def ours(url: str, name: str) -> None:
     from pcam_automl.data.synthetic import write_synthetic
     from pcam_automl.models.factory import smallest_input
     from pcam_automl.search import objective as at
-    from pcam_automl.search.budget import Ledger
+    from pcam_automl.search.ledger import Ledger
     from pcam_automl.search.reading import load_study, n_finished_of
     from pcam_automl.search.space import parse_space
     from pcam_automl.search.study import OpenStudy

@@ -22,7 +22,8 @@ from pcam_automl.commands import models
 from pcam_automl.commands.search import Work, _budget
 from pcam_automl.errors import Interrupted, NoStudyError
 from pcam_automl.files import sha256_of_file
-from pcam_automl.search.budget import Ledger, budget_of, intervals_of, set_budget, spent_parts, spent_s
+from pcam_automl.search.budget import budget_of, set_budget
+from pcam_automl.search.ledger import Ledger, intervals_of, spent_parts, spent_s
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.overview import overview

@@ -123,7 +123,7 @@ def test_a_budget_counts_from_when_its_study_is_served(
     easy_pack: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker of the queue may be older than any budget."""
-    for module in ("search.budget", "commands.search"):
+    for module in ("search.ledger", "commands.search"):
         monkeypatch.setattr(f"pcam_automl.{module}.process_age_s", lambda: 7200.0)
     words = [
         "submit",

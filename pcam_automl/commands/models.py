@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial
 from pcam_automl import terminal
 from pcam_automl.bundle import check_bundle_target
 from pcam_automl.clock import process_age_s
+from pcam_automl.commands.account import say_account
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
 from pcam_automl.commands.report import after_work, report_of_study, report_of_training
-from pcam_automl.commands.search import command_options, say_account
+from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
@@ -28,9 +29,10 @@ from pcam_automl.finalize import Assisted, FinalOptions, FinalResult, FinalWatch
 from pcam_automl.finalizing.decision import Decision
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import FINALIZE, Ledger, budget_of, spent_with
+from pcam_automl.search.budget import budget_of
 from pcam_automl.search.confirm import ConfirmWatch
 from pcam_automl.search.confirmations import Candidate, Confirmation
+from pcam_automl.search.ledger import FINALIZE, Ledger, spent_with
 from pcam_automl.search.pareto import PICKS, Pick
 from pcam_automl.search.storage import storage_faults
 from pcam_automl.search.study import Asked, OpenStudy, open_study

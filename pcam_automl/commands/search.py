@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -14,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
+from pcam_automl.commands.account import account_json, arrows, clock_of, say_account, so_far
 from pcam_automl.commands.status import finished_line, judged, print_judged
 from pcam_automl.config import storage_url
 from pcam_automl.defaults import MAX_RETRIES
@@ -27,7 +27,8 @@ from pcam_automl.search.summary import summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which it can do without until it trains
     from pcam_automl.recipe import Recipe
-    from pcam_automl.search.budget import BudgetClock, Ledger, Parts
+    from pcam_automl.search.budget import BudgetClock
+    from pcam_automl.search.ledger import Ledger
     from pcam_automl.search.objective import Watch
     from pcam_automl.search.study import Asked, OpenStudy
     from pcam_automl.search.turns import Limits, Waits
@@ -159,7 +160,8 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     Raises:
         StudyError: the study has a larger budget already.
     """
-    from pcam_automl.search.budget import Ledger, budget_of, spent_with
+    from pcam_automl.search.budget import budget_of
+    from pcam_automl.search.ledger import Ledger, spent_with
 
     kept = work.budget_s is not None or budget_of(opened.study) is not None
     ledger = Ledger(opened.study, work.command, kept=kept, since=work.since)
@@ -169,18 +171,7 @@ def _budget(opened: OpenStudy, work: Work) -> tuple[BudgetClock | None, Ledger]:
     age_s = time.monotonic() - began
     spent = spent_with(opened.study, age_s) - age_s  # what others have noted meanwhile is a part of this command's time
     give_budget(opened, work.budget_s)
-    return _clock(opened, work.budget_s, spent, began), ledger
-
-
-def _clock(opened: OpenStudy, total_s: float, spent_s: float, began: float) -> BudgetClock:
-    """As it is before the first trial."""
-    from pcam_automl.search.budget import BudgetClock, short_search
-    from pcam_automl.search.plan import first_backbone
-
-    plan = opened.settings.plan
-    rate = plan["images_per_s"].get(first_backbone(opened.start, opened.space.choices("backbone")))
-    short = short_search(plan.get("budget"), total_s)
-    return BudgetClock(total_s, spent_s, began, len(opened.split.order), rate, short)
+    return clock_of(opened, work.budget_s, spent, began), ledger
 
 
 def give_budget(opened: OpenStudy, budget_s: float) -> None:
@@ -334,7 +325,7 @@ def _print_end(
     audit = audit_study(opened.study, opened.settings)
     if as_json:
         found = {**summary.to_json(), **judged(ranking, audit), "wall_s": round(seconds, 1), "ended": end.why}
-        terminal.print_json({**found, "budget": _account_json(opened)})
+        terminal.print_json({**found, "budget": account_json(opened)})
         return
     done = n_finished_of(opened.study)
     if end.n_finished == 0 and end.why == "done" and budget_of(opened.study) is None:
@@ -362,113 +353,19 @@ def _of(done: int, n_trials: int | None) -> str:
 
 def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
     """How the search ended, and the plan of it beside what happened."""
-    from pcam_automl.search.budget import budget_of, spent_s
+    from pcam_automl.search.budget import budget_of
+    from pcam_automl.search.ledger import spent_s
     from pcam_automl.search.lineages import THAWED_FROM, lineages_of
 
-    lineages, reached = lineages_of(opened.study.get_trials(deepcopy=False)), _was(opened).reached
+    lineages, reached = lineages_of(opened.study.get_trials(deepcopy=False)), so_far(opened).reached
     n_thawed = sum(any(THAWED_FROM in row.user_attrs for row in lineage.rows) for lineage in lineages)
-    rungs = (
-        f"{_arrows(reached)} reached rungs 1 to {len(reached)}, " if len(reached) > 1 else f"{reached[0]} complete, "
-    )
+    rungs = f"{arrows(reached)} reached rungs 1 to {len(reached)}, " if len(reached) > 1 else f"{reached[0]} complete, "
     total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
         f"{why}: {done} {'trial' if done == 1 else 'trials'}, {rungs}{n_thawed} went on after a pause; "
         f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
     )
     say_account(opened, finalized=False)
-
-
-@dataclass(frozen=True)
-class _Account:
-    """A budget and its search, as planned or as they went.
-
-    Attributes:
-        parts: seconds.
-        reached: trials at each rung; empty where nothing was planned for this budget.
-        whole_s: seconds of a whole trial, of several the median; None where there is none.
-    """
-
-    parts: Parts
-    reached: tuple[int, ...]
-    whole_s: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        whole_s = None if self.whole_s is None else round(self.whole_s, 3)
-        parts = {name: round(seconds, 3) for name, seconds in asdict(self.parts).items()}
-        return {**parts, "reached": list(self.reached), "whole_s": whole_s}
-
-
-def _planned(opened: OpenStudy, total_s: float) -> _Account:
-    """What was said before the first trial; of a budget that was raised since only the seconds."""
-    from pcam_automl.search.plan import planned_reach
-
-    parts, planned = _clock(opened, total_s, 0.0, time.monotonic()).parts, opened.settings.plan.get("budget")
-    if planned is None or planned["total_s"] != total_s:
-        return _Account(parts, (), None)
-    reach = planned_reach(planned, len(opened.settings.rungs))
-    return _Account(parts, tuple(reach), planned.get("whole_s", planned["trial_s"]))
-
-
-def _was(opened: OpenStudy) -> _Account:
-    """What has happened so far."""
-    from pcam_automl.search.budget import intervals_of, spent_parts
-    from pcam_automl.search.lineages import lineages_of, seconds_of_lineages
-
-    trials, steps = opened.study.get_trials(deepcopy=False), [views for views, _ in opened.settings.rungs]
-    lineages, seconds = lineages_of(trials), seconds_of_lineages(trials)
-    reached = tuple(sum(step in lineage.values for lineage in lineages) for step in steps)
-    whole = [seconds[lineage.name] for lineage in lineages if steps[-1] in lineage.values]
-    return _Account(spent_parts(intervals_of(opened.study)), reached, statistics.median(whole) if whole else None)
-
-
-def _account_json(opened: OpenStudy) -> dict[str, Any] | None:
-    """Both; None of a study without a budget."""
-    from pcam_automl.search.budget import budget_of
-
-    total_s = budget_of(opened.study)
-    if total_s is None:
-        return None
-    return {"total_s": total_s, "planned": _planned(opened, total_s).to_json(), "was": _was(opened).to_json()}
-
-
-def say_account(opened: OpenStudy, *, finalized: bool) -> None:
-    """What was planned of the study's budget beside what happened.
-
-    Args:
-        opened: a study with a budget.
-        finalized: whether all of it is spent; else its search's part alone is told.
-    """
-    from pcam_automl.search.budget import budget_of
-
-    total_s = budget_of(opened.study) or 0.0
-    planned, was, say = _planned(opened, total_s), _was(opened), terminal.duration
-    # A short search, whose trials are whole, has at most its part; what it leaves is the final training's.
-    most, least = ("", "") if planned.parts.confirm_s else ("at most ", "at least ")
-    rows = [("search", most + say(planned.parts.search_s), say(was.parts.search_s), "")]
-    if finalized:
-        if planned.parts.confirm_s or was.parts.confirm_s:
-            rows.append(("confirmations", say(planned.parts.confirm_s), say(was.parts.confirm_s), ""))
-        rows.append(("final training, prediction", least + say(planned.parts.final_s), say(was.parts.final_s), ""))
-        spent_s = was.parts.search_s + was.parts.confirm_s + was.parts.final_s
-        rows.append(("in all", say(total_s), say(spent_s), f"{spent_s / total_s - 1.0:+.1%}"))
-    if planned.reached:
-        at = "whole trials" if len(was.reached) == 1 else f"trials at rungs 1 to {len(was.reached)}"
-        rows.append((at, _arrows(planned.reached), _arrows(was.reached), ""))
-    if planned.whole_s is not None:
-        rows.append(("a whole trial", say(planned.whole_s), "-" if was.whole_s is None else say(was.whole_s), ""))
-    _say_beside(rows)
-
-
-def _say_beside(rows: Sequence[tuple[str, str, str, str]]) -> None:
-    """(what, planned, was, remark), in columns."""
-    rows = [("", "planned", "was", ""), *rows]
-    name, planned, was = (max(len(row[column]) for row in rows) for column in range(3))
-    for row in rows:
-        terminal.say(f"  {row[0]:<{name}}  {row[1]:>{planned}}  {row[2]:>{was}}  {row[3]}".rstrip())
-
-
-def _arrows(reached: Sequence[int]) -> str:
-    return " -> ".join(map(str, reached))
 
 
 def command_options(name: str | None, url: str | None) -> str:

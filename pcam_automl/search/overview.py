@@ -15,7 +15,8 @@ from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from pcam_automl.search.budget import short_search, union_of_attrs
+from pcam_automl.search.budget import short_search
+from pcam_automl.search.ledger import union_of_attrs
 from pcam_automl.search.patience import retry_transient
 from pcam_automl.search.reading import CLOCK_KEY, ERROR, SETTINGS_KEY, TRIALS_KEY
 from pcam_automl.search.slots import TABLE as SLOTS

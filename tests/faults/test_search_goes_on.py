@@ -17,8 +17,9 @@ from full_disk import full_disk
 from optuna.trial import TrialState
 
 from pcam_automl.errors import DataError
-from pcam_automl.search.budget import BudgetClock, Ledger, spent_s
+from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.create import create_or_open_study
+from pcam_automl.search.ledger import Ledger, spent_s
 from pcam_automl.search.objective import Objective, Watch
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.slots import Slots

@@ -14,7 +14,7 @@ from databases import server_url
 from optuna.trial import TrialState
 from planted_study import settings_of
 
-from pcam_automl.search.budget import RUN_KEY
+from pcam_automl.search.ledger import RUN_KEY
 from pcam_automl.search.overview import (
     SEARCHED_KEY,
     SEARCHED_TRIALS_KEY,
