@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks.search import short
+from benchmarks.search.branch import compare
 from benchmarks.search.record import check_same, draw_recipe, figures_of, record, set_up
+from benchmarks.search.rung_table import RungTable
 from pcam_automl.errors import InputError
 from pcam_automl.metrics import auc
 from pcam_automl.scores import Scores
@@ -89,3 +91,21 @@ def test_a_short_training_is_a_line_and_the_table_puts_folds_side_by_side(
     assert short.main(["--set", "crop_size=7", "--results", str(file)]) == 2
     monkeypatch.setenv("PCAM_WEIGHTS_DIR", str(tmp_path))
     assert short.main(["--weights", "given", "--results", str(file)]) == 2  # no weights there
+
+
+def test_of_two_ways_to_score_a_rung_the_one_that_orders_like_finished_trainings_is_told() -> None:
+    rng = np.random.default_rng(0)
+    quality = rng.uniform(0.5, 1.0, 60)
+
+    def table(noise: float, seconds: float) -> RungTable:
+        values = np.stack([quality + rng.normal(0.0, noise, 60), quality], axis=1)
+        return RungTable(
+            ({},) * 60, (100, 300), values, np.stack([values[:, 0], quality], axis=1), np.full((60, 2), seconds)
+        )
+
+    first, last = compare(table(0.02, 2.0), table(0.2, 1.0))
+    assert first["branch"]["tau"] > 0.8 > first["average"]["tau"]
+    low, high = first["tau_gained_95"]
+    assert 0.0 < low < first["tau_gained"] < high
+    assert (first["branch"]["seconds"], first["average"]["seconds"]) == (2.0, 1.0)
+    assert (last["branch"]["tau"], last["tau_gained"], last["branch_better"]) == (1.0, 0.0, 0.0)

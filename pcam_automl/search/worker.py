@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.errors import SearchFailed
 from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, misleading_steps, runs_through
+from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.connections import keep_on_disk
 from pcam_automl.search.lineages import FINISHED, counts_in, has_diverged, sign_of
 from pcam_automl.search.mirror import forget
@@ -34,6 +35,8 @@ from pcam_automl.search.storage import engine_of, rdb_of
 from pcam_automl.search.turns import NEVER_ENDS, Limits, held_elsewhere, n_expected_of, next_turn, prescribed
 
 LEAST_FAILURES_ALLOWED = 10
+TOLD_SHARE = 0.05
+"""Of a budget: when its search's end moves by more, it is said."""
 AUDITED_FROM = 100
 """Of so many trials three run through, so that pruning can be audited without selection: a twentieth of their time."""
 WAIT_S = 0.5
@@ -140,7 +143,7 @@ def _run_trials(
             study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries, mirror=opened.mirror
         )
         if limits.clock is not None:
-            limits.clock.learn(best_of(trials, opened.settings.goal))
+            _plan_anew(objective, limits.clock, best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
         if turn == "claimed elsewhere" and (held := held_elsewhere(slots, limits, owner)):
@@ -181,6 +184,18 @@ def _run_trials(
             raise objective.interrupted
         in_a_row = [*in_a_row, trial] if failed_by_itself(trial) else []
         check_failures(trials, limits.n_trials, earlier, in_a_row)
+
+
+def _plan_anew(objective: Objective, clock: BudgetClock, best: FrozenTrial | None) -> None:
+    """Keep what the best trial's network needs in the end; said where that moves the search's end much."""
+    before_s = clock.reserve_s
+    clock.learn(best)
+    moved_s = before_s - clock.reserve_s
+    if best is not None and abs(moved_s) >= TOLD_SHARE * clock.total_s:
+        objective.watch.note(
+            f"planned anew for the network of trial {best.number}: finalize needs {clock.reserve_s:.0f} s instead of {before_s:.0f}, so the search has "
+            f"{abs(moved_s):.0f} s {'more' if moved_s > 0 else 'less'}"
+        )
 
 
 def _heed_audit(objective: Objective, study: optuna.Study, trials: list[FrozenTrial]) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -41,6 +43,7 @@ from pcam_automl.search.ledger import (
     spent_s,
     union_seconds,
 )
+from pcam_automl.search.worker import _plan_anew
 
 
 @given(st.floats(10, 1e6), st.floats(0, 60))
@@ -235,6 +238,21 @@ def test_a_budget_can_be_given_and_raised() -> None:
     set_budget(study, 60.0)
     set_budget(study, 90.0)
     assert budget_of(study) == 90.0
+
+
+def test_a_search_says_when_its_end_moves() -> None:
+    said: list[str] = []
+    objective: Any = SimpleNamespace(watch=SimpleNamespace(note=said.append))
+    clock = BudgetClock(100.0, spent_s=10.0, began=time.monotonic(), n_final=1000)
+    _plan_anew(objective, clock, None)
+    assert said == [], "nothing is known yet"
+    quick = create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0})
+    _plan_anew(objective, clock, quick)
+    _plan_anew(objective, clock, quick)
+    assert len(said) == 1
+    assert said[0].startswith(
+        "planned anew for the network of trial -1: finalize needs 17 s instead of 70, so the search has 53 s more"
+    )
 
 
 def test_the_search_keeps_the_rest_of_the_budget_and_no_more_than_it_needs() -> None:
