@@ -21,9 +21,10 @@ from pcam_automl.search.placement import shared_packs
 from pcam_automl.search.processes import WorkerTask, run_workers
 from pcam_automl.search.study import Asked
 from pcam_automl.search.turns import Limits
+from pcam_automl.training.checkpoint import CheckpointWriter, read_checkpoint
 from pcam_automl.training.compute import Compute, fixed_variant, has_precision, peak_of_step
 from pcam_automl.training.engine import Rung, Training
-from pcam_automl.training.fit import fit
+from pcam_automl.training.fit import fit, save
 from pcam_automl.training.scoring import outputs_of_rows
 from pcam_automl.training.task import PatchTask, TrainingData
 
@@ -160,3 +161,18 @@ def test_two_workers_train_on_one_copy_of_the_pack_and_give_it_back(
     packs.clear()
     torch.cuda.ipc_collect()
     assert torch.cuda.memory_allocated(gpu) <= held - n_bytes
+
+
+def test_a_checkpoint_that_is_written_beside_the_training_holds_the_state_it_was_handed(
+    gpu: torch.device, tmp_path: Path
+) -> None:
+    training = start(*patches_on(gpu), Compute(str(gpu), "fp32", True))
+    writer = CheckpointWriter()
+    training.step(np.arange(16), np.arange(16))
+    before = {name: tensor.cpu().clone() for name, tensor in training.network.state_dict().items()}
+    save(training, tmp_path, 0, writer)
+    for number in range(1, 20):  # meanwhile the weights move on
+        training.step(np.arange(16), np.arange(16 * number, 16 * number + 16))
+    writer.flush()
+    parts, _ = read_checkpoint(tmp_path / "0")
+    assert all(torch.equal(parts["model"][name], tensor) for name, tensor in before.items())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.training import scoring as scoring_module
+from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
 from pcam_automl.training.engine import Rung, RungResult, Training
 from pcam_automl.training.fit import best_result, fit, resume, save, stable_views, total_views
@@ -602,3 +605,33 @@ def test_a_training_goes_on_on_a_device_of_another_precision(data: TrainingData)
     training.scaler = torch.amp.GradScaler("cpu")
     training.restore(parts, views=0, ema_updates=0)
     assert training.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_on_a_gpu_a_checkpoint_is_copied_on_a_stream_of_its_own_behind_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The order of the calls; that CUDA keeps it is for `pytest -m gpu`."""
+    said: list[str] = []
+
+    class Stream:
+        def wait_event(self, event: object) -> None:
+            said.append("waits")
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        said.append("enters")
+        yield
+        said.append("leaves")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: said.append("records")))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    writer = CheckpointWriter()
+    writer.submit(lambda: said.append("writes"))
+    writer.flush()
+    assert said == ["records", "waits", "enters", "writes", "leaves"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    writer.submit(lambda: said.append("on a CPU"))
+    writer.flush()
+    assert said[-1] == "on a CPU"
