@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -231,10 +232,25 @@ def _prepare_files(folder: Path, source: PatchSource, shape: tuple[int, int], te
     """Write the ``.npy`` headers of the large arrays and give them their final size."""
     n = len(source)
     with_masks = source.masks is not None or (bool(source.h5) and all(part.mask for part in source.h5.values()))
+    _check_room(folder, n * shape[0] * shape[1] * (3 + with_masks))
     patches_at = _write_npy_header(folder / "patches.npy", (n, *shape, 3))
     masks_at = _write_npy_header(folder / "masks.npy", (n, *shape)) if with_masks else 0
     masks = folder / "masks.npy" if with_masks else None
     return Job(shape, templates, folder / "patches.npy", patches_at, masks, masks_at, _mask_rule(source))
+
+
+def _check_room(folder: Path, n_bytes: int) -> None:
+    """Hours of reading shall not end in a full disk.
+
+    Raises:
+        DataError: what is to be written does not fit.
+    """
+    usage = shutil.disk_usage(folder)
+    if usage.total and n_bytes > usage.free:  # a file system that tells nothing has no size
+        raise DataError(
+            f"the pack takes {n_bytes / 1e9:.1f} GB, and {folder.parent} has {usage.free / 1e9:.1f} GB free; free some, or pack to another disk "
+            "with `pcam-automl prepare RAW --out PACK` and give --data PACK"
+        )
 
 
 def _write_npy_header(path: Path, shape: tuple[int, ...]) -> int:

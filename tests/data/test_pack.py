@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ import tifffile
 from data_builders import patch_id, tissue, write_csv, write_h5, write_kaggle
 from PIL import Image
 
+import pcam_automl.data.pack as pack_module
 from pcam_automl.data import h5 as h5_module
 from pcam_automl.data import pool
 from pcam_automl.data.pack import pack, verify
@@ -155,6 +157,24 @@ def test_other_patch_sizes_fit(tmp_path: Path) -> None:
 
 class Stop(Exception):
     pass
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_read(
+    kaggle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(kaggle)
+    n_bytes = len(source) * 96 * 96 * 3
+    for total, free, fits in ((10**9, n_bytes, True), (10**9, n_bytes - 1, False), (0, 0, True)):
+        usage = SimpleNamespace(total=total, used=0, free=free)
+        monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        if fits:
+            assert len(pack(source, tmp_path / "p")) == len(source)
+            continue
+        with pytest.raises(
+            DataError, match=r"the pack takes 0\.0 GB, and .* has 0\.0 GB free; .*prepare RAW --out PACK"
+        ):
+            pack(source, tmp_path / "q")
+        assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
