@@ -580,10 +580,15 @@ def test_where_slides_are_unknown_every_printed_auc_says_so(run: Any, in_tmp: Pa
     assert code == 0, err
     assert "no slides are known" in out
     assert "no slides are known" in run("status")[1]
-    for options in (("--confirm", 0), ("--confirm", 2)):
-        code, out, err = run("finalize", *options, "--epochs", 0.5, "--no-report", "--json")
+    loss = run(*search[:4], 1, *search[5:], "--objective", "log_loss", "--study", "loss")
+    assert "no slides are known" in loss[1], loss[2]
+    for n_confirmed in (2, 0):
+        code, out, err = run("finalize", "--confirm", n_confirmed, "--epochs", 0.5, "--no-report", "--json")
         assert code == 0, err
-        assert "whose slides are unknown and may have been trained on: likely too high" in json.loads(out)["auc_on"]
+        final = json.loads(out)
+        assert "whose slides are unknown and may have been trained on: likely too high" in final["auc_on"]
+        # Those of an earlier decision are no longer beside a network that was chosen otherwise.
+        assert (Path(final["out"]) / "oof.csv").exists() is (n_confirmed > 0)
 
 
 def test_epochs_that_cannot_be_are_refused_before_the_confirmations(run: Any, easy_pack: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ FEWER_VIEWS = 0.8
 """Of a short search's trials one has seen fewer views than another if it is less than this share,"""
 MORE_ERROR_OF_FEWER = 0.5
 """and may have so much more of the best's error at most: few slides tell hardly anything apart."""
+NO_SLIDES_HERE = (
+    "no slides are known (--groups): patches of one slide lie in training and validation, the score is likely too good and its "
+    "interval too narrow"
+)
 MOST_RANKED, MOST_RANKED_WITHOUT_SLIDES = 20, 8
 """The best trials by value that are compared; where every patch is drawn by itself a trial takes 0.1 s."""
 MOST_ROWS_READ = 400_000
@@ -274,7 +279,10 @@ def rank_study(
         return Ranking((), 0, notes=("no complete trial yet",))
     if settings.objective != "auc":
         why = f"intervals and ties are drawn for the AUC only, this study optimises {settings.objective}"
-        return Ranking((), len(complete), notes=(why,))
+        with suppress(DataError):  # without its data nothing more can be said
+            store = store if store is not None else _remembered_pack(settings)
+        unknown = store is not None and not _has_slides(store, store.development_rows())
+        return Ranking((), len(complete), notes=(why, *([NO_SLIDES_HERE] if unknown else [])))
     try:
         store = store if store is not None else _remembered_pack(settings)
         short = was_short(study, settings.plan.get("budget"))
@@ -314,11 +322,8 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     limit = MOST_RANKED if n_clusters < len(cluster) else MOST_RANKED_WITHOUT_SLIDES
     compared = complete[: max(2, min(limit, MOST_ROWS_READ // max(len(cluster), 1)))]
     rows, probs, notes = _alike(first, compared, folder)
-    if (np.asarray(store.group)[rows_here] < 0).all():
-        notes.append(
-            "no slides are known (--groups): patches of one slide lie in training and validation, the AUC is likely too high and its "
-            "interval too narrow"
-        )
+    if not _has_slides(store, rows_here):
+        notes.append(NO_SLIDES_HERE)
     elif n_of_label < FEW_SLIDES:
         few = f"{n_of_label} slides" if n_of_label == n_clusters else f"{n_of_label} slides of a label"
         notes.append(f"{few} are few: the intervals are wide, and hardly any trial can be told from another")
@@ -339,6 +344,10 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     else:
         picked, why = choose_cheapest_tied(trials)
     return Ranking(trials, len(complete), len(cluster), n_clusters, n_of_label, picked, why, tuple(notes))
+
+
+def _has_slides(store: PatchStore, rows: NDArray[np.int64]) -> bool:
+    return bool((np.asarray(store.group)[rows] >= 0).any())
 
 
 def _alike(

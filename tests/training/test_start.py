@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
 from pcam_automl.errors import DataError
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.start import Rows, choose_rows, data_key
+from pcam_automl.training.start import Rows, choose_rows, data_key, unseen_border
 
 
 def in_order(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -26,6 +28,15 @@ def test_excluded_ids_are_neither_trained_nor_scored_on(easy_pack: Path) -> None
     left = choose_rows(store, Recipe(exclude_ids=tuple(ids)), rows, rows)
     assert len(left.train) == len(left.score) == len(rows) - 7
     assert not set(store.ids[left.train]) & set(ids)
+
+
+@pytest.mark.parametrize(("side", "task", "warns"), [(96, "patch", False), (128, "patch", True), (256, "dense", False)])
+def test_patches_larger_than_the_largest_crop_are_warned_of(side: int, task: str, warns: bool) -> None:
+    store: Any = SimpleNamespace(patches=np.zeros((1, side, side, 3), np.uint8))
+    recipe: Any = SimpleNamespace(task=task)
+    found = unseen_border(recipe, store)
+    assert (found is not None) is warns
+    assert not warns or f"the patches are {side} px, and a network sees at most their centre 96 px" in str(found)
 
 
 def test_one_class_alone_is_refused(easy_pack: Path) -> None:
