@@ -134,6 +134,7 @@ def finalize(
         limited=options.seconds is not None,
         note=watch.train.note,
     )
+    rows = replace(rows, test=opened.store.test_rows()) if options.submission else rows
     out = (out or opened.folder / "final").resolve()
     check_can_write(out)  # before minutes of confirmations
     used_up = options.seconds is not None and options.seconds <= 0 and epochs is None
@@ -172,7 +173,6 @@ def finalize(
             out,
             threshold=threshold,
             compare=options.compare,
-            submission=options.submission,
             device=device,
             watch=watch,
         )
@@ -302,7 +302,7 @@ def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: f
     """Of one final network, eight views of each patch. How quickly it judges is measured: of three minutes on a slow machine a guess
     cost a fifth; of a dense network it is guessed from its training's ``rate``.
     """
-    n_shown = 8 * (len(opened.store.test_rows()) + len(rows.held))
+    n_shown = 8 * (len(rows.test) + len(rows.held))
     judged = EVAL_SPEEDUP * rate if recipe.task == "dense" else opened.speed_book.judged_per_s(recipe, device)
     return OVERHEAD * n_shown / judged
 

@@ -38,11 +38,11 @@ def mute() -> None:
 class PLAIN:
     """``--plain``: no bars, a time before each line; for logs.
 
-    On from the start where PCAM_AUTOML_PLAIN is set, and in a notebook's cell, which looks like a terminal but keeps every line of a table
+    On from the start where PCAM_AUTOML_PLAIN is set (not to 0), and, unless it is set to 0, in a notebook's cell, which looks like a terminal but keeps every line of a table
     that is drawn anew.
     """
 
-    on = bool(os.environ.get("PCAM_AUTOML_PLAIN") or os.environ.get("JPY_PARENT_PID"))
+    on = os.environ.get("PCAM_AUTOML_PLAIN", os.environ.get("JPY_PARENT_PID", "")) not in ("", "0")
 
 
 def say(text: str) -> None:

@@ -23,7 +23,8 @@ settings.load_profile(os.environ.get("PCAM_TEST_HYPOTHESIS", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only the GPU's own tests see one: the others expect what a CPU does, bit for bit."""
-    if "gpu" not in str(config.getoption("markexpr")).replace("not gpu", ""):
+    asked = str(config.getoption("markexpr"))
+    if asked and "gpu" not in asked.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; commands that tests start inherit it
 
 

@@ -207,6 +207,13 @@ def test_explanations_never_replace_the_images(run: Any, bundle: Path, easy_raw:
         run(*predict, "--out", "p.csv", "--explain", folder), "would replace the images (a.png)", "another folder"
     )
     fails_with(run(*predict, "--out", image), "one of the images")
+    sample, other = folder.parent / "sample.csv", image.with_name("b.png")
+    sample.write_text("id,label\na,0\n")
+    other.write_bytes(before)
+    fails_with(run(*predict, "--sample", sample, "--out", sample), "is the --sample itself")
+    fails_with(run(*predict, "--sample", sample, "--out", other), "one of the images")
+    assert (sample.read_text(), other.read_bytes()) == ("id,label\na,0\n", before)
+    other.unlink()
     fails_with(run(*predict, "--out", "e/explanations.csv", "--explain", "e"), "would replace --out")
     fails_with(run(*predict, "--out", "p.csv", "--explain", "tiny.yaml"), "is a file")
     fails_with(run(*predict, "--out", "both", "--explain", "both"), "would replace --out")

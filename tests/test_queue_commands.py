@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pcam_automl.cli import app
 from pcam_automl.commands import queue
-from pcam_automl.errors import InputError, StudyError
+from pcam_automl.errors import DeviceFailed, InputError, StudyError
 from pcam_automl.search.overview import StudyLine, overview
 from pcam_automl.search.reading import load_study, n_finished_of
 from pcam_automl.search.storage import open_storage
@@ -107,6 +107,20 @@ def test_a_study_whose_data_are_gone_does_not_hold_up_the_others(easy_pack: Path
     assert out.count("study lost: data: ") == queue.FAULTS_OF_A_STUDY
     assert "left to other workers" in out
     assert "study fine: 1 trials finished here" in out
+
+
+def test_a_worker_whose_gpu_failed_ends_whatever_the_study(
+    easy_pack: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(url, easy_pack, "one", 1)
+
+    def join(*_: object, **__: object) -> None:
+        raise DeviceFailed("cuda:0 failed in trial 0")
+
+    monkeypatch.setattr("pcam_automl.commands.join.join", join)
+    found = CliRunner().invoke(app, ["worker", "--storage", url, "--device", "cpu", "--until-idle"])
+    assert isinstance(found.exception, DeviceFailed)
+    assert "tried again" not in found.output
 
 
 def test_the_queue_of_an_empty_storage_is_said_to_be_empty(url: str) -> None:

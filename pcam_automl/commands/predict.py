@@ -43,7 +43,7 @@ def run_predict(
     """
     check_threshold(threshold)
     bundle = load_bundle(bundle_folder(model))
-    files = list_images(inputs)
+    given = files = list_images(inputs)
     wanted = None if sample is None else read_ids(sample).tolist()
     if wanted is not None:
         files = _images_of_sample(files, wanted, sample)
@@ -55,7 +55,7 @@ def run_predict(
             raise InputError("--sample belongs to task patch; a dense bundle writes maps")
         _predict_maps(bundle, files, out, place, threshold=threshold, all_views=all_views)
         return
-    _check_predict_targets(files, out, explain)
+    _check_predict_targets(given, out, explain, sample)
     judge, networks = open_judge(model, place, averaging=None if all_views else "none")
     ids: list[str] = []
     probs: list[np.ndarray] = []
@@ -107,9 +107,11 @@ def _write_submission(out: Path, wanted: list[str], known: dict[str, float], thr
     check_submission(out, wanted, more_columns=threshold is not None)
 
 
-def _check_predict_targets(files: list[Path], out: Path, explain: Path | None) -> None:
-    """Nothing that predict writes may be one of the images that it reads, or the probabilities themselves."""
+def _check_predict_targets(files: list[Path], out: Path, explain: Path | None, sample: Path | None) -> None:
+    """Nothing that predict writes may be one of the images or the sample that it reads, or the probabilities themselves."""
     inputs = {file.resolve() for file in files}
+    if sample is not None and out.resolve() == sample.resolve():
+        raise DataError(f"--out {out} is the --sample itself; choose another name")
     if out.resolve() in inputs:
         raise DataError(f"--out {out} is one of the images of --input; choose another name")
     if out.is_dir():

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from pcam_automl import terminal
 from pcam_automl.config import StudySettings, storage_url, studies_folder
-from pcam_automl.errors import Interrupted, PcamError, StudyError, first_few
+from pcam_automl.errors import DeviceFailed, Interrupted, PcamError, StudyError, first_few
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.overview import StudyLine, next_study, others, overview, submit
 from pcam_automl.search.patience import patient
@@ -140,7 +140,7 @@ class Server:
         )
         try:
             _, end = join(line.name, self.url, self.asked, self.devices, work, stop=self.stop)
-        except Interrupted:
+        except (Interrupted, DeviceFailed):  # of this process, whatever the study
             raise
         except (
             PcamError,

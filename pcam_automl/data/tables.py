@@ -171,13 +171,19 @@ def _inflated(raw: bytes, path: Path) -> bytes:
     """The table of a ``.csv.gz``; other bytes as they are."""
     if not raw.startswith(_GZIP_MAGIC):
         return raw
-    inflate = zlib.decompressobj(_GZIP_WINDOW)
-    try:
-        text = inflate.decompress(raw, MAX_TABLE_BYTES)
-    except zlib.error as fault:
-        raise DataError(f"{path} is a damaged gzip file ({fault})") from None
-    if inflate.unconsumed_tail:
-        raise DataError(f"{path} holds more than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
-    if not inflate.eof:
-        raise DataError(f"{path} is a gzip file that ends too early; copy it again")
-    return text
+    parts, room = list[bytes](), MAX_TABLE_BYTES
+    while raw.startswith(_GZIP_MAGIC):  # a file may be several, one behind the other
+        inflate = zlib.decompressobj(_GZIP_WINDOW)
+        try:
+            parts.append(inflate.decompress(raw, room))
+        except zlib.error as fault:
+            raise DataError(f"{path} is a damaged gzip file ({fault})") from None
+        room -= len(parts[-1])
+        if inflate.unconsumed_tail or room <= 0:
+            raise DataError(f"{path} holds more than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
+        if not inflate.eof:
+            raise DataError(f"{path} is a gzip file that ends too early; copy it again")
+        raw = inflate.unused_data
+    if raw.strip(b"\0"):
+        raise DataError(f"{path} is a gzip file with other things behind it; copy it again")
+    return b"".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,11 +24,13 @@ class FinalRows:
         train: (n,) in nested order.
         held: (m,) ascending, of no slide of ``train``: the holdout, else what was kept back; empty where neither.
         kept_back: whether ``held`` was kept back and is no holdout: the search may have trained on it, the final networks have not.
+        test: (t,) that are predicted for the submission; empty where none is to be written.
     """
 
     train: np.ndarray
     held: np.ndarray
     kept_back: bool
+    test: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def name(self) -> str:

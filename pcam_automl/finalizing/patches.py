@@ -79,7 +79,6 @@ def finish_patches(
     *,
     threshold: float | None,
     compare: bool,
-    submission: bool,
     device: torch.device,
     watch: FinalWatch,
 ) -> FinalResult:
@@ -89,11 +88,10 @@ def finish_patches(
         opened: the study with its data.
         trial: of the first member.
         decision: what was chosen, and its out-of-fold probabilities.
-        rows: what was trained on and what judges.
+        rows: what was trained on, what judges and what is predicted.
         out: with ``model`` and, for several networks, ``ensemble.json``.
         threshold: also write 0/1 labels at this probability.
         compare: whether the holdout, or the slides kept back, shall say what each ingredient was worth.
-        submission: whether the test patches are predicted.
         device: where to predict.
         watch: progress.
     """
@@ -114,7 +112,7 @@ def finish_patches(
         write_scores(out / OOF, decision.oof, store.ids)
     else:
         (out / OOF).unlink(missing_ok=True)  # of an earlier decision
-    test = store.test_rows() if submission else store.test_rows()[:0]
+    test = rows.test
     notes = unreadable_notes(store, test)
     provenance: dict[str, Any] = {
         **bundle.provenance,
@@ -140,7 +138,8 @@ def finish_patches(
             low, high = known["auc_95"]
             notes = (
                 *notes,
-                f"test AUC {known['auc']:.4f} (95 % {low:.4f} to {high:.4f}) on the {known['n']:,} test patches whose labels the data hold",
+                f"test AUC {known['auc']:.4f} (95 % {low:.4f} to {high:.4f}) on the {known['n']:,} test patches whose labels the data hold"
+                + known["slides"],
             )
         written = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
     else:
@@ -172,7 +171,9 @@ def _on_labelled_test(store: PatchStore, test: np.ndarray, probs: np.ndarray) ->
         return None
     group = np.asarray(store.group)[test][known].astype(np.int64)
     interval = list(auc_interval(label, probs[known], group))
-    return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval}
+    official = store.source.get("kind") == "h5"  # PCam's own split keeps slides apart, whether they are named or not
+    slides = "" if official or (group >= 0).any() else SLIDES_UNKNOWN
+    return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval, "slides": slides}
 
 
 def _on_held(

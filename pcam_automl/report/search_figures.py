@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -120,10 +121,11 @@ def history_figure(trials: list[FrozenTrial], goal: Goal = AUC) -> Picture:
     complete = [t for t in trials if t.state == TrialState.COMPLETE and t.value is not None]
     shown = _stopped_by_rung(trials)
     best = goal.sign * np.maximum.accumulate([goal.sign * _value(t) for t in complete])
-    by_error = bool(goal.maximize and best[-1] >= _GOOD)
     values = [value for dots in shown.values() for _, value in dots] + [_value(t) for t in complete]
+    by_error = bool(goal.maximize and best[-1] >= _GOOD and min(values) < 1.0)
     most = _scale_by_error(axes, values) if by_error else math.inf  # what has no error has a place, too
-    for (rung, dots), marker, color in zip(shown.items(), "x^sD", (GREY, ORANGE, GREEN, SKY), strict=False):
+    looks = itertools.cycle(zip("x^sD", (GREY, ORANGE, GREEN, SKY), strict=True))
+    for (rung, dots), (marker, color) in zip(shown.items(), looks, strict=False):
         numbers, scores = [number for number, _ in dots], [min(value, most) for _, value in dots]
         label = f"stopped at rung {rung}, its score there"
         axes.scatter(numbers, scores, color=color, marker=marker, s=24, linewidths=1.2, label=label)
@@ -158,21 +160,28 @@ def _stopped_by_rung(trials: list[FrozenTrial]) -> dict[int, list[tuple[int, flo
 
 
 def _scale_by_error(axes: Axes, values: Sequence[float]) -> float:
-    """The y axis in steps of the error: of AUCs near 1 a linear one shows a single line. Returns where an AUC of 1 is drawn."""
+    """The y axis in steps of the error: of AUCs near 1 a linear one shows a single line. Returns where an AUC of 1 is drawn.
+
+    At least one of the values is below 1.
+    """
     errors = 1.0 - np.asarray(values)
-    least = max(_LEAST_ERROR, float(min(errors[errors > 0], default=1.0)) / (1.0 if errors.min() > 0 else 3.0))
+    worst, flawless = float(errors.max()), bool(errors.min() <= 0)
+    smallest = max(_LEAST_ERROR, float(errors[errors > 0].min()))
+    least = smallest / 3.0 if flawless else smallest
 
     def height(auc: np.ndarray) -> np.ndarray:
         return -np.log10(np.maximum(1.0 - np.asarray(auc), least / 4))
 
     axes.set_yscale("function", functions=(height, lambda h: 1.0 - 10.0 ** -np.asarray(h)))
-    ticks = [tick for tick in _AUC_TICKS if least * 0.7 <= 1.0 - tick <= 1.1 * errors.max()]
-    labels = [f"{tick:g}" for tick in ticks]
-    if errors.min() <= 0:
+    ticks = [tick for tick in _AUC_TICKS if (1.5 if flawless else 0.7) * least <= 1.0 - tick <= 1.1 * worst]
+    if len(ticks) < 2:
+        ticks = sorted({1.0 - worst, 1.0 - smallest})
+    labels = [f"{tick:.5g}" for tick in ticks]
+    if flawless:
         ticks, labels = [*ticks, 1.0 - least], [*labels, "1"]
     axes.set_yticks(ticks, labels)
     axes.minorticks_off()
-    axes.set_ylim(1.0 - 1.2 * errors.max(), 1.0 - least / 1.6)
+    axes.set_ylim(1.0 - 1.2 * worst, 1.0 - least / 1.6)
     return 1.0 - least
 
 

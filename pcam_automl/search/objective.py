@@ -254,6 +254,8 @@ class Objective:
 
     def _note_micro_batch(self, training: Training) -> None:
         """What the network's next training begins with. A full disk or a GPU that failed loses the note and hides no other fault."""
+        if training.n_steps <= training.micro_batches[-1][0]:
+            return  # no step has been taken with it: it may not fit either
         with contextlib.suppress(WriteError, OSError, RuntimeError):
             self._speed.note_micro_batch(training.recipe, self.device, training.micro_batch)
 

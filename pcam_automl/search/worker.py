@@ -6,7 +6,7 @@ import collections
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import optuna
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from pcam_automl.errors import SearchFailed
+from pcam_automl.errors import DeviceFailed, SearchFailed
 from pcam_automl.search.audit import AUDIT_EVERY, audit_trials, misleading_steps, runs_through
 from pcam_automl.search.budget import BudgetClock
 from pcam_automl.search.connections import keep_on_disk
@@ -91,7 +91,9 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
         if isinstance(storage, RetryingStorage):
             # The study outlives the objective and its patches.
             storage.owner = storage.begins_with = storage.claim = None
-        objective.writer.flush()
+        # A GPU that failed fails here, too, which is no other fault.
+        with suppress(RuntimeError) if isinstance(objective.interrupted, DeviceFailed) else nullcontext():
+            objective.writer.flush()
 
 
 def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol[Silent]:
@@ -187,11 +189,11 @@ def _run_trials(
 
 
 def _plan_anew(objective: Objective, clock: BudgetClock, best: FrozenTrial | None) -> None:
-    """Keep what the best trial's network needs in the end; said where that moves the search's end much."""
+    """Keep what the best trial's network needs in the end; said where that moves the search's end much, by the worker whose trial it was."""
     before_s = clock.reserve_s
     clock.learn(best)
     moved_s = before_s - clock.reserve_s
-    if best is not None and abs(moved_s) >= TOLD_SHARE * clock.total_s:
+    if best is not None and best.number == objective.number and abs(moved_s) >= TOLD_SHARE * clock.total_s:
         objective.watch.note(
             f"planned anew for the network of trial {best.number}: finalize needs {clock.reserve_s:.0f} s instead of {before_s:.0f}, so the search has "
             f"{abs(moved_s):.0f} s {'more' if moved_s > 0 else 'less'}"

@@ -96,7 +96,8 @@ def _beside_training(write: Callable[[], None]) -> Callable[[], None]:
 
     def aside() -> None:
         stream.wait_event(ready)
-        with torch.cuda.stream(stream):
+        # The device named: this thread's own is the first one, and leaving a stream of another would open a context there.
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             write()
 
     return aside

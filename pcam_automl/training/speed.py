@@ -179,6 +179,7 @@ class SpeedBook:
         measured variant, and others take other memory.
         """
         key = self._key(recipe, device)
+        self._read()  # another process may have measured it meanwhile
         known = self._known.get(key, {})
         if not self.deterministic and micro_batch < (known.get("micro_batch") or recipe.batch_size):
             self._note(key, {**known, **_short_of_memory(micro_batch, device)})

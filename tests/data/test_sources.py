@@ -95,7 +95,13 @@ def test_slides_are_read_from_a_shared_table_as_it_is(kaggle: Path, tmp_path: Pa
 
 def test_a_damaged_or_huge_gzip_table_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gzip.compress(b"id,group\n" + b"a,b\n" * 1000)
-    for raw, words in ((whole[:-9], "ends too early"), (whole[:10] + b"\xff" * 40, "damaged gzip file")):
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"id,group\na,b\n") + gzip.compress(b"c,d\n") + b"\0\0")
+    assert read_ids(tmp_path / "t.csv.gz").tolist() == ["a", "c"], "two files, one behind the other"
+    for raw, words in (
+        (whole[:-9], "ends too early"),
+        (whole[:10] + b"\xff" * 40, "damaged gzip file"),
+        (whole + b"more", "other things behind it"),
+    ):
         (tmp_path / "t.csv.gz").write_bytes(raw)
         with pytest.raises(DataError, match=words):
             read_ids(tmp_path / "t.csv.gz")

@@ -63,27 +63,41 @@ def test_the_history_draws_no_cross_for_what_went_on(study: optuna.Study, monkey
     assert drawn[0].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("best", [0.96, 0.9995, 1.0])
-def test_near_one_the_history_counts_errors_and_loses_no_dot(best: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [(0.9, 0.96), (0.9, 0.9995), (0.9, 1.0), (0.92, 1.0), (0.94, 1.0), (0.962, 0.965, 0.968), (0.97,), (1.0, 1.0)],
+)
+@pytest.mark.parametrize("stopped", [(), (0.23,), (0.23, 0.4, 0.5, 0.6, 0.7)])
+def test_near_one_the_history_counts_errors_and_loses_no_mark(
+    values: tuple[float, ...], stopped: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pcam_automl.report.search_figures as module
 
     drawn: list[Any] = []
     monkeypatch.setattr(module, "picture", lambda figure, *_, **__: drawn.append(figure.axes[0]))
     study = optuna.create_study(direction="maximize")
-    for number, (state, value) in enumerate(((P, 0.23), (C, 0.9), (C, best))):
-        study.add_trial(row(state, value, str(number), 10))
+    for rung, value in enumerate(stopped):  # each at another one
+        steps = {100 * (step + 1): value for step in range(rung + 1)}
+        study.add_trial(create_trial(state=P, intermediate_values=steps, user_attrs={"lineage": f"p{rung}"}))
+    for number, value in enumerate(values):
+        study.add_trial(row(C, value, str(number), 10))
     history_figure(study.get_trials(), AUC)
     (axes,) = drawn
-    assert axes.get_yscale() == "function"
     low, high = axes.get_ylim()
-    assert low < 0.23
-    drawn_at = max(dots.get_offsets()[:, 1].max() for dots in axes.collections)
-    assert drawn_at == pytest.approx(best, abs=0.04 if best == 1.0 else 1e-9)
-    assert 0.9 < drawn_at < high
-    heights = [axes.transData.transform((0, value))[1] for value in (low, 0.23, 0.9, drawn_at, high)]
-    assert heights == sorted(heights), "higher is better"
-    assert all(np.isfinite(heights))
-    assert len(axes.get_yticks()) >= 3
+    marks = np.concatenate([dots.get_offsets() for dots in axes.collections])
+    assert len(marks) == len(values) + len(stopped), "a mark each"
+    assert ((marks[:, 1] >= low) & (marks[:, 1] <= high)).all(), "all of them inside"
+    heights = axes.transData.transform(marks)[:, 1]
+    expected = np.array([*stopped, *values])
+    assert np.isfinite(heights).all()
+    for one in range(len(marks)):
+        for other in range(len(marks)):
+            if expected[one] < expected[other]:
+                assert heights[one] < heights[other], "higher is better"
+    ticks = axes.get_yticks()
+    assert len([tick for tick in ticks if low <= tick <= high]) >= 1
+    places = axes.transData.transform(np.stack([np.zeros(len(ticks)), ticks], axis=1))[:, 1]
+    assert (np.diff(places) > 0).all(), "ticks in their order, none on another"
 
 
 def test_choices_that_are_numbers_stand_in_their_order_on_the_axis() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -242,11 +242,14 @@ def test_a_budget_can_be_given_and_raised() -> None:
 
 def test_a_search_says_when_its_end_moves() -> None:
     said: list[str] = []
-    objective: Any = SimpleNamespace(watch=SimpleNamespace(note=said.append))
+    objective: Any = SimpleNamespace(watch=SimpleNamespace(note=said.append), number=7)
     clock = BudgetClock(100.0, spent_s=10.0, began=time.monotonic(), n_final=1000)
     _plan_anew(objective, clock, None)
     assert said == [], "nothing is known yet"
     quick = create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"images_per_s": 10_000.0})
+    _plan_anew(objective, replace(clock), quick)
+    assert said == [], "another worker's trial, which says it"
+    objective.number = quick.number
     _plan_anew(objective, clock, quick)
     _plan_anew(objective, clock, quick)
     assert len(said) == 1

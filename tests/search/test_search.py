@@ -435,14 +435,15 @@ def test_a_diverged_training_ends_as_pruned_with_its_reason(
     assert trial.user_attrs["reason"] == "diverged: the training loss became nan"
 
 
-def memory_was_short_once(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
-    """The first training halves its micro-batch to 4 and ends by the fault."""
+def memory_was_short_once(monkeypatch: pytest.MonkeyPatch, fault: Exception, n_steps: int = 1) -> None:
+    """The first training halves its micro-batch to 4, takes steps with it and ends by the fault."""
     go_on, calls = objective_module.fit, []
 
     def once(training: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
-            training.micro_batch = 4
+            training.micro_batch, training.n_steps = 4, n_steps
+            training.micro_batches.append((0, 4))
             raise fault
         return go_on(training, *args, **options)
 
@@ -468,6 +469,17 @@ def test_what_fitted_into_memory_is_remembered_however_the_trial_ends(
     assert str(fault) in trial.user_attrs["reason"]
     recipe = build_recipe(json.loads(trial.user_attrs["recipe"]))
     assert opened.quick_speed_book.compute_for(recipe, CPU).micro_batch == 4
+
+
+def test_what_no_step_was_taken_with_is_not_remembered(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halved down to pairs that did not fit either: every later training of the network would take pairs."""
+    memory_was_short_once(monkeypatch, RuntimeError("not enough memory"), n_steps=0)
+    opened = opened_in(tmp_path, replace(asked, views=64))
+    search(opened, 1)
+    recipe = build_recipe(json.loads(opened.study.get_trials()[0].user_attrs["recipe"]))
+    assert opened.quick_speed_book.compute_for(recipe, CPU).micro_batch is None
 
 
 @pytest.mark.parametrize("broken", [WriteError("no space left"), RuntimeError("CUDA error"), OSError(5, "I/O error")])

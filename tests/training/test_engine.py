@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -614,6 +614,8 @@ def test_on_a_gpu_a_checkpoint_is_copied_on_a_stream_of_its_own_behind_what_was_
     said: list[str] = []
 
     class Stream:
+        device = torch.device("cuda:1")
+
         def wait_event(self, event: object) -> None:
             said.append("waits")
 
@@ -627,10 +629,11 @@ def test_on_a_gpu_a_checkpoint_is_copied_on_a_stream_of_its_own_behind_what_was_
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: said.append("records")))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(said.append(str(device))))
     writer = CheckpointWriter()
     writer.submit(lambda: said.append("writes"))
     writer.flush()
-    assert said == ["records", "waits", "enters", "writes", "leaves"]
+    assert said == ["records", "waits", "cuda:1", "enters", "writes", "leaves"]
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     writer.submit(lambda: said.append("on a CPU"))
     writer.flush()
