@@ -53,7 +53,7 @@ def auc_of(store: PatchStore, compute: Compute, seed: int) -> float:
     return last.auc
 
 
-@pytest.mark.slow  # six trainings, two minutes
+@pytest.mark.slow  # six trainings, two to five minutes
 def test_bf16_channels_last_and_routes_end_where_plain_float32_does_on_the_synthetic_set(store: PatchStore) -> None:
     """Over three seeds the mean AUCs differ by at most 0.03, and both have learnt (docs/performance.md)."""
     plain, quick = (np.array([auc_of(store, compute, seed) for seed in range(3)]) for compute in (PLAIN, QUICK))
