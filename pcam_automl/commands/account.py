@@ -27,6 +27,38 @@ def clock_of(opened: OpenStudy, total_s: float, spent_s: float, began: float) ->
     return BudgetClock(total_s, spent_s, began, len(opened.split.order), rate, short)
 
 
+def say_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int, n_trials: int | None) -> None:
+    """How the budget is split, and what the search's part should do; of a study that was planned by it."""
+    from pcam_automl.search.plan import planned_reach
+
+    say, total, parts = terminal.duration, clock.total_s, clock.parts
+    confirmed = f"confirmation {say(parts.confirm_s)}, " if parts.confirm_s else ""
+    spent_s = clock.spent_s + time.monotonic() - clock.began
+    most, least = ("at most ", "at least ") if clock.short is not None else ("", "")
+    terminal.say(
+        f"  budget {say(total)}, {say(spent_s)} of it spent: search {most}{say(parts.search_s)} (start-up included), "
+        f"{confirmed}final training and prediction {least}{say(parts.final_s)}; search has {most}{say(max(0.0, clock.left_s()))} left"
+    )
+    if clock.short is not None:
+        n = clock.short.n_trials
+        if n_trials is not None and n_trials > n:
+            terminal.say(
+                f"  --trials {n_trials} are more than this budget has time for; a larger one, or --sampler tpe, searches"
+            )
+        terminal.say(
+            f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
+            + (
+                "; scored on the way, too, since start-up has left so little that the first may be cut off"
+                if n_rungs > 1
+                else ""
+            )
+        )
+    if planned is not None and planned["total_s"] == total:
+        starts = planned_reach(planned, n_rungs)
+        reach = f"about {arrows(starts)} trials reach rungs 1 to {n_rungs}, " if n_rungs > 1 else ""
+        terminal.say(f"  planned: {reach}a whole trial takes about {say(planned.get('whole_s', planned['trial_s']))}")
+
+
 @dataclass(frozen=True)
 class _Account:
     """A budget and its search, as planned or as they went.

@@ -6,14 +6,14 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
-from pcam_automl.commands.account import account_json, arrows, clock_of, say_account, so_far
+from pcam_automl.commands.account import account_json, arrows, clock_of, say_account, say_budget, so_far
 from pcam_automl.commands.status import finished_line, judged, print_judged
 from pcam_automl.config import storage_url
 from pcam_automl.defaults import MAX_RETRIES
@@ -215,7 +215,7 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
     done = n_finished_of(opened.study)
     terminal.say(f"study {opened.name}: {done}{of} trials finished; data {opened.store.root}")
     if clock is not None:
-        _print_budget(clock, plan.get("budget"), len(settings.rungs), n_trials)
+        say_budget(clock, plan.get("budget"), len(settings.rungs), n_trials)
     if len(settings.rungs) == 1 and (plan.get("budget") or {}).get("short") and (clock is None or clock.short is None):
         terminal.say(
             "  made for a short budget: its trials have one rung and none is pruned; another --study NAME has three"
@@ -241,38 +241,6 @@ def print_plan(opened: OpenStudy, n_trials: int | None, clock: BudgetClock | Non
         terminal.say(f"  first: {'; '.join(entry.origin for entry in settings.enqueued[:n_first])}{then}")
     for name, why in plan["dropped"].items():
         terminal.say(f"  left out: {name}, {why}")
-
-
-def _print_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int, n_trials: int | None) -> None:
-    """How the budget is split, and what the search's part should do; of a study that was planned by it."""
-    from pcam_automl.search.plan import planned_reach
-
-    say, total, parts = terminal.duration, clock.total_s, clock.parts
-    confirmed = f"confirmation {say(parts.confirm_s)}, " if parts.confirm_s else ""
-    spent_s = clock.spent_s + time.monotonic() - clock.began
-    most, least = ("at most ", "at least ") if clock.short is not None else ("", "")
-    terminal.say(
-        f"  budget {say(total)}, {say(spent_s)} of it spent: search {most}{say(parts.search_s)} (start-up included), "
-        f"{confirmed}final training and prediction {least}{say(parts.final_s)}; search has {most}{say(max(0.0, clock.left_s()))} left"
-    )
-    if clock.short is not None:
-        n = clock.short.n_trials
-        if n_trials is not None and n_trials > n:
-            terminal.say(
-                f"  --trials {n_trials} are more than this budget has time for; a larger one, or --sampler tpe, searches"
-            )
-        terminal.say(
-            f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
-            + (
-                "; scored on the way, too, since start-up has left so little that the first may be cut off"
-                if n_rungs > 1
-                else ""
-            )
-        )
-    if planned is not None and planned["total_s"] == total:
-        starts = planned_reach(planned, n_rungs)
-        reach = f"about {' -> '.join(map(str, starts))} trials reach rungs 1 to {n_rungs}, " if n_rungs > 1 else ""
-        terminal.say(f"  planned: {reach}a whole trial takes about {say(planned.get('whole_s', planned['trial_s']))}")
 
 
 class _SearchShow:
@@ -363,7 +331,7 @@ def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
     total, spent = budget_of(opened.study) or 0.0, spent_s(opened.study)
     terminal.say(
         f"{why}: {done} {'trial' if done == 1 else 'trials'}, {rungs}{n_thawed} went on after a pause; "
-        f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize"
+        f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize and its report"
     )
     say_account(opened, finalized=False)
 
