@@ -549,6 +549,11 @@ def test_an_incomplete_test_folder_is_said_before_training(run: Any, in_tmp: Pat
     assert (
         run("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)[0] == 0
     )
+    assert run("prepare", raw, "--out", "pack")[0] == 0
+    of_pack = ("search", "--data", "pack", "--study", "p", "--trials", 1, "--space", "tiny.yaml", "--weights", "none")
+    code, _, err = run(*of_pack, "--views", 64)
+    assert code == 0, err
+    assert "warning: 1 ids of the sample submission have no image in test/" in err
     fails_with(run("finalize"), "1 ids of the sample submission have no test image", "f" * 40, "--no-submission")
     alone = ("finalize", "--no-submission", "--confirm", 0, "--epochs", 0.5, "--no-report", "--json")
     code, out, err = run(*alone)
@@ -656,6 +661,16 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
     assert found["auc"] > 0.9
 
 
+def test_json_of_a_search_that_finalizes_is_one_object(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcam_automl.command_line.search.finalize", lambda **_: print('{"finalized": true}'))
+    search = ("search", "--data", easy_pack, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
+    code, out, err = run(*search, "--finalize", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"finalized": True}
+
+
 def test_class_folders_go_the_whole_path(run: Any, in_tmp: Path) -> None:
     images, label = easy_patches(60, seed=1)
     for number, (image, positive) in enumerate(zip(images, label, strict=True)):
@@ -710,6 +725,8 @@ def test_unreadable_files_are_named_and_left_out_of_a_prediction(
         run("predict", "--model", "m", "--input", folder, "--out", "s.csv", "--sample", sample),
         "1 of its 2 ids have no image in --input (absent)",
     )
+    both = ("--sample", sample, "--threshold", 0.5)
+    fails_with(run("predict", "--model", "m", "--input", folder, "--out", "s.csv", *both), "leave one out")
     good_copy = folder / good.name
     good_copy.unlink()
     fails_with(

@@ -116,6 +116,7 @@ def search(
         thaws=not no_thaw,
         max_retries=max_retries,
         launcher=check_launcher(launcher, ray_address, per_device=workers_per_device, no_thaw=no_thaw),
+        shows_end=not (json and finalize_),  # standard output then holds finalize's object alone
     )
     if finalize_:
         finalize(study=study, storage=storage, device=device, json=json)

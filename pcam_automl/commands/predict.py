@@ -46,6 +46,10 @@ def run_predict(
     given = files = list_images(inputs)
     wanted = None if sample is None else read_ids(sample).tolist()
     if wanted is not None:
+        if threshold is not None:
+            raise InputError(
+                f"--threshold {threshold:g} adds a column of labels, which a submission (--sample) may not have; leave one out"
+            )
         files = _images_of_sample(files, wanted, sample)
     place = use_device(device)
     if bundle.recipe.task == "dense":
@@ -75,7 +79,7 @@ def run_predict(
     if wanted is None:
         write_probabilities(out, ids, np.concatenate(probs), threshold=threshold)
     else:
-        _write_submission(out, wanted, known, threshold)
+        _write_submission(out, wanted, known)
     terminal.result(f"{out}: {len(wanted or ids):,} probabilities")
     if explain is not None:
         _explain(networks[0], [file for file in files if file.stem in known], known, explain)
@@ -98,13 +102,13 @@ def _images_of_sample(files: list[Path], wanted: list[str], sample: Path | None)
     return [by_id[name] for name in wanted]
 
 
-def _write_submission(out: Path, wanted: list[str], known: dict[str, float], threshold: float | None) -> None:
+def _write_submission(out: Path, wanted: list[str], known: dict[str, float]) -> None:
     """All ids of the sample; those whose image could not be read have the mean of the others, which is said."""
     mean = float(np.mean(list(known.values())))
     if n := sum(name not in known for name in wanted):
         terminal.say(f"{n:,} of them are in the sample: they have the mean probability of the others, {mean:.4f}")
-    write_probabilities(out, wanted, np.array([known.get(name, mean) for name in wanted]), threshold=threshold)
-    check_submission(out, wanted, more_columns=threshold is not None)
+    write_probabilities(out, wanted, np.array([known.get(name, mean) for name in wanted]))
+    check_submission(out, wanted)
 
 
 def _check_predict_targets(files: list[Path], out: Path, explain: Path | None, sample: Path | None) -> None:

@@ -50,9 +50,10 @@ def run_search(
     thaws: bool = True,
     max_retries: int = MAX_RETRIES,
     launcher: str | None = None,
+    shows_end: bool = True,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
-    over; in this process or in several.
+    over; in this process or in several. ``shows_end``: whether the best trial is printed in the end.
     """
     from pcam_automl.commands.workers import devices_for
     from pcam_automl.search.create import create_or_open_study
@@ -77,7 +78,8 @@ def run_search(
             from pcam_automl.commands.ray import work_on_ray
 
             end = work_on_ray(opened, asked, n_workers or 1, launcher, work, stop=stop)
-    _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
+    if shows_end:
+        _print_end(opened, end, time.monotonic() - began, n_trials, url, as_json)
 
 
 GO_ON = "every finished trial is stored, and so is a finished pack; the same command goes on"

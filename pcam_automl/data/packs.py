@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pcam_automl.data.pack import pack, same_names
 from pcam_automl.data.quality import UNUSABLE, findings
-from pcam_automl.data.sources import PatchSource, fingerprints, open_source
+from pcam_automl.data.sources import PatchSource, fingerprints, missing_test_note, open_source
 from pcam_automl.data.store import PatchStore, is_of_this_version, is_pack, open_store
 from pcam_automl.errors import DataError
 from pcam_automl.files import locked
@@ -46,7 +46,10 @@ def find_pack(
             raise DataError(
                 f"{path} is a finished pack: --groups and --domains are given when it is made (pcam-automl prepare RAW --groups ...)"
             )
-        return open_store(path)
+        store = open_store(path)
+        if missing := store.missing_test_ids:
+            say(missing_test_note(missing, "the sample submission"))
+        return store
     source = open_source(path, groups=groups, domains=domains)
     for note in source.notes:
         say(note)

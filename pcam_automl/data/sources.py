@@ -172,6 +172,14 @@ def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
     )
 
 
+def missing_test_note(missing: Sequence[str], sample: str) -> str:
+    """What to say where ids of the sample submission have no image, before anything is searched."""
+    return (
+        f"warning: {len(missing)} ids of {sample} have no image in test/: {first_few(missing)}; finalize can write no submission without "
+        "them (--no-submission), and a study stays with the files it began with: complete the folder first"
+    )
+
+
 def _if_unfinished(n_absent: int, n: int) -> str:
     """What to say where so many images are absent that the folder may be half unpacked."""
     if n_absent <= MANY_ABSENT * n:
@@ -201,10 +209,7 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     known = set(wanted)
     missing = tuple(name for name in wanted if name not in found)
     if missing:
-        notes.append(
-            f"warning: {len(missing)} ids of {csv.name} have no image in test/: {first_few(missing)}; finalize can write no submission without "
-            "them (--no-submission), and a study stays with the files it began with: complete the folder first"
-        )
+        notes.append(missing_test_note(missing, csv.name))
     if extra := sorted(name for name in found if name not in known):
         notes.append(f"{len(extra)} images in test/ are not in {csv.name} and are left out: {first_few(extra)}")
     names = [name for name in wanted if name in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,24 @@ _MAX_BUNDLES = 500  # scikit-learn places groups one by one in Python: 220,000 p
 _ATTEMPTS = 20
 NO_SLIDES = (
     "no slides are known, so patches of one slide fall on both sides of the split and validation will be"
-    " optimistic; --groups CSV (id,group or id,wsi) makes it honest"
+    " optimistic; --groups CSV (id,group or id,wsi), given where the raw folder is packed, makes it honest"
 )
 SLIDES_UNKNOWN = ", whose slides are unknown and may have been trained on: likely too high"
-"""Behind what an AUC is of, where no slide of its patches is known."""
+
 
 Ints = NDArray[np.int64]
+
+
+def slides_caveat(group: NDArray[Any]) -> str:
+    """What to say behind what an AUC is of; empty where every patch's slide is known.
+
+    Args:
+        group: (n,) slide codes of its patches, -1 unknown.
+    """
+    n = int((np.asarray(group) < 0).sum())
+    if n in (0, len(group)):
+        return SLIDES_UNKNOWN if n else ""
+    return f", {n:,} of which have no known slide, which may have been trained on: likely too high"
 
 
 def joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[str]]:

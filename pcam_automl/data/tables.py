@@ -125,8 +125,11 @@ def _read_columns(path: Path, names: Sequence[str], aliases: Mapping[str, str] |
             known[known.index(other)] = name
     if missing := [name for name in names if name not in known]:
         hint = did_you_mean(missing[0], known)
+        wanted = ",".join(
+            name + (f" (or {aliases[name]})" if aliases and aliases.get(name, name) != name else "") for name in names
+        )
         raise DataError(
-            f"{path}: no column {', '.join(map(repr, missing))}{hint}; the first line must name {','.join(names)}, "
+            f"{path}: no column {', '.join(map(repr, missing))}{hint}; the first line must name {wanted}, "
             f"got {', '.join(map(ascii, known[:6]))}"
         )
     if not rows:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.calibration import Calibration, calibrate, logits_of, probs_at
-from pcam_automl.data.split_groups import SLIDES_UNKNOWN
+from pcam_automl.data.split_groups import slides_caveat
 from pcam_automl.data.store import PatchStore
 from pcam_automl.finalizing.blending import Blend, choose_blend
 from pcam_automl.metrics import auc, auc_interval
@@ -119,7 +119,7 @@ def decide(
     }
     names = list(usable)
     logits, group = np.stack([usable[name] for name in names]), np.asarray(store.group)[rows].astype(np.int64)
-    on += SLIDES_UNKNOWN if (group < 0).all() else ""
+    on += slides_caveat(group)
     single = names.index(winner.lineage)
     blend = choose_blend(logits, label, group, single=single, most_members=most_members, seed=seed)
     chosen = [k for k, weight in enumerate(blend.weights) if weight > 0]

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from pcam_automl.batches import Patches, open_patches
 from pcam_automl.bundle import CARD, ModelBundle, load_bundle, write_calibration
 from pcam_automl.calibration import calibrate, changes, probs_at
-from pcam_automl.data.split_groups import SLIDES_UNKNOWN
+from pcam_automl.data.split_groups import slides_caveat
 from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.ensemble import member_folder, open_judge
 from pcam_automl.errors import first_few
@@ -172,7 +172,7 @@ def _on_labelled_test(store: PatchStore, test: np.ndarray, probs: np.ndarray) ->
     group = np.asarray(store.group)[test][known].astype(np.int64)
     interval = list(auc_interval(label, probs[known], group))
     official = store.source.get("kind") == "h5"  # PCam's own split keeps slides apart, whether they are named or not
-    slides = "" if official or (group >= 0).any() else SLIDES_UNKNOWN
+    slides = "" if official else slides_caveat(group)
     return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval, "slides": slides}
 
 
@@ -188,12 +188,12 @@ def _on_held(
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
         on = f"validation fold, trial {trial.number}"
-        on += SLIDES_UNKNOWN if (np.asarray(store.group)[end.opened.split.order] < 0).all() else ""
+        on += slides_caveat(np.asarray(store.group)[end.opened.split.order])
         return {"auc": value, "auc_on": on, "auc_95": None}, None, ()
     label, group = np.asarray(store.label)[held].astype(np.int64), np.asarray(store.group)[held].astype(np.int64)
     logits = end.logits(held, rows.name)
     on = f"{_kept_back(held, group)} from its training" if rows.kept_back else f"holdout of {len(held):,} patches"
-    on += SLIDES_UNKNOWN if (group < 0).all() else ""
+    on += slides_caveat(group)
     probs = probs_at(logits, end.judge.temperature)
     scores = Scores(held, label, probs, on)
     write_scores(end.out / SCORES, scores, store.ids)
@@ -231,7 +231,7 @@ def _shorter(decision: Decision, network: Predictor) -> str:
     seen = network.bundle.provenance.get("views_seen")
     if not confirmed or not seen or seen <= 1.5 * confirmed:
         return ""
-    return f" and were trained on {confirmed:,} images; the final one saw {seen:,} and should do better, which --keep-back 0.1 or a holdout can show"
+    return f"; they were trained on {confirmed:,} images, the final one saw {seen:,} and should do better, which --keep-back 0.1 or a holdout can show"
 
 
 def _scorings(

@@ -322,8 +322,13 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
     limit = MOST_RANKED if n_clusters < len(cluster) else MOST_RANKED_WITHOUT_SLIDES
     compared = complete[: max(2, min(limit, MOST_ROWS_READ // max(len(cluster), 1)))]
     rows, probs, notes = _alike(first, compared, folder)
-    if not _has_slides(store, rows_here):
+    n_unknown = int((np.asarray(store.group)[rows_here] < 0).sum())
+    if n_unknown == len(rows_here):
         notes.append(NO_SLIDES_HERE)
+    elif n_unknown:
+        notes.append(
+            f"{n_unknown:,} of these patches have no known slide and count singly: the AUC is likely too high and its interval too narrow"
+        )
     elif n_of_label < FEW_SLIDES:
         few = f"{n_of_label} slides" if n_of_label == n_clusters else f"{n_of_label} slides of a label"
         notes.append(f"{few} are few: the intervals are wide, and hardly any trial can be told from another")

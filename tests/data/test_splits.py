@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcam_automl.data.split_groups import slides_caveat
 from pcam_automl.data.splits import HOLDOUT, UNUSED, Split, load_split, make_split, write_split
 from pcam_automl.data.store import TEST, TRAIN, VALID, Flag, PatchStore
 from pcam_automl.errors import DataError
@@ -336,3 +337,10 @@ def test_a_domain_missing_from_a_fold_is_told() -> None:
     group = np.repeat(np.arange(24), 30)
     store = build_store(np.arange(720) % 2, group, (group < 2).astype(int))
     assert any("scanner_1 lies in 2 of 5" in note for note in make_split(store).notes)
+
+
+def test_what_is_said_of_unknown_slides_counts_them() -> None:
+    assert slides_caveat(np.array([0, 0, 3])) == ""
+    assert slides_caveat(np.array([-1, -1])).startswith(", whose slides are unknown")
+    assert slides_caveat(np.array([2, -1, 5, -1])).startswith(", 2 of which have no known slide")
+    assert slides_caveat(np.zeros(0, np.int64)) == ""
