@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import re
 import zlib
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pcam_automl.errors import DataError, did_you_mean, first_few
 
 MAX_TABLE_BYTES = 512 << 20
-_GZIP_MAGIC, _GZIP_WINDOW = b"\x1f\x8b", 16 + zlib.MAX_WBITS
+_GZIP_MAGIC = b"\x1f\x8b"
 
 Strings = NDArray[np.str_]
 
@@ -174,19 +175,13 @@ def _inflated(raw: bytes, path: Path) -> bytes:
     """The table of a ``.csv.gz``; other bytes as they are."""
     if not raw.startswith(_GZIP_MAGIC):
         return raw
-    parts, room = list[bytes](), MAX_TABLE_BYTES
-    while raw.startswith(_GZIP_MAGIC):  # a file may be several, one behind the other
-        inflate = zlib.decompressobj(_GZIP_WINDOW)
-        try:
-            parts.append(inflate.decompress(raw, room))
-        except zlib.error as fault:
-            raise DataError(f"{path} is a damaged gzip file ({fault})") from None
-        room -= len(parts[-1])
-        if inflate.unconsumed_tail or room <= 0:
-            raise DataError(f"{path} holds more than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
-        if not inflate.eof:
-            raise DataError(f"{path} is a gzip file that ends too early; copy it again")
-        raw = inflate.unused_data
-    if raw.strip(b"\0"):
-        raise DataError(f"{path} is a gzip file with other things behind it; copy it again")
-    return b"".join(parts)
+    try:
+        with gzip.open(io.BytesIO(raw)) as file:
+            text = file.read(MAX_TABLE_BYTES + 1)
+    except EOFError:
+        raise DataError(f"{path} is a gzip file that ends too early; copy it again") from None
+    except (OSError, zlib.error) as fault:
+        raise DataError(f"{path} is a damaged gzip file ({fault}); copy it again") from None
+    if len(text) > MAX_TABLE_BYTES:
+        raise DataError(f"{path} holds more than {MAX_TABLE_BYTES} bytes; that is not a table of patch ids")
+    return text

@@ -100,7 +100,7 @@ def test_a_damaged_or_huge_gzip_table_is_one_line(tmp_path: Path, monkeypatch: p
     for raw, words in (
         (whole[:-9], "ends too early"),
         (whole[:10] + b"\xff" * 40, "damaged gzip file"),
-        (whole + b"more", "other things behind it"),
+        (whole + b"more", "damaged gzip file"),
     ):
         (tmp_path / "t.csv.gz").write_bytes(raw)
         with pytest.raises(DataError, match=words):
