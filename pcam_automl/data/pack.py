@@ -142,12 +142,12 @@ def same_names(store: PatchStore, source: PatchSource) -> bool:
 
 def _named_pairs(store: PatchStore, source: PatchSource) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
     return [
-        ("slides", _names_by_row(store.group, store.group_names), source.group),
-        ("domains", _names_by_row(store.domain, store.domain_names), source.domain),
+        ("slides", names_by_row(store.group, store.group_names), source.group),
+        ("domains", names_by_row(store.domain, store.domain_names), source.domain),
     ]
 
 
-def _names_by_row(code: NDArray[np.int32], names: Sequence[str]) -> NDArray[np.str_]:
+def names_by_row(code: NDArray[np.int32], names: Sequence[str]) -> NDArray[np.str_]:
     """(N,) names, empty where there is none."""
     return np.array([*names, ""], dtype=np.str_)[np.asarray(code)]  # -1 is the last
 

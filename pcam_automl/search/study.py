@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 
 from pcam_automl.config import StudySettings, check_unchanged, find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import Kind, find_config, list_configs
 from pcam_automl.data.domains import with_domains
+from pcam_automl.data.pack import names_by_row
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, is_pack, open_store
@@ -342,7 +342,7 @@ def _check_names(settings: StudySettings, asked: Asked) -> None:
         if csv is None:
             continue
         given = dict(zip(*(array.tolist() for array in read_names(csv, option[:-1])), strict=True))
-        held = np.array([*known, ""], dtype=np.str_)[np.asarray(code)].tolist()  # -1 is the last
+        held = names_by_row(code, known).tolist()
         other = [
             f"{name}: {given.get(name) or 'none'!r} there, {own or 'none'!r} here"
             for name, own in zip(store.ids.tolist(), held, strict=True)
