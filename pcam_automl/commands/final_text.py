@@ -53,7 +53,9 @@ def print_final(final: FinalResult, as_json: bool) -> None:
         terminal.print_json(_as_json(final))
         return
     interval = f" (95 % {final.auc_95[0]:.4f} to {final.auc_95[1]:.4f})" if final.auc_95 else ""
-    terminal.say(f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; {terminal.duration(final.seconds)}")
+    terminal.say(
+        f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; finalize took {terminal.duration(final.seconds)}"
+    )
     if test := final.on_test:
         terminal.say(
             f"{test['n']:,} test images with masks: Dice {test['dice']:.4f}, pixel accuracy {test['accuracy']:.4f} (always "
