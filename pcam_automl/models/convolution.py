@@ -4,7 +4,9 @@ oneDNN's backward passes fall far behind its forward ones for some shapes. Measu
 images, channels last), milliseconds of oneDNN and of the route taken instead:
 
     depthwise 5x5, 672 channels at 7 px, stride 2, bf16    input gradient 97, spread 0.9     weights 17, in pieces 1.3
-    depthwise 7x7, 160 channels at 4 px, bf16              weights 5.7, in pieces 1.3
+    depthwise 7x7, 160 channels at 4 px, bf16              weights 3.5, in pieces 1.4, by positions 0.2
+    depthwise 3x3, 1152 channels at 2 px, bf16             weights 10, by positions 0.5
+    depthwise 7x7, 320 channels at 1 px                    forward 5.3, trimmed to 1x1 0.1
     3x3, 512 to 512 channels at 2 px, bf16 (fp32)          weights 7.6 (8.4), product 3.6 (7.4)
     3x3, 64 to 128 channels at 16 px, stride 2, bf16       weights 5.3, product 2.4
     1x1, 1280 to 320 channels at 2 px, bf16 (fp32)         weights 2.4 (2.6), product 0.6 (1.5); forward 0.9, product 0.5
@@ -18,7 +20,7 @@ Legend: B images, C and D channels in and out, H x W and P x Q sides in and out,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -32,6 +34,8 @@ Pair = tuple[int, int]
 
 FEW_POSITIONS = 1024
 """B * P * Q up to which a 1x1 convolution is a plain matrix product (four times as many for the weights in bf16)."""
+FEW_MEETINGS, FEW_MEETINGS_LARGE = 5_200, 25_000
+"""P * Q * H * W up to which a depthwise weight gradient in bf16 goes by positions, for kernels of 4 or 5 and of more."""
 FEW_WINDOWS, FEW_WINDOWS_LOW = 300, 600
 """B * P * Q up to which the weight gradient of a larger kernel is a product with its copied windows, in fp32 and in bf16."""
 
@@ -86,7 +90,7 @@ class Route:
     """Forward pass and input gradient are plain matrix products."""
     spread: bool = False
     """The input gradient convolves the output's gradient with zeros between."""
-    weight: Literal["onednn", "windows", "pieces"] = "onednn"
+    weight: Literal["onednn", "windows", "pieces", "positions"] = "onednn"
 
 
 @cache
@@ -103,13 +107,21 @@ def route_of(shape: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair,
     """
     n, channels, *sides = shape
     out, _, *reach = kernel
-    n_positions = n
+    n_positions, n_meetings, cramped = n, 1, False
     for side, span, step, pad in zip(sides, reach, stride, padding, strict=True):
-        n_positions *= (side + 2 * pad - span) // step + 1
+        n_out = (side + 2 * pad - span) // step + 1
+        n_positions *= n_out
+        n_meetings *= n_out * side
+        # One or two outputs that reach over the map's far edge: oneDNN's fast program for 3x3 steps aside.
+        cramped |= n_out <= 2 and (n_out - 1) * step + span - pad > side
     if groups > 1:
         if not groups == channels == out:
             return Route()
-        in_pieces = max(reach) > 3 and (low or stride == (1, 1))
+        large = max(reach) > 3
+        by_positions = n_meetings <= (FEW_MEETINGS if max(reach) <= 5 else FEW_MEETINGS_LARGE) if large else cramped
+        if low and by_positions:
+            return Route(spread=stride != (1, 1), weight="positions")
+        in_pieces = (low or stride == (1, 1)) if large else cramped
         return Route(spread=low and stride != (1, 1), weight="pieces" if in_pieces else "onednn")
     if reach == [1, 1]:
         few = n_positions <= (4 * FEW_POSITIONS if low else FEW_POSITIONS)
@@ -134,6 +146,7 @@ def routed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, 
     Returns:
         (B, D, P, Q).
     """
+    weight, padding = _trimmed(x.shape, weight, stride, padding)
     low_by_autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if low_by_autocast else x.dtype
     route = route_of(x.shape, weight.shape, stride, padding, groups, dtype == torch.bfloat16)
@@ -165,9 +178,12 @@ class _RoutedConv(torch.autograd.Function):
             for_x = _product(gradient, weight.transpose(0, 1), None)
         elif wants_x and route.spread:
             for_x = spread_input_gradient(gradient, x, weight, stride, padding)
-        if wants_weight and route.weight != "onednn":
-            route_taken = windows_weight_gradient if route.weight == "windows" else depthwise_weight_gradient
-            for_weight = route_taken(gradient, x, weight, stride, padding)
+        if wants_weight and route.weight == "windows":
+            for_weight = windows_weight_gradient(gradient, x, weight, stride, padding)
+        elif wants_weight and route.weight == "pieces":
+            for_weight = depthwise_weight_gradient(gradient, x, weight, stride, padding)
+        elif wants_weight and route.weight == "positions":
+            for_weight = positions_weight_gradient(gradient, x, weight, stride, padding)
         mask = (wants_x and for_x is None, wants_weight and for_weight is None, False)
         if any(mask):
             theirs = _by_onednn(gradient, x, weight, stride, padding, groups, mask)
@@ -192,6 +208,30 @@ def _by_onednn(
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, mask
     )
+
+
+def _seen(side: int, n_out: int, span: int, step: int, pad: int) -> tuple[int, int]:
+    """First and past last place of a kernel's axis that ever meets the map; the others meet the padding alone."""
+    return max(0, pad - (n_out - 1) * step), min(span, side + pad)
+
+
+def _trimmed(shape: torch.Size, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Pair]:
+    """The kernel without its edges that only ever meet the padding (7x7 on a map of 1x1), and the padding that is left.
+
+    A kernel that would need another padding before than behind is left as it is.
+    """
+    ends, pads = [], []
+    for side, span, step, pad in zip(shape[2:], weight.shape[2:], stride, padding, strict=True):
+        n_out = (side + 2 * pad - span) // step + 1
+        first, last = _seen(side, n_out, span, step, pad)
+        if last <= first or (side + 2 * (pad - first) - (last - first)) // step + 1 != n_out:
+            return weight, padding
+        ends.append((first, last))
+        pads.append(pad - first)
+    (top, bottom), (left, right) = ends
+    if bottom - top == weight.shape[2] and right - left == weight.shape[3]:
+        return weight, padding
+    return weight[:, :, top:bottom, left:right], (pads[0], pads[1])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -268,7 +308,7 @@ def depthwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, strid
     spans, reach = [], []
     for axis in (0, 1):
         side, out, pad, step = x.shape[2 + axis], gradient.shape[2 + axis], padding[axis], stride[axis]
-        first, last = max(0, pad - (out - 1) * step), min(weight.shape[2 + axis], side + pad)
+        first, last = _seen(side, out, weight.shape[2 + axis], step, pad)
         spans.append([(at, min(3, last - at)) for at in range(first, last, 3)])
         reach.append((out - 1) * step + 3)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1] + 3, padding[0], padding[0] + 3))
@@ -279,3 +319,32 @@ def depthwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, strid
             _, part, _ = _by_onednn(gradient, seen, piece, stride, (0, 0), channels, (False, True, False))
             found[:, :, top : top + high, left : left + wide] = part[:, :, :high, :wide]
     return found
+
+
+def positions_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
+    """(C, 1, k, k) for a depthwise convolution on a small map: every position of the output with every one of the input, a matrix
+    product a channel, and the sums over those pairs that meet in the same weight, one more.
+
+    Args:
+        gradient: (B, C, P, Q) of the output.
+        x: (B, C, H, W).
+        weight: (C, 1, k, k); its shape alone is used.
+        stride: of the convolution.
+        padding: of the convolution.
+    """
+    channels, n = len(weight), len(x)
+    ours = gradient.permute(1, 2, 3, 0).reshape(channels, -1, n)  # (C, P * Q, B)
+    theirs = x.permute(1, 0, 2, 3).reshape(channels, n, -1)  # (C, B, H * W)
+    pairs = torch.bmm(ours, theirs).view(channels, -1)
+    meeting = _meeting(x.shape[2:], gradient.shape[2:], weight.shape[2:], stride, padding).to(x.dtype)
+    return torch.mm(pairs, meeting).view(weight.shape)
+
+
+@lru_cache(maxsize=64)  # of a search's many shapes the latest: at most 3 MB each
+def _meeting(side: torch.Size, out: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair) -> Tensor:
+    """(P * Q * H * W, k * k) of 0/1: output position (p, q) and input position (h, w) meet in weight (i, j)."""
+    down, across = (
+        (torch.arange(o)[:, None, None] * step + torch.arange(k) - pad == torch.arange(h)[:, None]).float()  # (P, H, k)
+        for h, o, k, step, pad in zip(side, out, kernel, stride, padding, strict=True)
+    )
+    return torch.einsum("phi,qwj->pqhwij", down, across).reshape(-1, kernel[0] * kernel[1]).bfloat16()

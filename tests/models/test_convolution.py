@@ -17,6 +17,7 @@ from pcam_automl.models.convolution import (
     Route,
     RoutedConv2d,
     depthwise_weight_gradient,
+    positions_weight_gradient,
     route_of,
     routed_conv2d,
     set_routed,
@@ -58,8 +59,27 @@ def test_depthwise_gradients_are_torchs_own(layer: tuple[Tensor, Tensor, Tensor,
     x, weight, gradient, stride, padding = layer
     for_x, for_weight = torchs_own(x, weight, gradient, stride, padding, x.shape[1])
     torch.testing.assert_close(spread_input_gradient(gradient, x, weight, stride, padding), for_x, rtol=1e-4, atol=1e-4)
-    found = depthwise_weight_gradient(gradient, x, weight, stride, padding)
-    torch.testing.assert_close(found, for_weight, rtol=1e-4, atol=1e-4)
+    for route in (depthwise_weight_gradient, positions_weight_gradient):
+        found = route(gradient, x, weight, stride, padding)
+        torch.testing.assert_close(found, for_weight, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layers(depthwise=True), st.booleans())
+def test_a_depthwise_layer_is_the_plain_one_whatever_its_shape(
+    layer: tuple[Tensor, Tensor, Tensor, Pair, Pair], low: bool
+) -> None:
+    x, weight, gradient, stride, padding = layer
+    expected = torchs_own(x, weight, gradient, stride, padding, x.shape[1])
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        answer = routed_conv2d(x, weight, None, stride, padding, x.shape[1])
+    plain = nn.functional.conv2d(x, weight, None, stride, padding, 1, x.shape[1]).detach()
+    tolerance = 3e-2 if low else 1e-4
+    torch.testing.assert_close(answer.float(), plain, rtol=tolerance, atol=tolerance * float(plain.abs().max()) + 1e-6)
+    answer.backward(gradient.to(answer.dtype))
+    for found, theirs in zip((x.grad, weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()) + 1e-6)
 
 
 @settings(deadline=None, max_examples=60)
@@ -80,6 +100,10 @@ CASES = {
     "stem": ((2, 3, 64, 64), (8, 3, 7, 7), (2, 2), (3, 3), 1),
     "depthwise 5x5": ((2, 16, 8, 8), (16, 1, 5, 5), (1, 1), (2, 2), 16),
     "depthwise 3x3 with stride": ((2, 16, 9, 9), (16, 1, 3, 3), (2, 2), (0, 0), 16),
+    "depthwise 3x3 on 2x2": ((2, 16, 2, 2), (16, 1, 3, 3), (1, 1), (1, 1), 16),
+    "depthwise 5x5 with stride on 7x7": ((2, 16, 7, 7), (16, 1, 5, 5), (2, 2), (0, 0), 16),
+    "depthwise 7x7 on 1x1": ((2, 16, 1, 1), (16, 1, 7, 7), (1, 1), (3, 3), 16),
+    "3x3 on 1x1": ((2, 16, 1, 1), (16, 16, 3, 3), (1, 1), (1, 1), 1),
     "depthwise 7x7 on 2x2": ((2, 16, 2, 2), (16, 1, 7, 7), (1, 1), (3, 3), 16),
     "groups": ((2, 16, 8, 8), (16, 4, 3, 3), (1, 1), (1, 1), 4),
 }
@@ -163,6 +187,14 @@ def test_the_route_follows_from_the_shapes() -> None:
     assert route((64, 96, 16, 16), (96, 1, 5, 5), (2, 2), 96, True) == Route(spread=True, weight="pieces")
     assert route((64, 96, 16, 16), (96, 1, 5, 5), (2, 2), 96, False) == Route()
     assert route((64, 96, 16, 16), (96, 24, 3, 3), (1, 1), 4, True) == Route()
+    assert route((64, 96, 8, 8), (96, 1, 5, 5), (2, 2), 96, True) == Route(spread=True, weight="positions")
+    assert route((64, 80, 8, 8), (80, 1, 7, 7), (1, 1), 80, True) == Route(weight="positions")
+    assert route((64, 80, 8, 8), (80, 1, 7, 7), (1, 1), 80, False) == Route(weight="pieces")
+    assert route((64, 40, 16, 16), (40, 1, 7, 7), (1, 1), 40, True) == Route(weight="pieces")
+    assert route((64, 96, 2, 2), (96, 1, 3, 3), (1, 1), 96, True) == Route(weight="positions")
+    assert route((64, 96, 2, 2), (96, 1, 3, 3), (1, 1), 96, False) == Route(weight="pieces")
+    assert route((64, 96, 4, 4), (96, 1, 3, 3), (1, 1), 96, True) == Route()
+    assert route((64, 96, 4, 4), (96, 1, 3, 3), (2, 2), 96, True) == Route(spread=True)
 
 
 def test_frozen_layers_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
