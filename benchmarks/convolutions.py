@@ -3,7 +3,7 @@
     python -m benchmarks convolutions        # 7 rounds
     PCAM_BENCH_BATCH=32 python -m benchmarks convolutions
 
-For each layer the input and weight gradients of oneDNN and, where ``route_of`` takes another route, of that one; both in turn,
+For each layer the forward pass and the input and weight gradients of oneDNN and of the route taken; both in turn,
 milliseconds, median. Then page faults and seconds of a resnet18 step at 96 px in float32, in two fresh processes: with the
 C library as it is, and with ``keep_freed_memory``. Writes results/convolutions.json.
 """
@@ -24,13 +24,16 @@ from torch.nn import functional as F
 
 from benchmarks.common import device_here, machine
 from benchmarks.settings import RESULTS, setting, write_result
-from pcam_automl.models.convolution import route_of, routed_conv2d
+from pcam_automl.models.convolution import route_of, routed_conv2d, trimmed
 
 LAYERS = (  # channels in and out, kernel, map, stride, padding, groups
     (672, 672, 5, 7, 2, 0, 672),
     (96, 96, 3, 33, 2, 0, 96),
     (160, 160, 7, 4, 1, 3, 160),
+    (320, 320, 7, 1, 1, 3, 320),
     (1152, 1152, 5, 2, 1, 2, 1152),
+    (1152, 1152, 3, 2, 1, 1, 1152),
+    (512, 512, 3, 1, 1, 1, 1),
     (512, 512, 3, 2, 1, 1, 1),
     (64, 128, 3, 16, 2, 1, 1),
     (1280, 320, 1, 2, 1, 0, 1),
@@ -74,14 +77,16 @@ def passes(layer: tuple[int, ...], dtype: torch.dtype, batch: int, n_rounds: int
         "route": lambda x, w: routed_conv2d(x, w, None, *pairs, groups),
     }
     found: dict[str, dict[str, float]] = {}
-    for what, of_input, of_weight in (("input", True, False), ("weights", False, True)):
+    for what, of_input, of_weight in (("forward", True, True), ("input", True, False), ("weights", False, True)):
         times: dict[str, list[float]] = {name: [] for name in sides}
         for round_ in range(n_rounds + 1):
             for name, side_ in sides.items():
-                answer = side_(x.requires_grad_(of_input), weight.requires_grad_(of_weight))
-                gradient = torch.ones_like(answer)
                 began = time.perf_counter()
-                torch.autograd.grad(answer, [x if of_input else weight], gradient)
+                answer = side_(x.requires_grad_(of_input), weight.requires_grad_(of_weight))
+                if what != "forward":
+                    gradient = torch.ones_like(answer)
+                    began = time.perf_counter()
+                    torch.autograd.grad(answer, [x if of_input else weight], gradient)
                 if round_:
                     times[name].append(1000 * (time.perf_counter() - began))
         found[what] = {name: statistics.median(values) for name, values in times.items()}
@@ -91,16 +96,15 @@ def passes(layer: tuple[int, ...], dtype: torch.dtype, batch: int, n_rounds: int
 def main() -> None:
     """Measure, print, write ``benchmarks/results/convolutions.json``."""
     device, batch, n_rounds = device_here(), setting("BATCH", 64), setting("ROUNDS", 7)
-    print(f"convolutions: batch {batch}, {n_rounds} rounds, milliseconds of a backward pass; {machine(device)}")
+    print(f"convolutions: batch {batch}, {n_rounds} rounds, milliseconds of a pass; {machine(device)}")
     rows: list[dict[str, Any]] = []
     for layer in LAYERS:
         channels, out, kernel, side, stride, pad, groups = layer
         for dtype in (torch.bfloat16, torch.float32):
-            shape, weights = (
-                torch.Size((batch, channels, side, side)),
-                torch.Size((out, channels // groups, kernel, kernel)),
-            )
-            route = route_of(shape, weights, (stride, stride), (pad, pad), groups, dtype == torch.bfloat16)
+            shape = torch.Size((batch, channels, side, side))
+            down, across, steps, pads = trimmed(shape[2:], torch.Size((kernel, kernel)), (stride, stride), (pad, pad))
+            weights = torch.Size((out, channels // groups, down[1] - down[0], across[1] - across[0]))
+            route = route_of(shape, weights, steps, pads, groups, dtype == torch.bfloat16)
             found = passes(layer, dtype, batch, n_rounds)
             name = f"{'depthwise ' if groups > 1 else ''}{kernel}x{kernel}, {channels} to {out} at {side} px, stride {stride}"
             text = "  ".join(f"{what}: {t['oneDNN']:.2f} -> {t['route']:.2f}" for what, t in found.items())

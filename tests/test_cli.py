@@ -96,6 +96,7 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     code, out, _ = run("status", "--json")
     status = json.loads(out)
     assert status["finished"] == 2
+    assert status["final"] is None
     assert status["best"]["recipe"]["crop_size"] == 32
     code, out, _ = run("status")
     assert "best: trial" in out
@@ -110,6 +111,11 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     labels = pd.read_csv(Path(final["out"]) / "submission_labels.csv")
     assert (labels["label"] == (submission["label"] >= 0.5)).all()
     assert json.loads((Path(final["out"]) / "submission.json").read_text())["trial"] == final["trial"]
+    assert json.loads(run("status", "--json")[1])["final"] == {
+        "model": str(Path(final["out"]) / "model"),
+        **{name: final[name] for name in ("trial", "auc", "auc_on", "auc_95")},
+    }
+    assert f"of trial {final['trial']}: AUC {final['auc']:.4f}" in run("status")[1]
     assert "Grad-CAM" in (Path(final["out"]) / "report.html").read_text()
 
     code, out, _ = run("score", final["submission"], "--labels", easy_raw / "test_labels.csv", "--json")
@@ -148,7 +154,7 @@ def test_train_gives_a_bundle_and_the_json_that_scripts_want(run: Any, easy_pack
     assert not list(Path().glob(".m.checkpoints"))
 
 
-def test_prepare_twice_and_verify(run: Any, easy_raw: Path) -> None:
+def test_prepare_twice_and_verify(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     code, out, err = run("prepare", easy_raw, "--out", "pack", "--json")
     assert code == 0, err
     first = json.loads(out)
@@ -156,6 +162,10 @@ def test_prepare_twice_and_verify(run: Any, easy_raw: Path) -> None:
     assert "already holds this source" in run("prepare", easy_raw, "--out", "pack")[2]
     code, _, err = run("prepare", easy_raw, "--out", "pack", "--verify")
     assert "all 150 patches equal the source" in err
+    ids = pd.read_csv(easy_raw / "train_labels.csv", dtype=str)["id"]
+    pd.DataFrame({"id": ids, "group": "one"}).to_csv("groups.csv", index=False)
+    told = "holds these patches with other slides or scanners (--groups, --domains)"
+    fails_with(run("prepare", easy_raw, "--out", "pack", "--groups", "groups.csv"), told)
 
 
 def test_prepare_with_the_other_choice_of_outliers_is_refused(run: Any, in_tmp: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pcam_automl import terminal
-from pcam_automl.data.pack import pack, verify
+from pcam_automl.data.pack import pack, same_names, verify
 from pcam_automl.data.packs import holds
 from pcam_automl.data.quality import findings, write_sheet
 from pcam_automl.data.sources import open_source
@@ -46,7 +46,14 @@ def run_prepare(
             terminal.say(f"{out} already holds this source; nothing to do (--verify re-reads it)")
             _print_store(open_store(out), as_json)
             return
-        raise DataError(f"--out {out} is not empty and does not hold this source; choose another folder or remove it")
+        other = "does not hold this source"
+        if (
+            is_pack(out)
+            and np.array_equal((store := open_store(out)).ids, source.ids)
+            and not same_names(store, source)
+        ):
+            other = "holds these patches with other slides or scanners (--groups, --domains)"
+        raise DataError(f"--out {out} is not empty and {other}; choose another folder or remove it")
     with terminal.counting("packing") as call:
         store = pack(source, out, keep_outliers=keep_outliers, progress=call)
     if check:

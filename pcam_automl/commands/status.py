@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -34,10 +36,38 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
         folder = folder / "of another study"  # not there
     ranking = rank_study(study, settings, folder)
     audit = audit_study(study, settings)
+    final = _final_of(folder)
     if as_json:
-        terminal.print_json({**summary.to_json(), **judged(ranking, audit)})
+        terminal.print_json({**summary.to_json(), **judged(ranking, audit), "final": final})
         return
     _print_summary(summary, ranking, audit)
+    if final is not None:
+        terminal.result(f"final network: {final['model']}, of trial {final['trial']}{_scored(final)}")
+
+
+def _scored(final: dict[str, Any]) -> str:
+    if final["auc"] is None:
+        return ""
+    interval = "" if final["auc_95"] is None else " (95 % {:.4f} to {:.4f})".format(*final["auc_95"])
+    return f": AUC {final['auc']:.4f}{interval} on the {final['auc_on']}"
+
+
+def _final_of(folder: Path) -> dict[str, Any] | None:
+    """What `finalize` wrote into the study's own folder: where the network lies, whose recipe it has, and the printed AUC; None where
+    there is none, or it lies elsewhere (``--out``).
+    """
+    card_file, model = folder / "final" / "submission.json", folder / "final" / "model"
+    if not (card_file.is_file() and model.is_dir()):
+        return None
+    try:
+        card = json.loads(card_file.read_text(encoding="utf-8"))
+        figures = {name: card.get(name) for name in ("auc", "auc_on", "auc_95")}
+        return {"model": str(model), "trial": int(card["trial"]), **figures}
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        terminal.say(
+            f"warning: {card_file} cannot be read ({type(fault).__name__}: {fault}); `pcam-automl finalize` writes it anew"
+        )
+        return None
 
 
 def judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:

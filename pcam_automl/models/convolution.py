@@ -3,7 +3,7 @@
 oneDNN's backward passes fall far behind its forward ones for some shapes. Measured here (two cores with AVX-512 bf16, 64
 images, channels last), milliseconds of oneDNN and of the route taken instead:
 
-    depthwise 5x5, 672 channels at 7 px, stride 2, bf16    input gradient 97, spread 0.9     weights 17, in pieces 1.3
+    depthwise 5x5, 672 channels at 7 px, stride 2, bf16    input gradient 97, spread 0.9     weights 17, in pieces 1.3, by positions 0.4
     depthwise 7x7, 160 channels at 4 px, bf16              weights 3.5, in pieces 1.4, by positions 0.2
     depthwise 3x3, 1152 channels at 2 px, bf16             weights 10, by positions 0.5
     depthwise 7x7, 320 channels at 1 px                    forward 5.3, trimmed to 1x1 0.1
@@ -11,8 +11,9 @@ images, channels last), milliseconds of oneDNN and of the route taken instead:
     3x3, 64 to 128 channels at 16 px, stride 2, bf16       weights 5.3, product 2.4
     1x1, 1280 to 320 channels at 2 px, bf16 (fp32)         weights 2.4 (2.6), product 0.6 (1.5); forward 0.9, product 0.5
 
-The answers are the same sums in another order. Which route a layer takes follows from its shapes alone, so that equal
-trainings stay equal; whether a network is routed at all is measured (training/compute.py).
+The answers are the same sums in another order; by positions, in bf16, each pair's sum is rounded to bf16 before pairs are added
+(an error of 0.2 % of the gradient, 0.16 % in pieces). Which route a layer takes follows from its shapes alone, so that
+equal trainings stay equal; whether a network is routed at all is measured (training/compute.py).
 
 Legend: B images, C and D channels in and out, H x W and P x Q sides in and out, k kernel side.
 """
@@ -34,8 +35,10 @@ Pair = tuple[int, int]
 
 FEW_POSITIONS = 1024
 """B * P * Q up to which a 1x1 convolution is a plain matrix product (four times as many for the weights in bf16)."""
-FEW_MEETINGS, FEW_MEETINGS_LARGE = 5_200, 25_000
-"""P * Q * H * W up to which a depthwise weight gradient in bf16 goes by positions, for kernels of 4 or 5 and of more."""
+FEW_MEETINGS, FEW_MEETINGS_LARGE = (5_200, 256), (25_000, 1_300)
+"""P * Q * H * W up to which a depthwise weight gradient in bf16 goes by positions, and the same an image, for kernels of up to 5
+and of more: the pairs are summed once, however few the images.
+"""
 FEW_WINDOWS, FEW_WINDOWS_LOW = 300, 600
 """B * P * Q up to which the weight gradient of a larger kernel is a product with its copied windows, in fp32 and in bf16."""
 
@@ -118,8 +121,8 @@ def route_of(shape: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair,
         if not groups == channels == out:
             return Route()
         large = max(reach) > 3
-        by_positions = n_meetings <= (FEW_MEETINGS if max(reach) <= 5 else FEW_MEETINGS_LARGE) if large else cramped
-        if low and by_positions:
+        most, most_of_image = FEW_MEETINGS if max(reach) <= 5 else FEW_MEETINGS_LARGE
+        if low and (large or cramped) and n_meetings <= min(most, most_of_image * n):
             return Route(spread=stride != (1, 1), weight="positions")
         in_pieces = (low or stride == (1, 1)) if large else cramped
         return Route(spread=low and stride != (1, 1), weight="pieces" if in_pieces else "onednn")
@@ -146,7 +149,9 @@ def routed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, 
     Returns:
         (B, D, P, Q).
     """
-    weight, padding = _trimmed(x.shape, weight, stride, padding)
+    (top, bottom), (left, right), stride, padding = trimmed(x.shape[2:], weight.shape[2:], stride, padding)
+    if (bottom - top, right - left) != weight.shape[2:]:
+        weight = weight[:, :, top:bottom, left:right]
     low_by_autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if low_by_autocast else x.dtype
     route = route_of(x.shape, weight.shape, stride, padding, groups, dtype == torch.bfloat16)
@@ -215,23 +220,32 @@ def _seen(side: int, n_out: int, span: int, step: int, pad: int) -> tuple[int, i
     return max(0, pad - (n_out - 1) * step), min(span, side + pad)
 
 
-def _trimmed(shape: torch.Size, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Pair]:
-    """The kernel without its edges that only ever meet the padding (7x7 on a map of 1x1), and the padding that is left.
+@cache
+def trimmed(side: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair, Pair]:
+    """A kernel without its edges that only ever meet the padding (7x7 on a map of 1x1).
 
-    A kernel that would need another padding before than behind is left as it is.
+    An axis that would need another padding before than behind is left as it is.
+
+    Args:
+        side: (H, W) of the input.
+        kernel: (k, k).
+        stride: down, across.
+        padding: down, across.
+
+    Returns:
+        First and past last row of the kernel that is left, the same of its columns, and its stride and padding.
     """
-    ends, pads = [], []
-    for side, span, step, pad in zip(shape[2:], weight.shape[2:], stride, padding, strict=True):
-        n_out = (side + 2 * pad - span) // step + 1
-        first, last = _seen(side, n_out, span, step, pad)
-        if last <= first or (side + 2 * (pad - first) - (last - first)) // step + 1 != n_out:
-            return weight, padding
-        ends.append((first, last))
-        pads.append(pad - first)
-    (top, bottom), (left, right) = ends
-    if bottom - top == weight.shape[2] and right - left == weight.shape[3]:
-        return weight, padding
-    return weight[:, :, top:bottom, left:right], (pads[0], pads[1])
+    found = []
+    for length, span, step, pad in zip(side, kernel, stride, padding, strict=True):
+        n_out = (length + 2 * pad - span) // step + 1
+        first, last = _seen(length, n_out, span, step, pad)
+        left = length + 2 * (pad - first) - (last - first)  # how far the kernel that is left can move
+        if last <= first or left // step + 1 != n_out:
+            found.append((0, span, step, pad))
+        else:
+            found.append((first, last, 1 if left == 0 else step, pad - first))
+    down, across = found
+    return down[:2], across[:2], (down[2], across[2]), (down[3], across[3])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -340,7 +354,7 @@ def positions_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, strid
     return torch.mm(pairs, meeting).view(weight.shape)
 
 
-@lru_cache(maxsize=64)  # of a search's many shapes the latest: at most 3 MB each
+@lru_cache(maxsize=32)  # of a search's many shapes the latest: 2 MB for 7x7 at 12 px
 def _meeting(side: torch.Size, out: torch.Size, kernel: torch.Size, stride: Pair, padding: Pair) -> Tensor:
     """(P * Q * H * W, k * k) of 0/1: output position (p, q) and input position (h, w) meet in weight (i, j)."""
     down, across = (

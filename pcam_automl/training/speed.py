@@ -33,7 +33,7 @@ from pcam_automl.versions import versions
 
 PROBE_BATCH_CPU = THOROUGH.largest_batch
 """Images that a step's seconds are of on a CPU, at most; a GPU is measured at the recipe's own batch."""
-PROBE = "variants 2"
+PROBE = "variants 3"
 """Part of every key: what an earlier release measured, among other variants, is measured again."""
 MORE_MEMORY = 1.2
 """Of the memory in which a micro-batch was found: with so much there is another look."""

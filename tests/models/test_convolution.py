@@ -22,6 +22,7 @@ from pcam_automl.models.convolution import (
     routed_conv2d,
     set_routed,
     spread_input_gradient,
+    trimmed,
     windows_weight_gradient,
 )
 
@@ -135,13 +136,14 @@ def test_a_routed_layer_is_the_plain_one(case: str, low: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "tf_efficientnet_lite0", "convnext_atto"])
-def test_a_routed_network_has_the_gradients_of_the_plain_one(name: str) -> None:
+def test_a_routed_network_has_the_gradients_of_the_plain_one(name: str, side: int) -> None:
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=1).train().to(memory_format=torch.channels_last)
     routed = copy.deepcopy(plain)
     set_routed(routed, True)
-    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, side, side).contiguous(memory_format=torch.channels_last)
     for network in (plain, routed):
         torch.manual_seed(1)  # stochastic depth
         network(images).square().sum().backward()
@@ -171,6 +173,44 @@ def test_what_cannot_be_routed_is_left_and_routing_is_undone() -> None:
     assert [type(module) for module in network] == before
 
 
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "padding", "expected"),
+    [
+        (1, 7, 1, 3, ((3, 4), 1, 0)),
+        (2, 7, 1, 3, ((2, 5), 1, 1)),
+        (1, 5, 2, 2, ((2, 3), 1, 0)),
+        (2, 3, 2, 1, ((1, 3), 1, 0)),
+        (2, 3, 1, 1, ((0, 3), 1, 1)),
+        (3, 3, 2, 1, ((0, 3), 2, 1)),
+        (9, 5, 2, 0, ((0, 5), 2, 0)),
+        (2, 3, 1, 4, ((0, 3), 1, 4)),
+    ],
+)
+def test_a_kernel_is_trimmed_to_what_meets_the_map(
+    side: int, kernel: int, stride: int, padding: int, expected: tuple[Pair, int, int]
+) -> None:
+    sides, kernels = torch.Size((side, 9)), torch.Size((kernel, 3))
+    rows, columns, strides, paddings = trimmed(sides, kernels, (stride, 1), (padding, 1))
+    assert (rows, strides[0], paddings[0]) == expected
+    assert (columns, strides[1], paddings[1]) == ((0, 3), 1, 1)
+
+
+def test_rounding_by_positions_is_as_small_as_the_gradients_own() -> None:
+    """Inputs far from zero and a gradient that sums to zero, as behind a rectifier and before a batch norm: pairs nearly cancel."""
+    rng = torch.Generator().manual_seed(0)
+    x = (torch.randn(64, 16, 8, 8, generator=rng) + 2).bfloat16()
+    gradient = torch.randn(64, 16, 8, 8, generator=rng)
+    gradient = (gradient - gradient.mean((0, 2, 3), keepdim=True)).bfloat16()
+    weight = torch.zeros(16, 1, 7, 7).bfloat16()
+    _, exact = torchs_own(x, weight, gradient, (1, 1), (3, 3), 16)
+    errors = [
+        float((route(gradient, x, weight, (1, 1), (3, 3)).float() - exact).norm() / exact.norm())
+        for route in (positions_weight_gradient, depthwise_weight_gradient)
+    ]
+    assert errors[0] < 0.01
+    assert errors[0] < 4 * errors[1]
+
+
 def test_the_route_follows_from_the_shapes() -> None:
     def route(shape: tuple[int, ...], kernel: tuple[int, ...], stride: Pair, groups: int, low: bool) -> Route:
         pad = kernel[-1] // 2
@@ -193,15 +233,28 @@ def test_the_route_follows_from_the_shapes() -> None:
     assert route((64, 40, 16, 16), (40, 1, 7, 7), (1, 1), 40, True) == Route(weight="pieces")
     assert route((64, 96, 2, 2), (96, 1, 3, 3), (1, 1), 96, True) == Route(weight="positions")
     assert route((64, 96, 2, 2), (96, 1, 3, 3), (1, 1), 96, False) == Route(weight="pieces")
+    assert route((8, 40, 12, 12), (40, 1, 7, 7), (1, 1), 40, True) == Route(weight="pieces"), "few images"
+    assert route((64, 96, 2, 400), (96, 1, 3, 3), (1, 1), 96, True) == Route(weight="pieces"), "too many pairs"
     assert route((64, 96, 4, 4), (96, 1, 3, 3), (1, 1), 96, True) == Route()
     assert route((64, 96, 4, 4), (96, 1, 3, 3), (2, 2), 96, True) == Route(spread=True)
 
 
-def test_frozen_layers_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = RoutedConv2d(4, 8, 3, padding=1)
+@pytest.mark.parametrize(
+    ("conv", "side"),
+    [
+        (RoutedConv2d(4, 8, 3, padding=1), 5),
+        (RoutedConv2d(4, 4, 7, padding=3, groups=4), 5),
+        (RoutedConv2d(4, 4, 7, padding=3, groups=4), 1),
+    ],
+    ids=["windows", "positions", "trimmed"],
+)
+def test_frozen_layers_get_no_gradient(conv: RoutedConv2d, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     conv.requires_grad_(False)
-    x = torch.randn(2, 4, 5, 5, requires_grad=True)
-    monkeypatch.setattr(convolution, "windows_weight_gradient", None)  # would fail if it were called
-    conv(x).sum().backward()
+    x = torch.randn(2, 4, side, side, requires_grad=True)
+    for route in ("windows_weight_gradient", "depthwise_weight_gradient", "positions_weight_gradient"):
+        monkeypatch.setattr(convolution, route, None)  # would fail if it were called
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = conv(x)
+    answer.sum().backward()
     assert x.grad is not None
     assert conv.weight.grad is None
