@@ -67,9 +67,15 @@ def epoch_rungs(recipe: Recipe, n_train: int) -> tuple[Rung, ...]:
     views = recipe.n_views(n_train)
     if recipe.schedule == "wsd":
         return (Rung(views, n_train),)
-    n_epochs = max(1, math.ceil(views / n_train - 1e-9))
-    ends = {min(views, n_train * (epoch + 1)) for epoch in range(n_epochs)} | set(stage_ends(recipe, views))
+    ends = {*epoch_ends(recipe, n_train), *stage_ends(recipe, views)}
     return tuple(Rung(end, n_train) for end in sorted(ends))
+
+
+def epoch_ends(recipe: Recipe, n_train: int) -> tuple[int, ...]:
+    """Views at which each epoch ends, the last, perhaps a part of one, at the recipe's views."""
+    views = recipe.n_views(n_train)
+    n_epochs = max(1, math.ceil(views / n_train - 1e-9))
+    return tuple(min(views, n_train * (epoch + 1)) for epoch in range(n_epochs))
 
 
 def stage_ends(recipe: Recipe, views: int) -> tuple[int, ...]:
@@ -138,7 +144,8 @@ def train_to_bundle(
             results = fit_paced(training, rows.train, pace, **calls)
         else:
             scored, keep_final = len(rows.score) > 0, recipe.schedule != "wsd"
-            results = fit(training, rows.train, rungs, scored=scored, keep_final=keep_final, **calls)
+            marks = epoch_ends(recipe, len(rows.train)) if recipe.schedule == "wsd" else ()
+            results = fit(training, rows.train, rungs, scored=scored, keep_final=keep_final, marks=marks, **calls)
         for result in results:
             watch.epoch(result)
             if result.rung != len(training.results) - 1:  # a resumed training repeats what it has behind it

@@ -295,6 +295,9 @@ def windows_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride:
         padding: of the convolution.
     """
     (high, wide), (n, out, down, across) = weight.shape[2:], gradient.shape
+    if (high, wide, *padding) == (1, 1, 0, 0):  # each window is a pixel: nothing to copy
+        seen = x if stride == (1, 1) else x[:, :, :: stride[0], :: stride[1]]
+        return torch.mm(_rows(gradient).t(), _rows(seen)).view(weight.shape)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))  # (B, H', W', C)
     by_image, by_row, by_column, by_channel = padded.stride()
     windows = padded.as_strided(

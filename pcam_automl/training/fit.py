@@ -60,6 +60,7 @@ def fit(
     scored: bool = True,
     checkpoints: Path | None = None,
     keep_final: bool = False,
+    marks: Sequence[int] = (),
     writer: CheckpointWriter | None = None,
     written: Callable[[Path], None] | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -75,6 +76,7 @@ def fit(
         scored: whether there are rows to score on.
         checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
         keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
+        marks: views at which the stable phase of a single rung leaves checkpoints, too, ascending.
         writer: writes the checkpoints, which the caller flushes; None writes each before its result is yielded.
         written: told of each checkpoint once it is whole, in the writer's thread if there is one.
         note: told of checkpoints that could not be read.
@@ -86,11 +88,19 @@ def fit(
     """
     resumed = resume(training, checkpoints, note)
     yield from training.results
+    if (inside := training.views - max((result.views for result in training.results), default=0)) > 0:
+        progress(inside)  # of a rung that a mark's checkpoint is in the middle of
+    assert not marks or len(rungs) == 1, "marks would take the numbers of rungs"
+
+    def marked(at: int) -> None:
+        if checkpoints is not None:
+            save(training, checkpoints, -1, writer, written, number=marks.index(at))
+
     for index in range(resumed, len(rungs)):
         if _is_over(training):
             break
         last = index == len(rungs) - 1
-        result, keeps = _rung(training, train_rows, rungs, index, scored, keep_final, stop, progress)
+        result, keeps = _rung(training, train_rows, rungs, index, scored, keep_final, (marks, marked), stop, progress)
         training.results.append(result)
         if training.recipe.patience is not None and _is_best(training):
             training.best = (index, training.averaged_state())
@@ -111,14 +121,18 @@ def _rung(
     index: int,
     scored: bool,
     keep_final: bool,
+    marks: tuple[Sequence[int], Callable[[int], None]],
     stop: Stop,
     progress: ProgressCall,
 ) -> tuple[RungResult, Callable[[], None]]:
-    """One rung: stable part, decay branch, score; and what drops the branch again, to be called after it is recorded."""
+    """One rung: stable part, told of at its ``marks``, decay branch, score; and what drops the branch again, to be called after it is
+    recorded.
+    """
     recipe, rung, began, start = training.recipe, rungs[index], time.perf_counter(), training.views
     wsd, end, last = recipe.schedule == "wsd", rungs[-1].views, index == len(rungs) - 1
     horizon = rungs[0].views if wsd else end  # warm-up and the frozen phase are shares of this
-    stream = ViewStream(training.key, train_rows[: rung.subset], start)
+    # A single rung with marks may begin in its middle, with the same stream all the same.
+    stream = ViewStream(training.key, train_rows[: rung.subset], 0 if marks[0] else start)
     stable = stable_views(recipe, rung)
 
     def rates_of(view: int) -> Rates:
@@ -129,7 +143,11 @@ def _rung(
         middle = view + recipe.batch_size / 2 - stable
         return rates_of(view).times(decay_branch(middle / (rung.views - stable)))
 
-    done = training.train(stream, start, stable, rates_of, stop, progress)
+    done = Segment(0.0, 0.0, 0.0, 0)
+    for at in [*(mark for mark in marks[0] if start < mark < stable), stable]:
+        done = done.then(training.train(stream, training.views, at, rates_of, stop, progress))
+        if at < stable:
+            marks[1](at)
     kept = training.snapshot() if wsd and (not last or keep_final) else None
     ema_updates = training.average.n_updates if training.average else 0
     if wsd and stable < rung.views:
@@ -206,10 +224,12 @@ def save(
     written: Callable[[Path], None] | None = None,
     *,
     by_clock: bool = False,
+    number: int | None = None,
 ) -> None:
     """Checkpoint ``<root>/<index>``, now or by the writer; the two newest stay. Of several ranks the first writes.
 
-    ``by_clock``: the numbers are parts of a training that ends by the clock (pace.py) and not rungs.
+    ``by_clock``: the numbers are parts of a training that ends by the clock (pace.py) and not rungs. ``number``: the folder's name, where
+    it is not the rung's, for a checkpoint in the middle of the one after ``index``.
     """
     if not ranks().is_first:
         return
@@ -239,15 +259,16 @@ def save(
     }
 
     foreign, training.foreign = training.foreign, []
+    target = root / str(index if number is None else number)
 
     def write() -> None:
-        write_checkpoint(root / str(index), parts=parts, state=state)
+        write_checkpoint(target, parts=parts, state=state)
         for folder in foreign:  # of another training, and perhaps of higher numbers: they would outlast ours
-            if folder.name != str(index):
+            if folder.name != target.name:
                 shutil.rmtree(folder, ignore_errors=True)
         keep_newest(root, 2)
         if written is not None:
-            written(root / str(index))
+            written(target)
 
     if writer is None:
         write()

@@ -150,6 +150,31 @@ def test_one_cycle_killed_at_any_step_ends_in_the_same_weights(
     assert same(whole, again)
 
 
+@pytest.mark.parametrize("stop_at", [1, 5, 9, 12, 14])
+def test_a_long_stable_phase_killed_at_any_step_ends_in_the_same_weights(
+    data: TrainingData, tmp_path: Path, stop_at: int
+) -> None:
+    rungs, marks = (Rung(240, 60),), (60, 120, 180, 240)  # the decay, from 180 on, has no checkpoint of its own
+    whole = start(RECIPE, data)
+    (expected,) = fitted(whole, rungs, marks=marks)
+    n_stops = 0
+
+    def stop() -> None:
+        nonlocal n_stops
+        n_stops += 1
+        if n_stops == stop_at:
+            raise Interrupted("enough", 15)
+
+    with pytest.raises(Interrupted):
+        list(fitted(start(RECIPE, data), rungs, marks=marks, checkpoints=tmp_path, stop=stop))
+    again, seen = start(RECIPE, data), list[int]()
+    (found,) = fitted(again, rungs, marks=marks, checkpoints=tmp_path, progress=seen.append)
+    assert (found.views, found.auc) == (expected.views, expected.auc)
+    assert same(whole, again)
+    assert abs(sum(seen) - 240) < 16, "what a checkpoint brought counts in the bar, to a batch"
+    assert seen.count(16) == 15 - {1: 0, 5: 4, 9: 8, 12: 8, 14: 8}[stop_at], "steps"
+
+
 def test_a_corrupt_checkpoint_is_named_and_the_older_one_used(data: TrainingData, tmp_path: Path) -> None:
     whole, first, second = start(RECIPE, data), start(RECIPE, data), start(RECIPE, data)
     list(fitted(whole, RUNGS))
