@@ -98,9 +98,9 @@ def test_batches_of_both_sides(store: PatchStore, capsys: pytest.CaptureFixture[
     assert "share of the batch" in capsys.readouterr().out
 
 
-def test_both_gradients_of_a_layer_are_timed_on_both_sides() -> None:
+def test_the_passes_of_a_layer_are_timed_on_both_sides() -> None:
     found = convolutions.passes((8, 8, 5, 4, 1, 2, 8), torch.bfloat16, 2, 1)
-    assert set(found) == {"input", "weights"}
+    assert set(found) == {"forward", "input", "weights"}
     assert all(set(times) == {"oneDNN", "route"} and min(times.values()) > 0 for times in found.values())
 
 
