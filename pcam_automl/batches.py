@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -147,18 +148,20 @@ def load_shared(store: PatchStore, device: torch.device) -> Tensor | None:
         None where there is nothing to share: on a CPU all map the same file; and where the patches are streamed, or the platform or
         torch's allocator cannot share (CUDA IPC is Linux's).
     """
-    if device.type != "cuda" or sys.platform != "linux":
-        return None
-    if not _can_send(device):
+    if device.type != "cuda" or not can_share(device):
         return None
     opened = open_patches(store, device)
     return opened.tensor if isinstance(opened, ResidentPatches) else None
 
 
-def _can_send(device: torch.device) -> bool:
-    """Whether torch hands tensors of the device to other processes: not if its allocator was told to take expandable segments, or CUDA's
-    own pool. Tried with a byte, since what is sent and never received is never freed.
+def can_share(device: torch.device) -> bool:
+    """Whether torch hands tensors of a GPU to other processes: on Linux alone, and not if its allocator was told to take CUDA's own pool.
+    Tried with a byte, since what is sent and never received is never freed. Expandable segments are sent without complaint, but whoever
+    receives them must be allowed to open another process's files (pidfd_getfd), which containers forbid (pytorch issue 165685).
     """
+    words = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")).lower()
+    if sys.platform != "linux" or "expandable_segments:true" in words.replace(" ", ""):
+        return False
     try:
         ForkingPickler.dumps(torch.empty(1, dtype=torch.uint8, device=device))
     except RuntimeError:  # each process then holds its own

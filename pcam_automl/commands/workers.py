@@ -11,6 +11,7 @@ import joblib
 import torch
 
 from pcam_automl import terminal
+from pcam_automl.batches import can_share
 from pcam_automl.config import find_data, storage_url, studies_folder
 from pcam_automl.configs_folder import find_config
 from pcam_automl.errors import DataError
@@ -98,7 +99,7 @@ def _n_on_gpu(recipe: Recipe, device: torch.device, asked: Asked, studies: Path,
         step_s=step_s,
         double_step_s=double_step_s,
         n_cores=max(1, int(joblib.cpu_count()) // torch.cuda.device_count()),  # whatever OMP_NUM_THREADS says
-        shares=shares,
+        shares=shares and can_share(device),
     )
 
 

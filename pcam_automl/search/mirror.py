@@ -61,13 +61,15 @@ class Mirror:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Upload ``<checkpoints>/<lineage>/<rung>`` and remove what the bucket has of earlier rungs."""
+        """Upload ``<checkpoints>/<lineage>/<rung>`` and remove what the bucket has of other rungs: earlier ones, and later ones of a deleted
+        study of that name.
+        """
         lineage, rung = checkpoint.parent.name, checkpoint.name
         with self._faults(f"the checkpoint of lineage {lineage}"):
             files = sorted(checkpoint.iterdir(), key=lambda file: file.name == LAST)
             for file in files:
                 self.client.upload_file(str(file), self.bucket, self._key("checkpoints", lineage, rung, file.name))
-            self._remove([key for n, keys in self._rungs(lineage).items() if n < int(rung) for key in keys])
+            self._remove([key for n, keys in self._rungs(lineage).items() if n != int(rung) for key in keys])
 
     def pull_checkpoint(self, lineage: str) -> None:
         """Bring the newest complete checkpoint here, if it is newer than what is here."""

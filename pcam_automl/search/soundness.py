@@ -73,7 +73,8 @@ def _slots_and_rows(
     held = collections.Counter(_lineage_name(slot, by_number) for slot in slots if slot.state != "open")
     faults += [f"{n} slots hold lineage {name}" for name, n in held.items() if name is not None and n > 1]
     done_names = {_lineage_name(slot, by_number) for slot in done}
-    going = {slot.lineage for slot in slots if slot.state in ("claimed", "thawing")}  # a paused one that goes on
+    # A paused one that goes on, or shall: a thaw that was interrupted leaves its slot open.
+    going = {slot.lineage for slot in slots if slot.state in ("claimed", "thawing", "open")}
     faults += [
         f"lineage {name} is finished and no slot is done for it" for name in sorted(finished - done_names - going)
     ]

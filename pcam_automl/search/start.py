@@ -6,7 +6,7 @@ the same. The sampler keeps at least three quarters of eight trials and more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FixedTrial
@@ -193,7 +193,12 @@ def n_prescribed(n_entries: int, n_trials: int) -> int:
     return min(n_entries, max(FIRST, int(MOST_SHARE * n_trials)))
 
 
-def enqueued_for(entries: Sequence[Enqueued], slot: Slot, n_trials: int) -> Enqueued | None:
-    """The slot's entry; None if it has none, goes on with a lineage, or failed before."""
-    fresh = slot.lineage is None and slot.attempts == 1
+def enqueued_for(
+    entries: Sequence[Enqueued], slot: Slot, n_trials: int, failed: Container[int | None] = ()
+) -> Enqueued | None:
+    """The slot's entry; None if it has none, goes on with a lineage, or is among the numbers of slots whose trials ``failed`` by themselves
+    since the search began: a recipe that cannot be trained is not tried again, one whose worker was stopped or whose machine was at
+    fault is, by the next search.
+    """
+    fresh = slot.lineage is None and slot.number not in failed
     return entries[slot.number] if fresh and slot.number < n_prescribed(len(entries), n_trials) else None

@@ -91,9 +91,7 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
         if isinstance(storage, RetryingStorage):
             # The study outlives the objective and its patches.
             storage.owner = storage.begins_with = storage.claim = None
-        # A GPU that failed fails here, too, which is no other fault.
-        with suppress(RuntimeError) if isinstance(objective.interrupted, DeviceFailed) else nullcontext():
-            objective.writer.flush()
+        _flush(objective)
 
 
 def _patrol(objective: Objective, slots: Slots, limits: Limits) -> Patrol[Silent]:
@@ -161,7 +159,8 @@ def _run_trials(
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
         claim.hold(turn.slot)
-        entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected)
+        failed = {row.user_attrs.get("slot") for row in trials[len(earlier) :] if failed_by_itself(row)}
+        entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected, failed)
         objective.origin = None if entry is None else entry.origin
         spent = turn.slot.number / n_expected if limits.clock is None else limits.clock.used_share()
         sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
@@ -313,15 +312,24 @@ def _storage_fault_behind(fault: BaseException) -> BaseException | None:
     return at
 
 
+def _flush(objective: Objective) -> None:
+    """Wait for the checkpoints. A GPU that failed fails here, too, which is no other fault."""
+    with suppress(RuntimeError) if isinstance(objective.interrupted, DeviceFailed) else nullcontext():
+        objective.writer.flush()
+
+
 def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
     """Close or give back the slot; 1 if the trial counts."""
     slots, folder = claim.slots, objective.opened.checkpoints
     if trial.state not in FINISHED:
         rows = objective.opened.study.get_trials(deepcopy=False)
-        if not objective.goes_on and counts_in(rows, slot.lineage):
-            slots.finish(slot)  # it had been thawed
-        else:
-            slots.reopen(slot, keep_lineage=objective.goes_on)
+        try:
+            _flush(objective)  # whoever takes the slot goes on from the last rung, and finds it
+        finally:
+            if not objective.goes_on and counts_in(rows, slot.lineage):
+                slots.finish(slot)  # it had been thawed
+            else:
+                slots.reopen(slot, keep_lineage=objective.goes_on)
         return 0
     if not claim.is_closed:
         slots.finish(slot)
@@ -332,6 +340,7 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
         finally:
             forget(objective.opened.mirror, folder, lineage)  # it never goes on
     else:
+        objective.writer.flush()  # it removes older ones itself
         trim(folder, lineage)
     return 0 if objective.thawed_from is not None else 1
 

@@ -187,7 +187,7 @@ def numbered_checkpoints(root: Path) -> list[Path]:
 
 
 def keep_newest(root: Path, n: int) -> None:
-    """Remove all but the ``n`` highest-numbered checkpoints."""
+    """Remove all but the ``n`` highest-numbered checkpoints. Another thread or process may do the same: what is gone is gone."""
     numbered = sorted((int(f.name), f) for f in root.iterdir() if f.name.isdigit())
     for _, folder in numbered[:-n]:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -345,6 +345,7 @@ def measure_compiled(
 
 _OUT_OF_MEMORY = (
     *("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED"),  # their handle found no room on a full card
     *("DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED"),  # cuDNN 9's names
     "unable to find an engine to execute",  # what torch says when no algorithm's workspace fits
 )

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pcam_automl.batches import ViewStream
 from pcam_automl.errors import DataError
@@ -28,6 +29,7 @@ from pcam_automl.training.checkpoint import (
     optimizer_fits,
     write_checkpoint,
 )
+from pcam_automl.training.compute import device_name
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
 from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
@@ -247,6 +249,7 @@ def save(
         "weights": training.weights,
         "recipe": training.recipe.hash,
         "compute": training.compute.to_json(),
+        "device_name": device_name(torch.device(training.compute.device)),
         "micro_batch": training.micro_batch,
         "micro_batches": list(training.micro_batches),
         "n_steps": training.n_steps,
@@ -317,9 +320,16 @@ def _take_over(training: Training, root: Path | None, note: Callable[[str], None
         note(f"{folder} was written by a release that groups parameters otherwise; training starts afresh")
         return
     training.restore(parts, views=state["views"], ema_updates=state["ema_updates"])
-    training.micro_batch, training.phase = state["micro_batch"], state["phase"]
+    here, training.phase = training.micro_batch, state["phase"]
+    training.micro_batch = state["micro_batch"]
     training.n_steps = state.get("n_steps", 0)  # checkpoints of earlier releases have neither
     training.micro_batches = [(step, n) for step, n in state.get("micro_batches", [(0, training.micro_batch)])]
+    own = device_name(torch.device(training.compute.device))
+    if (
+        training.micro_batch != here and state.get("device_name", own) != own
+    ):  # another device's memory says nothing of this one's
+        training.micro_batch = here
+        training.micro_batches.append((training.n_steps, here))
     training.best = None if state["best"] is None else (state["best"], parts["best"])
     training.results = [RungResult(**result) for result in state["results"]]
     training.n_resumed = int(state["rung"]) + 1

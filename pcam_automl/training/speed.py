@@ -114,7 +114,7 @@ class SpeedBook:
             found = measure_compiled(_builder(recipe), recipe.network_px, batch, eager)
             scale = self.probe_batch(recipe, device) / batch
             note = {"fault": found} if isinstance(found, str) else {"ready_s": found[0], "step_s": found[1] * scale}
-            self._note(key, {**entry, "compiled": note})
+            self._note(key, {**self._known[key], "compiled": note})
             entry = self._known[key]
         measured = entry["compiled"]
         if "fault" in measured:

@@ -91,6 +91,13 @@ def test_what_one_machine_leaves_another_has(client: Any, tmp_path: Path) -> Non
     assert there.lineages() == frozenset(), "though the list is of half a minute ago"
 
 
+def test_what_a_deleted_study_of_that_name_left_does_not_hide_ours(client: Any, tmp_path: Path) -> None:
+    older, ours = (open_mirror(f"s3://{BUCKET}", "study", tmp_path / name) for name in ("older", "ours"))
+    older.push_checkpoint(checkpoint(tmp_path / "older", "0", 1, 1.0))
+    ours.push_checkpoint(checkpoint(tmp_path / "ours", "0", 0, 0.0))
+    assert keys(client) == [f"study/checkpoints/0/0/{name}" for name in ("model.safetensors", "state.json")]
+
+
 def test_an_upload_that_was_cut_off_is_not_seen(client: Any, tmp_path: Path) -> None:
     mirror = open_mirror(f"s3://{BUCKET}", "study", tmp_path)
     client.put_object(Bucket=BUCKET, Key="study/checkpoints/7/2/model.safetensors", Body=b"half")

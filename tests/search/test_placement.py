@@ -114,6 +114,15 @@ def test_where_the_allocator_cannot_share_each_worker_holds_its_own(
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: tensor)  # no GPU is asked
     store, gpu = open_store(easy_pack), torch.device("cuda:0")
     assert load_shared(store, gpu) is tensor
+    for name in (
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    ):  # sent without complaint, and refused to the receiver
+        with monkeypatch.context() as told:
+            told.setenv(name, "max_split_size_mb:64, expandable_segments: True")
+            assert load_shared(store, gpu) is None
+            told.setenv(name, "expandable_segments:False")
+            assert load_shared(store, gpu) is tensor
     monkeypatch.setattr(batches.ForkingPickler, "dumps", refuses)
     assert load_shared(store, gpu) is None
 

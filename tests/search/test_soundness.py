@@ -55,6 +55,13 @@ def test_a_sound_study_is_sound(tmp_path: Path) -> None:
     assert (found.n_lineages, found.n_recomputed, found.n_checkpoints) == (2, 0, 1)
 
 
+def test_a_thaw_that_was_interrupted_leaves_its_slot_open_and_the_study_sound(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "1" / "0", parts={"model": {"w": torch.zeros(2)}}, state={"views": 3})
+    trials = [*SOUND_TRIALS[:3], row(3, "1", TrialState.FAIL, [])]
+    slots = [SOUND_SLOTS[0], slot(1, "open", "1", None)]
+    assert check_study(trials, slots, tmp_path, total=4).faults == ()
+
+
 @pytest.mark.parametrize(
     ("trials", "slots", "fault"),
     [

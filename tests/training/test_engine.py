@@ -23,6 +23,7 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
+from pcam_automl.training import fit as fit_module
 from pcam_automl.training import scoring as scoring_module
 from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
@@ -331,6 +332,23 @@ def test_micro_batches_give_the_same_gradients(data: TrainingData) -> None:
         training._gradients(np.arange(16), np.arange(16))
     for a, b in zip(whole.network.parameters(), halves.network.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-3, atol=2e-5)
+
+
+def test_what_fitted_another_device_s_memory_is_not_taken_over(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(RECIPE, data)
+    first.micro_batch = 4
+    first.micro_batches.append((0, 4))
+    list(zip(range(1), fitted(first, RUNGS, checkpoints=tmp_path), strict=False))
+    same_device, other = start(RECIPE, data), start(RECIPE, data)
+    resume(same_device, tmp_path, print)
+    assert same_device.micro_batch == 4
+    monkeypatch.setattr(fit_module, "device_name", lambda device: "a larger one")
+    resume(other, tmp_path, print)
+    assert other.micro_batch == 16
+    assert other.micro_batches == [(0, 16), (0, 4), (other.n_steps, 16)]
+    assert other.n_steps == same_device.n_steps > 0
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
