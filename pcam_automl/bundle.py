@@ -71,8 +71,11 @@ def check_bundle_target(folder: Path, *, option: str = "--out") -> None:
         option: the option that named it, for the message.
 
     Raises:
-        DataError: it is a file, or a folder that is not empty and has no ``bundle.json``.
+        DataError: it is a file, a mount point, or a folder that is not empty and has no ``bundle.json``.
     """
+    if folder.is_mount():
+        fault = "is a mount point, whose place nothing can take"
+        raise DataError(f"{option} {folder} {fault}; name a folder inside it")
     if folder.is_dir():
         if (folder / CARD).is_file() or not any(folder.iterdir()):
             return

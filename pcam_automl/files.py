@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -243,15 +243,16 @@ def sha256_of_json(value: Any) -> str:
 
 
 @contextmanager
-def locked(path: Path, *, busy: str) -> Iterator[None]:
+def locked(path: Path, *, busy: str, waits: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold an exclusive lock file for the block; the operating system frees it when the process dies.
 
     Args:
         path: the lock file; it is left in place.
         busy: the message if another process holds it.
+        waits: told ``busy``, whereupon the lock is waited for; None raises.
 
     Raises:
-        DataError: another process holds the lock.
+        DataError: another process holds the lock, and nobody waits.
     """
     import fcntl
 
@@ -262,5 +263,8 @@ def locked(path: Path, *, busy: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
-            raise DataError(busy) from fault
+            if waits is None:
+                raise DataError(busy) from fault
+            waits(busy)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

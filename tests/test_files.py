@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -180,6 +181,22 @@ def test_lock_refuses_the_second_holder_and_is_free_afterwards(tmp_path: Path) -
         pass
     with locked(lock, busy="taken"):
         pass
+
+
+def test_who_waits_for_a_lock_is_told_and_gets_it(tmp_path: Path) -> None:
+    lock, told, got = tmp_path / "l", threading.Event(), threading.Event()
+
+    def second() -> None:
+        with locked(lock, busy="taken", waits=lambda busy: told.set()):
+            got.set()
+
+    waiter = threading.Thread(target=second)
+    with locked(lock, busy="taken"):
+        waiter.start()
+        assert told.wait(30)
+        assert not got.is_set()
+    waiter.join(30)
+    assert got.is_set()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc on this system")

@@ -45,7 +45,11 @@ Space = Annotated[
 ]
 Holdout = Annotated[
     float | None,
-    typer.Option("--holdout", help="Share of the slides that nothing reads before finalize, in [0, 0.5].", metavar="F"),
+    typer.Option(
+        "--holdout",
+        help="Share of the slides that nothing is trained or scored on before finalize, in [0, 0.5].",
+        metavar="F",
+    ),
 ]
 Views = Annotated[
     int | None,

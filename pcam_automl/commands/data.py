@@ -30,6 +30,7 @@ def run_prepare(
     as_json: bool,
 ) -> None:
     """Pack a raw source, or with ``check`` compare an existing pack with it, patch by patch."""
+    out = out.resolve() if out.is_symlink() else out  # the pack takes the place of what the link names
     source = open_source(raw, groups=groups, domains=domains, sample=sample)
     for note in source.notes:
         terminal.say(note)
@@ -40,7 +41,7 @@ def run_prepare(
         terminal.say(f"{out}: all {len(store):,} patches equal the source")
         _print_store(store, as_json)
         return
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         if is_pack(out) and holds(open_store(out), source):
             _check_same_outliers(open_store(out), keep_outliers)
             terminal.say(f"{out} already holds this source; nothing to do (--verify re-reads it)")

@@ -41,7 +41,8 @@ def run_serve(
     """
     url = storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warn_of_open_address(host, dashboard_port or port)
+    if dashboard_port:
+        warn_of_open_address(host, dashboard_port)
     devices = devices_for(Asked(data=data, device=device), n_workers, per_device, url, shares=False)
     with storage_faults(url):
         engine = engine_of(open_storage(url))

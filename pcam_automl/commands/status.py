@@ -23,6 +23,9 @@ from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, su
 from pcam_automl.search.trial_rows import collector_paused
 from pcam_automl.search.whose_folder import foreign
 
+OF_ONE_TRAINING = ("data_key", "train_s")
+"""Of a bundle's provenance: what `finalize` also writes beside it, and no other training has."""
+
 
 @collector_paused()
 def run_status(name: str, url: str | None, *, as_json: bool) -> None:
@@ -36,7 +39,7 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
         folder = folder / "of another study"  # not there
     ranking = rank_study(study, settings, folder)
     audit = audit_study(study, settings)
-    final = _final_of(folder)
+    final = final_of(folder)
     if as_json:
         terminal.print_json({**summary.to_json(), **judged(ranking, audit), "final": final})
         return
@@ -52,7 +55,7 @@ def _scored(final: dict[str, Any]) -> str:
     return f": AUC {final['auc']:.4f}{interval} on the {final['auc_on']}"
 
 
-def _final_of(folder: Path) -> dict[str, Any] | None:
+def final_of(folder: Path) -> dict[str, Any] | None:
     """What `finalize` wrote into the study's own folder: where the network lies, whose recipe it has, and the printed AUC; None where
     there is none, or it lies elsewhere (``--out``).
     """
@@ -61,11 +64,17 @@ def _final_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
+        of_model = json.loads((model / "bundle.json").read_text(encoding="utf-8"))["provenance"]
+        if any(card.get(name) != of_model.get(name) for name in OF_ONE_TRAINING):
+            terminal.say(
+                f"warning: {card_file} is of an older network than {model}, whose finalize was cut off; repeat `pcam-automl finalize`"
+            )
+            return {"model": str(model), "trial": int(of_model["trial"]), "auc": None, "auc_on": None, "auc_95": None}
         figures = {name: card.get(name) for name in ("auc", "auc_on", "auc_95")}
         return {"model": str(model), "trial": int(card["trial"]), **figures}
     except (OSError, ValueError, KeyError, TypeError) as fault:
         terminal.say(
-            f"warning: {card_file} cannot be read ({type(fault).__name__}: {fault}); `pcam-automl finalize` writes it anew"
+            f"warning: {card_file}, or bundle.json beside it, cannot be read ({type(fault).__name__}: {fault}); `pcam-automl finalize` writes both anew"
         )
         return None
 

@@ -177,6 +177,8 @@ def _check_target(source: PatchSource, out: Path) -> None:
         raise DataError(f"the pack cannot be written to {out}: the raw data lie there; choose another --out")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; choose a folder for --out")
+    if out.is_mount():
+        raise DataError(f"{out} is a mount point, whose place nothing can take; name a folder inside it for --out")
     if out.is_dir() and any(out.iterdir()) and not (out / "store.json").is_file():
         raise DataError(f"{out} holds other things than a pack; choose an empty or new folder for --out")
 

@@ -60,7 +60,8 @@ def find_pack(
     target = new
     with locked(
         packs / f".{target.name}.lock",
-        busy=f"another process is packing {path} into {target}; wait for it, then repeat the command",
+        busy=f"another process is packing {path} into {target}: waiting for it",
+        waits=say,
     ):
         if is_pack(target) and is_of_this_version(target):
             return _with_findings_said(open_store(target), say)

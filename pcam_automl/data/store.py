@@ -226,7 +226,7 @@ def _read_header(root: Path) -> dict[str, Any]:
     return header
 
 
-_REMEDY = "pack the raw folder again with `pcam-automl prepare`"
+_REMEDY = "remove the pack's folder, then pack the raw one again with `pcam-automl prepare`"
 
 
 def _header_faults(header: dict[str, Any]) -> list[str]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl.bundle import load_bundle
+from pcam_automl.data.split_groups import slides_caveat
 from pcam_automl.errors import DataError
 from pcam_automl.files import write_json
 from pcam_automl.finalizing.decision import Decision
@@ -67,6 +69,7 @@ def finish_maps(
             notes.append(f"the {rows.name}: not scored, {fault}")
         else:
             what = f"{len(held):,} images kept back" if rows.kept_back else f"{len(held):,} holdout images"
+            what += slides_caveat(np.asarray(store.group)[held])
             pixel_auc, on = score.auc, f"pixels of {what}"
             scores = replace(scores, on=f"{len(scores.rows):,} px of {what}")
             write_scores(out / SCORES, scores, store.ids)

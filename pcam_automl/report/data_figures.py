@@ -226,7 +226,8 @@ def batch_sheet(store: PatchStore, recipe: Recipe, content: ReportContent) -> Pi
 def brightness_figure(store: PatchStore, noun: Noun = PATCH) -> Picture:
     """Mean brightness and colour spread by class: what a network could cheat with."""
     figure = new_figure(6.4, 3.0)
-    stats, label = np.asarray(store.stats), np.asarray(store.label)
+    seen = (np.asarray(store.flags) & (Flag.UNREADABLE | Flag.WRONG_SHAPE)) == 0  # the others' zeros measure nothing
+    stats, label = np.asarray(store.stats)[seen], np.asarray(store.label)[seen]
     measures = (
         (stats[:, :3].mean(1), "mean brightness (0 black, 1 white)"),
         (stats[:, 3:].mean(1), "contrast (standard deviation)"),
@@ -265,13 +266,14 @@ def finding_blocks(store: PatchStore, noun: Noun = PATCH) -> Iterator[Block]:
     flags = np.asarray(store.flags)
     worth = [*found.rows.tolist(), *_blurriest(store)]
     shown = list(dict.fromkeys(worth))[:N_FINDINGS]
+    left_out = "Unreadable" if store.source.get("keep_outliers") else "Black, white and unreadable"
     if shown:
         yield sheet(
             [boxed(store, row, noun) for row in shown],
             "findings.png",
             alt=f"{len(shown)} marked {noun.many}",
-            caption=f"The most conspicuous {noun.many}. Black, white and unreadable ones are left out of training; blurred ones "
-            "and duplicates are only reported.",
+            caption=f"The most conspicuous {noun.many}. {left_out} ones are left out of training; blurred ones and duplicates are only "
+            "reported.",
             texts=[f"{short(str(store.ids[row]), 19)}\n{_flag_words(int(flags[row]))}" for row in shown],
         )
 

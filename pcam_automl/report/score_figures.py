@@ -91,16 +91,23 @@ def score_facts(content: ReportContent, scores: Scores) -> Facts:
 def interval_text(content: ReportContent, scores: Scores) -> str:
     """The AUC's 95 % interval and what it is drawn over; why there is none, where all is of one slide."""
     cluster, store = clusters_of(content.store, scores), content.store
-    slides = store is not None and bool((np.asarray(store.group)[scores.rows] >= 0).any())
+    unknown = None if store is None else np.asarray(store.group)[scores.rows] < 0
+    slides = unknown is not None and not unknown.all()
     over, n = "slides" if slides else content.of_store.many, len(np.unique(cluster))
+    alone = 0 if unknown is None or not slides else int(unknown.sum())  # each for itself
     if n < 2:
         return f"no interval: all of one {over.removesuffix('s') if slides else content.of_store.one}"
     if (n_of_label := n_independent(scores.label, cluster)) < 2:
         return f"no interval: all of a label are of one {over.removesuffix('s') if slides else content.of_store.one}"
     low, high = auc_interval(scores.label, scores.prob, cluster)
     rare = f", {n_of_label:,} of which hold the rarer label" if n_of_label < n else ""
+    others = f" and {_counted(alone, content.of_store.many)} of no known slide" if alone else ""
     few = ", so a rough guess" if n_of_label < FEW_CLUSTERS else ""
-    return f"95 %: {low:.4f} to {high:.4f}, drawn over {n:,} {over}{rare}{few}"
+    return f"95 %: {low:.4f} to {high:.4f}, drawn over {_counted(n - alone, over)}{others}{rare}{few}"
+
+
+def _counted(n: int, many: str) -> str:
+    return f"{n:,} {many.removesuffix('s') if n == 1 and many == 'slides' else many}"
 
 
 def facts_on_test(maps: MapFigures) -> Facts:

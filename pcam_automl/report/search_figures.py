@@ -236,7 +236,7 @@ def parallel_figure(complete: list[FrozenTrial], names: Sequence[str], goal: Goa
     lines = [np.column_stack([np.arange(heights.shape[1]), row]) for row in heights]
     colours = colormaps[f"{MAP}_r" if goal.maximize else MAP]((values - values.min()) / span)
     axes.add_collection(LineCollection(lines, colors=colours, linewidths=np.linspace(1.0, 2.4, len(shown)), alpha=0.9))
-    ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.3f}"), (1.0, f"{values.max():.3f}")]]
+    ticks = [*[ticks for _, ticks in columns], [(0.0, f"{values.min():.4f}"), (1.0, f"{values.max():.4f}")]]
     for place, marks in enumerate(ticks):
         axes.axvline(place, color="#B8B8C0", linewidth=1, zorder=0)
         for height, text in marks:

@@ -339,7 +339,9 @@ def test_a_file_that_changes_after_it_was_read_changes_the_fingerprint(kaggle: P
     assert store.source["fingerprint"] != fingerprint(source)
 
 
-def test_the_pack_never_takes_the_place_of_other_things(kaggle: Path, tmp_path: Path) -> None:
+def test_the_pack_never_takes_the_place_of_other_things(
+    kaggle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source(kaggle)
     (tmp_path / "file").write_text("x")
     for out, words in (
@@ -349,6 +351,10 @@ def test_the_pack_never_takes_the_place_of_other_things(kaggle: Path, tmp_path: 
     ):
         with pytest.raises(DataError, match=words):
             pack(source, out)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_mount", lambda self: self == kaggle / "volume")
+        with pytest.raises(DataError, match="is a mount point"):
+            pack(source, kaggle / "volume")
     with pytest.raises(DataError, match="holds other things than a pack"):
         pack(source, kaggle / "train")
     assert len(list((kaggle / "train").iterdir())) == 8

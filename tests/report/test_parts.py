@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import timm
+from report_content import scores_of
 from scipy.stats import binomtest
 
 from pcam_automl.calibration import reliability
-from pcam_automl.data.store import open_store
+from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import normalisation
 from pcam_automl.recipe import Recipe
@@ -20,6 +23,7 @@ from pcam_automl.report.data_figures import batch_sheet, spread_rows
 from pcam_automl.report.examples import N_SHOWN, chosen
 from pcam_automl.report.group_figures import GroupAuc, forest_figure, group_aucs
 from pcam_automl.report.network_table import MOST_ROWS, layer_rows
+from pcam_automl.report.score_figures import interval_text
 from pcam_automl.scores import Scores
 
 
@@ -135,3 +139,17 @@ def test_a_group_without_an_interval_says_what_the_draws_are_over() -> None:
     assert "has all of a label in a single patch." in forest_figure(groups, "x.png", "slide", "").caption
     assert "in a single slide." in forest_figure(groups, "x.png", "scanner", "", over=SLIDE).caption
     assert "without a bar" not in forest_figure(groups[1:], "x.png", "slide", "").caption
+
+
+def test_what_an_interval_is_drawn_over_counts_patches_of_no_known_slide_apart(easy_pack: Path) -> None:
+    store = open_store(easy_pack)
+    held = scores_of(store)
+    group = np.asarray(store.group).copy()
+    unknown = held.rows[::3]
+    group[unknown] = -1
+    n_slides = len(np.unique(group[held.rows])) - 1
+    partly = SimpleNamespace(group=group, group_names=store.group_names)
+    text = interval_text(ReportContent("t", cast(PatchStore, partly)), held)
+    assert f"drawn over {n_slides} slides and {len(unknown)} patches of no known slide" in text
+    whole = interval_text(ReportContent("t", store), held)
+    assert "of no known slide" not in whole
