@@ -6,6 +6,7 @@ Searches nothing; what is chosen is decided in finalizing/, what is predicted an
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from pcam_automl.calibration import Calibration
 from pcam_automl.data.store import PatchStore
 from pcam_automl.ensemble import CARD as ENSEMBLE
 from pcam_automl.ensemble import member_folder, write_ensemble
-from pcam_automl.errors import DataError, InputError, StudyError, first_few
+from pcam_automl.errors import DataError, InputError, StudyError, TrainingDiverged, first_few
 from pcam_automl.files import check_can_write
 from pcam_automl.finalizing.choice import choose_trial, chosen_trial, settle_ties
 from pcam_automl.finalizing.decision import Decision, decide
@@ -30,14 +31,17 @@ from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
 from pcam_automl.finalizing.patches import RAW, finish_patches
 from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
-from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options
+from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options, words_of
+from pcam_automl.finalizing.seconds import averaging_within, confirm_seconds, members_that_fit, pace_of
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import CONFIRM_SHARE, FINAL_SHARE, budget_of, final_seconds, was_short
-from pcam_automl.search.confirm import confirm, confirm_folds, images_per_s
+from pcam_automl.search.budget import (
+    budget_of,
+    was_short,
+)
+from pcam_automl.search.confirm import confirm, confirm_folds
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
 from pcam_automl.search.pareto import Pick
-from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.search.whose_folder import ID_KEY
@@ -56,8 +60,6 @@ LONG_ENOUGH = 0.8
 """Of the training images that would fit the seconds now: a network that has seen so many is not trained again."""
 MUCH_SHORTER = 0.2
 """Of the training images of the network that is there: by the clock none is replaced by one that would see fewer."""
-CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
-"""Of finalize's seconds, where they are limited: what the confirmations may take at least."""
 
 
 class Assisted(Exception):
@@ -115,6 +117,10 @@ def finalize(
     check_threshold(threshold)
     if epochs is not None and not 0 < epochs < math.inf:
         raise InputError(f"--epochs must be greater than 0, got {epochs:g}")
+    asked: dict[str, str] = {"pick": pick}
+    asked["finalize"] = shlex.join(
+        words_of(options, which=which, pick=pick, threshold=threshold, epochs=epochs, budget_s=budget_of(opened.study))
+    )
     unconfirmed = (
         options.seconds is not None
         and options.ensemble == 1
@@ -123,14 +129,20 @@ def finalize(
     trial = chosen_trial(opened, which, pick, options.confirm > 1 and not unconfirmed, watch.train.note)
     which = which if pick == "best" else str(trial.number)
     dense = Candidate(lineage_of(trial), trial).recipe.task == "dense"
-    check_options(options, which=which, dense=dense, n_holdout=len(opened.split.holdout_rows()))
+    check_options(
+        options,
+        which=which,
+        dense=dense,
+        n_holdout=len(opened.split.holdout_rows()),
+        objective=opened.settings.goal.name,
+    )
     if options.submission:
         check_test_set(opened.store)
     check_ranks(Candidate(lineage_of(trial), trial).recipe)
     rows = final_rows(
         opened,
         options.keep_back,
-        options.confirm_folds,
+        options.confirm_folds if options.confirm > 0 else 0,
         limited=options.seconds is not None,
         note=watch.train.note,
     )
@@ -156,10 +168,13 @@ def finalize(
         pace = None
         if options.seconds is not None and epochs is None:
             until = began + options.seconds
-            pace = _pace(opened, member, rows, until, len(decision.members) - number, device)
-        _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, pick, used_up)
+            pace = pace_of(opened, member, rows, until, len(decision.members) - number, device)
+        _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, asked, used_up)
     if not part().is_first:
         raise Assisted
+    averaging = None
+    if options.seconds is not None and epochs is None and not dense:
+        averaging = averaging_within(opened, decision, rows, device, watch.train.note)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
@@ -175,6 +190,7 @@ def finalize(
             compare=options.compare,
             device=device,
             watch=watch,
+            averaging=averaging,
         )
     return replace(result, seconds=time.perf_counter() - began)
 
@@ -225,7 +241,11 @@ def _decided(
         folds=folds,
         spared=rows.held,
         device=device,
-        seconds=_confirm_seconds(opened, chosen, rows, options.seconds, device),
+        seconds=0.0
+        if _is_under_way(
+            opened, candidates, epochs, rows, out
+        )  # what chose it is stored; another shall not win over it now
+        else confirm_seconds(opened, chosen, rows, options.seconds, device),
         watch=watch.confirm,
     )
     if len({one.lineage for one in confirmations}) < 2:  # nothing to compare but by the search
@@ -235,7 +255,7 @@ def _decided(
     if most_members > 1 and options.seconds is not None:
         left_s = options.seconds - (time.perf_counter() - began)
         begun = _n_of_earlier_calls(opened, candidates, epochs, rows, out, most_members)
-        fit = _members_that_fit(opened, candidates, epochs, rows, device, left_s)
+        fit = members_that_fit(opened, candidates, epochs, rows, device, left_s)
         most_members = max(1, min(most_members, begun + fit))
         if most_members < options.ensemble:
             watch.train.note(
@@ -249,19 +269,26 @@ def _decided(
         seed=opened.settings.seed,
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
-        timed=not opened.settings.deterministic,
+        timed=not opened.settings.deterministic and not was_short(opened.study, opened.settings.plan.get("budget")),
     )
 
 
-def _confirm_seconds(
-    opened: OpenStudy, chosen: Candidate, rows: FinalRows, seconds: float | None, device: torch.device
-) -> float | None:
-    """What the confirmations may take of limited seconds: a seventh, or what 60 epochs of final training leave, up to half."""
-    if seconds is None:
-        return None
-    rate = images_per_s(opened, chosen, chosen.recipe, device)
-    needed_s = final_seconds(math.inf, rate, len(rows.train))
-    return max(CONFIRM_PART * seconds, min(0.5 * seconds, seconds - needed_s))
+def _is_under_way(
+    opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path
+) -> bool:
+    """Whether an earlier call was cut off in the final training of one of the candidates."""
+    return any(
+        can_go_on(
+            recipe_of_study(opened, one.trial, epochs, rows.train)[0],
+            opened.store,
+            rows.train,
+            rows.train[:0],
+            member_folder(out, 0),
+            weights=opened.weights,
+            by_clock=True,
+        )
+        for one in candidates
+    )
 
 
 def _n_of_earlier_calls(
@@ -280,46 +307,6 @@ def _n_of_earlier_calls(
     )
 
 
-def _members_that_fit(
-    opened: OpenStudy,
-    candidates: list[Candidate],
-    epochs: float | None,
-    rows: FinalRows,
-    device: torch.device,
-    left_s: float,
-) -> int:
-    """As many final trainings of the candidates, and predictions of the test patches, as fit the seconds left."""
-    slowest = 0.0
-    for candidate in candidates:
-        recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
-        rate = images_per_s(opened, candidate, recipe, device)
-        steps_s = OVERHEAD * recipe.n_views(n_train) / rate
-        slowest = max(slowest, steps_s + _predict_seconds(opened, recipe, rows, rate, device))
-    return max(0, int(left_s / slowest))
-
-
-def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device) -> float:
-    """Of one final network, eight views of each patch. How quickly it judges is measured: of three minutes on a slow machine a guess
-    cost a fifth; of a dense network it is guessed from its training's ``rate``.
-    """
-    n_shown = 8 * (len(rows.test) + len(rows.held))
-    judged = EVAL_SPEEDUP * rate if recipe.task == "dense" else opened.speed_book.judged_per_s(recipe, device)
-    return OVERHEAD * n_shown / judged
-
-
-def _pace(
-    opened: OpenStudy, member: Candidate, rows: FinalRows, until: float, n_left: int, device: torch.device
-) -> Pace:
-    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction are over by ``until``, by
-    ``time.perf_counter``.
-    """
-    recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
-    rate = from_first(lambda: images_per_s(opened, member, recipe, device))
-    predict_s = from_first(lambda: _predict_seconds(opened, recipe, rows, rate, device))
-    left_s = until - time.perf_counter()
-    return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
-
-
 def _train_member(
     opened: OpenStudy,
     member: Candidate,
@@ -331,7 +318,7 @@ def _train_member(
     device: torch.device,
     watch: FinalWatch,
     pace: Pace | None,
-    pick: Pick,
+    asked: dict[str, str],
     used_up: bool,
 ) -> None:
     """One of the final networks, as a bundle with its calibration; nothing where it lies there already.
@@ -371,7 +358,7 @@ def _train_member(
             "objective": opened.settings.goal.name,
             "trial_value": trial.value,
             "confirmed": None if confirmed is None else confirmed.to_json(),
-            "pick": pick,
+            **asked,
             "split_hash": opened.split.hash,
             "holdout": opened.settings.holdout,
             "kept_back": len(rows.held) if rows.kept_back else 0,
@@ -379,22 +366,30 @@ def _train_member(
         }
         last: dict[str, Tensor] = {}
         keeps = number == 0 and recipe.task == "patch" and recipe.ema > 0 and len(rows.held) > 0
-        trained = train_to_bundle(
-            recipe,
-            opened.store,
-            train_rows=rows.train,
-            score_rows=np.zeros(0, np.int64),
-            weights=opened.weights,
-            device=device,
-            speed=opened.speed_book,
-            out=folder,
-            provenance=provenance,
-            judged_rows=rows.held if len(rows.held) else None,
-            pace=pace,
-            watch=replace(watch.train, trained=lambda training: last.update(_weights_of(training)))
-            if keeps
-            else watch.train,
-        )
+        try:
+            trained = train_to_bundle(
+                recipe,
+                opened.store,
+                train_rows=rows.train,
+                score_rows=np.zeros(0, np.int64),
+                weights=opened.weights,
+                device=device,
+                speed=opened.speed_book,
+                out=folder,
+                provenance=provenance,
+                judged_rows=rows.held if len(rows.held) else None,
+                pace=pace,
+                watch=replace(watch.train, trained=lambda training: last.update(_weights_of(training)))
+                if keeps
+                else watch.train,
+            )
+        except TrainingDiverged as fault:
+            if ranks().is_first:  # what led there is not gone on from
+                shutil.rmtree(checkpoints_beside(folder), ignore_errors=True)
+            raise StudyError(
+                f"the final training of trial {trial.number} diverged ({fault}): at this length its learning rate of {recipe.lr:.3g} is too "
+                "large; finalize another with --trial N (`pcam-automl status` lists the best), or train fewer --epochs"
+            ) from fault
         if keeps and ranks().is_first:
             write_bundle(out / RAW, replace(trained.bundle, state=last))
     if ranks().is_first:

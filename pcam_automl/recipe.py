@@ -243,6 +243,11 @@ class Recipe(BaseModel):
         return max(1, math.ceil((5.0 if self.epochs is None else self.epochs) * n_train))
 
     @property
+    def n_test_views(self) -> int:
+        """Views of a patch that a prediction averages, as ``tta`` says."""
+        return {"dihedral": 8, "random": self.tta_views, "none": 1}[self.tta]
+
+    @property
     def hash(self) -> str:
         """SHA-256 over every field."""
         return sha256_of_json(self.model_dump(mode="json"))

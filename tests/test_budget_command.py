@@ -262,7 +262,7 @@ def test_what_was_trained_is_completed_though_the_budget_is_used_up(
 
     with monkeypatch.context() as patch:
         patch.setattr(finalize_module, "finish_patches", cut_off)
-        patch.setattr(finalize_module, "_pace", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
+        patch.setattr(finalize_module, "pace_of", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
         assert run("finalize", "--no-report")[0] == 130
     trained = sha256_of_file(Path("studies/pcam/final/model/model.safetensors"))
     set_budget(study, 0.001)
@@ -290,7 +290,7 @@ def test_confirmations_are_told_from_the_final_training_across_an_interruption(
     assert run("search", *options, "--trials", 2)[0] == 0
     study, _ = load_study("pcam")
     set_budget(study, 60.0)
-    monkeypatch.setattr(finalize_module, "_pace", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
+    monkeypatch.setattr(finalize_module, "pace_of", lambda *_: Pace(0.0, 1000.0))  # a step or two each part
 
     def cut_off(*_: object) -> None:
         raise Interrupted("interrupted", 2)

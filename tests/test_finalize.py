@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,23 +24,33 @@ from planted_study import probs_of, scored_trial, settings_of, study_with
 from safetensors.torch import load_file
 from warm_processes import run_warm
 
+import pcam_automl.finalize as finalize_module
+import pcam_automl.finalizing.seconds as seconds_module
+import pcam_automl.search.budget as budget_module
 from pcam_automl import cli
-from pcam_automl.bundle import load_bundle
+from pcam_automl.bundle import check_bundle_target, load_bundle
 from pcam_automl.commands.final_card import final_card, holdout_scores
+from pcam_automl.commands.report import study_commands
+from pcam_automl.commands.status import final_of
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
-from pcam_automl.errors import DataError, StudyError
+from pcam_automl.ensemble import member_folder
+from pcam_automl.errors import DataError, Interrupted, StudyError, TrainingDiverged
 from pcam_automl.files import locked
 from pcam_automl.finalize import FinalOptions, FinalWatch, final_recipe, finalize
 from pcam_automl.finalizing.choice import choose_trial, settle_ties
+from pcam_automl.finalizing.result import words_of
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.budget import set_budget
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
-from pcam_automl.train import TrainWatch, epoch_rungs, stage_ends
+from pcam_automl.train import TrainWatch, checkpoints_beside, epoch_rungs, stage_ends
+from pcam_automl.training.engine import RungResult
+from pcam_automl.training.pace import Pace
 from pcam_automl.training.schedule import rates_at
 
 CPU = torch.device("cpu")
@@ -306,3 +317,100 @@ def test_slides_kept_back_are_predicted_once_though_they_calibrate_and_judge(ope
     assert load_bundle(made.out / "model").calibration is not None
     assert [step.name for step in made.steps][-1] == "8 views"
     assert made.steps[-1].auc == pytest.approx(made.auc, abs=1e-9)
+
+
+def test_where_eight_views_take_too_much_of_a_budget_each_patch_is_shown_once(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_budget(opened.study, 60.0)
+    monkeypatch.setattr(budget_module, "MOST_PREDICT_SHARE", 1e-9)
+    notes: list[str] = []
+    watch = FinalWatch(train=TrainWatch(note=notes.append))
+    options = FinalOptions(confirm=0, seconds=2.0, keep_back=0.2)
+    made = finalize(opened, device=CPU, watch=watch, options=options)
+    card = json.loads((made.out / "submission.json").read_text())
+    assert (card["test_time_views"], card["test_time_averaging"]) == (1, "none")
+    assert load_bundle(made.out / "model").recipe.tta == "dihedral", "whoever has time for eight views has them"
+    n = len(opened.store.test_rows()) + len(made.scores.rows if made.scores is not None else ())
+    assert any(f"{n} patches are predicted in one view each" in note for note in notes)
+    monkeypatch.undo()
+    again = finalize(opened, device=CPU, options=options)
+    assert json.loads((again.out / "submission.json").read_text())["test_time_views"] == 8
+
+
+def test_a_final_training_that_diverges_names_the_way_out_and_leaves_nothing_to_go_on_from(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*args: object, **options: object) -> None:
+        checkpoints_beside(member_folder((opened.folder / "final").resolve(), 0)).mkdir(parents=True)
+        raise TrainingDiverged("the training loss became nan")
+
+    monkeypatch.setattr(finalize_module, "train_to_bundle", diverges)
+    with pytest.raises(StudyError, match=r"trial 0 diverged \(the training loss became nan\).*--trial N"):
+        finalize(opened, epochs=1.0, device=CPU, options=ONE)
+    assert not checkpoints_beside(member_folder((opened.folder / "final").resolve(), 0)).exists()
+
+
+def test_the_report_s_commands_hold_what_finalize_was_asked(opened: OpenStudy) -> None:
+    made = finalize(opened, epochs=1.0, threshold=0.4, device=CPU, options=FinalOptions(confirm=0, keep_back=0.2))
+    words = load_bundle(made.out / "model").provenance["finalize"]
+    assert words == "--threshold 0.4 --epochs 1 --confirm 0 --keep-back 0.2"
+    commands = study_commands("pcam", None, opened.settings, opened.study.get_trials(), None, str(words))
+    assert commands[-1] == f"pcam-automl finalize {words}"
+    plain = {"which": "best", "pick": "best", "threshold": None, "epochs": None}
+    assert words_of(FinalOptions(), **plain, budget_s=None) == []  # type: ignore[arg-type]
+    assert words_of(FinalOptions(seconds=9.0), **plain, budget_s=60.0) == []  # type: ignore[arg-type]
+    assert words_of(FinalOptions(ensemble=2, submission=False), **plain, budget_s=60.0) == [  # type: ignore[arg-type]
+        *("--no-budget", "--ensemble", "2", "--no-submission")
+    ]
+
+
+def test_an_older_network_s_figures_are_not_said_of_a_newer_one(
+    opened: OpenStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = finalize(opened, epochs=1.0, device=CPU, options=ONE)
+    found = final_of(opened.folder)
+    assert found is not None
+    assert found["auc"] == pytest.approx(made.auc)
+    card = json.loads((made.out / "submission.json").read_text())
+    (made.out / "submission.json").write_text(json.dumps({**card, "train_s": card["train_s"] + 1.0}))
+    found = final_of(opened.folder)
+    assert found == {
+        "model": str(opened.folder / "final" / "model"),
+        "trial": 0,
+        "auc": None,
+        "auc_on": None,
+        "auc_95": None,
+    }
+    assert "is of an older network" in capsys.readouterr().err
+
+
+def test_a_cut_off_final_training_goes_on_and_no_other_trial_is_confirmed_meanwhile(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was confirmed costs no time again, so that another would fit, might win, and take the training's place."""
+    allowed: list[float | None] = []
+
+    def confirmed(*args: object, seconds: float | None, **options: object) -> list[object]:
+        allowed.append(seconds)
+        return []
+
+    monkeypatch.setattr(finalize_module, "confirm", confirmed)
+    monkeypatch.setattr(seconds_module, "Pace", partial(Pace, saved_every_s=0.0))
+    options = FinalOptions(confirm=1, seconds=4.0, keep_back=0.0)
+
+    def part(result: RungResult) -> None:
+        if result.rung == 2:
+            raise Interrupted("enough", 15)
+
+    with pytest.raises(Interrupted):
+        finalize(opened, device=CPU, watch=FinalWatch(train=TrainWatch(epoch=part)), options=options)
+    finalize(opened, device=CPU, options=options)
+    assert allowed[0] is not None
+    assert allowed[0] > 0.0
+    assert allowed[1:] == [0.0]
+
+
+def test_a_folder_that_is_mounted_is_no_place_for_a_bundle() -> None:
+    with pytest.raises(DataError, match=r"--out / is a mount point.*name a folder inside it"):
+        check_bundle_target(Path("/"))

@@ -186,7 +186,12 @@ def report_of_study(
         study_settings=opened.settings,
         ranking=rank_study(opened.study, opened.settings, opened.folder, store=opened.store),
         reproduce=study_commands(
-            name, url, opened.settings, opened.study.get_trials(deepcopy=False), budget_of(opened.study)
+            name,
+            url,
+            opened.settings,
+            opened.study.get_trials(deepcopy=False),
+            budget_of(opened.study),
+            "" if bundle is None else str(bundle.provenance.get("finalize", "")),
         ),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
@@ -212,9 +217,16 @@ def _trial_of(study: Any, bundle: ModelBundle | None, goal: Goal) -> Any:
 
 
 def study_commands(
-    name: str, url: str | None, settings: StudySettings, trials: list[Any], budget_s: float | None = None
+    name: str,
+    url: str | None,
+    settings: StudySettings,
+    trials: list[Any],
+    budget_s: float | None = None,
+    final: str = "",
 ) -> tuple[str, ...]:
-    """The two commands that repeat a study, from what it remembers: with the same budget, else with as many finished trials; at least one."""
+    """The two commands that repeat a study, from what it remembers: with the same budget, else with as many finished trials; at least one.
+    ``final``: the options of `finalize`.
+    """
     from pcam_automl.commands.search import command_options
     from pcam_automl.search.reading import best_of, n_finished_in
 
@@ -225,7 +237,7 @@ def study_commands(
     search = f"{shlex.join(words)}{options}"
     if best_of(trials, settings.goal) is None:
         return (search, "# no trial is complete yet; once one is:", f"pcam-automl finalize{options}")
-    return (search, f"pcam-automl finalize{options}")
+    return (search, f"pcam-automl finalize{options}{f' {final}' if final else ''}")
 
 
 def search_options(settings: StudySettings) -> list[str]:

@@ -39,6 +39,10 @@ def choose_trial(study: optuna.Study, which: str) -> FrozenTrial:
         raise StudyError(
             f"trial {which} of study {study.study_name!r} is {trial.state.name}; choose a finished one, or best"
         )
+    if trial.value is None:
+        raise StudyError(
+            f"trial {which} of study {study.study_name!r} ended without a score (it diverged, say); choose another, or best"
+        )
     return trial
 
 

@@ -9,11 +9,9 @@ import numpy as np
 
 from pcam_automl.data.splits import slides_aside
 from pcam_automl.errors import DataError
+from pcam_automl.search.budget import KEPT_BACK_SHARE
 from pcam_automl.search.confirm import confirm_folds
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
-
-DEFAULT_SHARE = 0.1
-"""Of the patches, where the study has a budget and no holdout."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def final_rows(
     if len(held := split.holdout_rows()):
         return FinalRows(split.order, held, False)
     try:
-        rows = kept_back(opened, (DEFAULT_SHARE if limited else 0.0) if share is None else share, n_confirm_folds)
+        rows = kept_back(opened, (KEPT_BACK_SHARE if limited else 0.0) if share is None else share, n_confirm_folds)
     except DataError as fault:
         if share is not None:
             raise
@@ -69,12 +67,13 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     """Rows of about ``share`` of the training patches in whole slides, of folds that chose nothing. (n,) ascending; empty for 0.
 
     The fold that validated the search and those of the confirmations have chosen the recipe, so a score on them flatters. Where every
-    other fold confirms, only the validation fold is spared, and the confirmations leave these rows out of what they score.
+    other fold confirms, or each fold is a domain (none shall be left out whole), only the validation fold is spared, and the confirmations
+    leave these rows out of what they score.
 
     Args:
         opened: the study; its split's order is what could be trained on.
         share: in [0, 0.5].
-        n_confirm_folds: of the confirmations.
+        n_confirm_folds: of the confirmations; 0 where there are none.
 
     Raises:
         DataError: the folds hold too few slides of a label.
@@ -83,9 +82,9 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     if share == 0:
         return np.zeros(0, np.int64)
     fold = split.fold[split.order]
-    chose = (VALIDATION_FOLD, *confirm_folds(opened, n_confirm_folds))
+    chose = (VALIDATION_FOLD, *(confirm_folds(opened, n_confirm_folds) if n_confirm_folds else ()))
     free = ~np.isin(fold, chose)
-    if not free.any():
+    if not free.any() or opened.settings.split_by == "domains":
         free = fold != VALIDATION_FOLD
     pool = np.sort(split.order[free])
     wanted = min(1.0, share * len(split.order) / len(pool))

@@ -35,6 +35,7 @@ from pcam_automl.search.study import OpenStudy
 from pcam_automl.submission import LABELS_FILE as SUBMISSION_LABELS
 from pcam_automl.submission import SUBMISSION_FILE as SUBMISSION
 from pcam_automl.submission import write_submission
+from pcam_automl.training.scoring import Averaging
 from pcam_automl.training.start import without_excluded
 
 RAW = "model-raw"
@@ -81,6 +82,7 @@ def finish_patches(
     compare: bool,
     device: torch.device,
     watch: FinalWatch,
+    averaging: Averaging | None = None,
 ) -> FinalResult:
     """Predict with what lies in ``out``; write scores, tables, submission and provenance.
 
@@ -94,8 +96,9 @@ def finish_patches(
         compare: whether the holdout, or the slides kept back, shall say what each ingredient was worth.
         device: where to predict.
         watch: progress.
+        averaging: of views, in place of the recipes' own.
     """
-    judge, networks = open_judge(out, device)
+    judge, networks = open_judge(out, device, averaging=averaging)
     end = _Ending(
         opened, out, judge, networks, open_patches(opened.store, torch.device(networks[0].compute.device)), watch
     )
@@ -103,7 +106,7 @@ def finish_patches(
     rows = replace(rows, held=without_excluded(store, bundle.recipe, rows.held))
     if rows.kept_back and decision.calibration is None:
         decision = _calibrated(end, decision, rows)
-        judge, networks = open_judge(out, device)  # with its temperature
+        judge, networks = open_judge(out, device, averaging=averaging)  # with its temperature
         end = replace(end, judge=judge, networks=networks)
     figures, scores, steps = _on_held(end, trial, decision, rows, compare)
     operating = _operating(decision, scores)

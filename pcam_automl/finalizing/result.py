@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from pcam_automl.errors import InputError
 from pcam_automl.finalizing.compare import Step
 from pcam_automl.finalizing.decision import Decision
+from pcam_automl.goals import AUC
 from pcam_automl.operating import Operating
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
@@ -45,7 +46,7 @@ class FinalOptions:
     submission: bool = True
 
 
-def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: int) -> None:
+def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: int, objective: str = AUC.name) -> None:
     """Whether the options go together, before anything is trained.
 
     Args:
@@ -53,6 +54,7 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
         which: ``best`` or how else the trial is chosen.
         dense: whether the trial's task is one of maps.
         n_holdout: patches set aside.
+        objective: the study's.
 
     Raises:
         InputError: they do not.
@@ -67,6 +69,10 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
     if options.ensemble > 1:
         if dense:
             raise InputError(f"--ensemble {options.ensemble} belongs to task patch; leave it out for a dense study")
+        if objective != AUC.name:
+            raise InputError(
+                f"--ensemble {options.ensemble} blends for the AUC over all patches, and this study's objective is {objective}; leave it out"
+            )
         if which != "best":
             raise InputError(
                 f"--ensemble {options.ensemble} takes the best trials, so it goes with --trial best and --pick best, not with a single "
@@ -91,6 +97,38 @@ def check_options(options: FinalOptions, *, which: str, dense: bool, n_holdout: 
         raise InputError(
             "--compare needs slides that the final network has not seen, and this study has no holdout; give --keep-back 0.1, or search with --holdout 0.1"
         )
+
+
+def words_of(
+    options: FinalOptions,
+    *,
+    which: str,
+    pick: str,
+    threshold: float | None,
+    epochs: float | None,
+    budget_s: float | None,
+) -> list[str]:
+    """The options of `finalize` that make the same anew; what is so by default is left out.
+
+    Args:
+        options: as they were asked for; without seconds a study's budget was not heeded.
+        which: the trial.
+        pick: what ``best`` means.
+        threshold: of the 0/1 labels.
+        epochs: of the final training.
+        budget_s: the study's; None where it has none.
+    """
+    plain = FinalOptions()
+    words = ["--trial", which] if which != "best" else []
+    words += ["--pick", pick] if pick != "best" else []
+    words += ["--threshold", f"{threshold:g}"] if threshold is not None else []
+    words += ["--epochs", f"{epochs:g}"] if epochs is not None else []
+    words += ["--no-budget"] if budget_s is not None and options.seconds is None and epochs is None else []
+    for name in ("confirm", "confirm_folds", "ensemble", "keep_back"):
+        if (value := getattr(options, name)) != getattr(plain, name):
+            words += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    words += ["--compare"] if options.compare else []
+    return words + ([] if options.submission else ["--no-submission"])
 
 
 @dataclass

@@ -21,6 +21,11 @@ from pcam_automl.search.reading import n_finished_of
 TOTAL_KEY = "pcam_automl:budget_s"
 CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
 """Of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
+MOST_PREDICT_SHARE = 0.4
+"""Where a patch's eight views would take more of the budget, each is shown once: eight took 42 % off the error (docs/proof.md), about what
+seven tenths more training do."""
+KEPT_BACK_SHARE = 0.1
+"""Of the patches, that the final training leaves out to be judged by, where the study has a budget and no holdout."""
 MOST_FINAL_EPOCHS = 60.0
 """The final training is given no more; what that leaves of its share goes to the search."""
 FEW = 18
@@ -66,6 +71,8 @@ class BudgetPlan:
         whole_s: a whole trial of the network that the search starts with, scoring, decay branches and all.
         short: too little time to search in; see ``FEW``. Nothing is pruned then.
         used_s: what start-up had taken when it was planned.
+        predict_s: of ``final_s``, what the prediction is expected to take; the shares are those of the rest.
+        n_workers: that search side by side, each with trials of its own.
     """
 
     total_s: float
@@ -78,6 +85,8 @@ class BudgetPlan:
     whole_s: float
     short: bool = False
     used_s: float = 0.0
+    predict_s: float = 0.0
+    n_workers: int = 1
 
     @property
     def n_rungs(self) -> int:
@@ -100,9 +109,10 @@ class BudgetPlan:
             n_short: trials of a short search, at least one; what they do not need goes to the final training.
         """
         if not self.short:
-            return replace(self, whole_s=whole_s, n_started=_n_lineages(self.free_s, whole_s, mean_s))
-        free_s = min(SHORT_SHARE * self.total_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
-        search_s = _latest_short_s(self.total_s, self.used_s, free_s)
+            return replace(self, whole_s=whole_s, n_started=self.n_workers * _n_lineages(self.free_s, whole_s, mean_s))
+        rest_s = self.total_s - self.predict_s
+        free_s = min(SHORT_SHARE * rest_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
+        search_s = _latest_short_s(rest_s, self.used_s, free_s)
         final_s = self.total_s - search_s
         return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s, n_started=n_short)
 
@@ -114,8 +124,10 @@ def plan_budget(
     images_per_s: float | None = None,
     n_final: int = 0,
     may_be_short: bool = False,
+    predict_s: float = 0.0,
+    n_workers: int = 1,
 ) -> BudgetPlan:
-    """Split a budget: what the final training can use comes first, up to its share.
+    """Split a budget: the prediction is taken off it, then what the final training can use, up to its share.
 
     A whole trial is set so long that ``N_BRACKETS`` brackets, some 27 lineages, would fit if rows cost nothing: more of them would each
     be too short to rank, fewer would be no search.
@@ -123,21 +135,50 @@ def plan_budget(
     Args:
         total_s: the budget in seconds, positive.
         used_s: what start-up and packing have taken of the search's part already.
-        images_per_s: training speed of the network that the search starts with; None where it is unknown.
+        images_per_s: training speed of the network that the search starts with, as the final training has it; None where it is unknown.
         n_final: patches of the final training.
         may_be_short: whether a search of few lineages is cut down, ``FEW``; not where somebody named what is searched, or how.
+        predict_s: what predicting the test patches, and judging those kept back, takes.
+        n_workers: that search side by side.
     """
-    confirm_s, final_s = CONFIRM_SHARE * total_s, final_seconds(total_s, images_per_s, n_final)
-    search_s = total_s - confirm_s - final_s
+    rest_s = total_s - predict_s
+    confirm_s, train_s = CONFIRM_SHARE * rest_s, final_seconds(rest_s, images_per_s, n_final)
+    search_s, final_s = rest_s - confirm_s - train_s, train_s + predict_s
     free_s = max(search_s - used_s, 0.2 * search_s)
     trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
-    n_started = _n_lineages(free_s, trial_s)
-    has_all_it_can_use = final_s < FINAL_SHARE * total_s
+    n_started = n_workers * _n_lineages(free_s, trial_s)
+    has_all_it_can_use = train_s < FINAL_SHARE * rest_s
     if may_be_short and n_started < FEW and not has_all_it_can_use:
-        trial_s = max(SHORT_TRIAL_SHARE * total_s, LEAST_TRIAL_S)
-        plan = BudgetPlan(total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, short=True, used_s=used_s)
+        trial_s = max(SHORT_TRIAL_SHARE * rest_s, LEAST_TRIAL_S)
+        plan = BudgetPlan(
+            total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, True, used_s, predict_s, n_workers
+        )
         return plan.with_trial(trial_s)
-    return BudgetPlan(total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s, used_s=used_s)
+    return BudgetPlan(
+        total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s, False, used_s, predict_s, n_workers
+    )
+
+
+def n_test_views(total_s: float, seconds_a_view: float, views: int) -> int:
+    """Views of each patch that the final network is shown: ``views``, or one where those take too much of the budget.
+
+    Args:
+        total_s: the budget.
+        seconds_a_view: what predicting the test patches, and judging those kept back, takes in one view each.
+        views: as the recipe says.
+    """
+    return views if views * seconds_a_view <= MOST_PREDICT_SHARE * total_s else 1
+
+
+def too_many_to_predict(total_s: float, predict_s: float, n_patches: int) -> str | None:
+    """Why a budget is too small for its test set; None where it is not."""
+    if predict_s <= FINAL_SHARE * total_s:
+        return None
+    return (
+        f"--budget {total_s:g}s: predicting {n_patches:,} patches in one view each takes about {predict_s:.0f} s here, which leaves too little "
+        f"to search and train in; give --budget {math.ceil(predict_s / FINAL_SHARE / 30)}m or more, or search with --timeout instead "
+        "and finalize with --no-submission"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +205,8 @@ def short_search(planned: Mapping[str, Any] | None, total_s: float | None) -> Sh
     search_s = float(planned["search_s"])
     if "used_s" not in planned:  # of an early study
         return ShortSearch(int(planned["n_started"]), search_s)
-    latest_s = min(_latest_short_s(total_s, float(planned["used_s"])), FIRST_SHARE * total_s)
+    rest_s = total_s - float(planned.get("predict_s", 0.0))
+    latest_s = min(_latest_short_s(rest_s, float(planned["used_s"])), FIRST_SHARE * rest_s)
     return ShortSearch(int(planned["n_started"]), max(search_s, latest_s))
 
 
@@ -204,7 +246,7 @@ def final_seconds(total_s: float, images_per_s: float | None, n_final: int) -> f
     """Seconds that are kept for the final training: its share, or fewer where 60 epochs are over sooner.
 
     Args:
-        total_s: the budget.
+        total_s: the budget, without the prediction.
         images_per_s: training speed of the best trial's network; None before there is one.
         n_final: patches of the final training.
     """
@@ -237,6 +279,8 @@ class BudgetClock:
         n_final: patches of the final training.
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
         short: of a short search, what it may do; None of any other.
+        predict_s: what the prediction was planned to take.
+        speedup: of the final training over a worker's: on a CPU it has the cores of all of them.
         reserve_s: kept for confirmation and final training; see :meth:`learn`.
     """
 
@@ -246,6 +290,8 @@ class BudgetClock:
     n_final: int
     images_per_s: float | None = None
     short: ShortSearch | None = None
+    predict_s: float = 0.0
+    speedup: float = 1.0
     reserve_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -254,7 +300,7 @@ class BudgetClock:
     @property
     def parts(self) -> Parts:
         """What each part is to have, as far as :meth:`learn` knows; of a short search at most, and of its final training at least."""
-        confirm_s = 0.0 if self.short is not None else CONFIRM_SHARE * self.total_s
+        confirm_s = 0.0 if self.short is not None else CONFIRM_SHARE * (self.total_s - self.predict_s)
         return Parts(self.total_s - self.reserve_s, confirm_s, self.reserve_s - confirm_s)
 
     def left_for_rungs_s(self) -> float:
@@ -275,7 +321,9 @@ class BudgetClock:
             self.reserve_s = self.total_s - self.short.seconds
             return
         rate = self.images_per_s if best is None else best.user_attrs.get("images_per_s")
-        self.reserve_s = CONFIRM_SHARE * self.total_s + final_seconds(self.total_s, rate, self.n_final)
+        rate = None if rate is None else self.speedup * rate
+        rest_s = self.total_s - self.predict_s
+        self.reserve_s = self.predict_s + CONFIRM_SHARE * rest_s + final_seconds(rest_s, rate, self.n_final)
 
     @property
     def is_over(self) -> bool:

@@ -22,7 +22,7 @@ from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
 from pcam_automl.interrupt import signals_held
 from pcam_automl.models.factory import backbone_fault
-from pcam_automl.recipe import Recipe, build_recipe, scratch_warning
+from pcam_automl.recipe import PATCH_PX, Recipe, build_recipe, scratch_warning
 from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.asking import (
     DEFAULT_RECIPE,
@@ -36,7 +36,16 @@ from pcam_automl.search.asking import (
     without_shrinking,
     without_stage_fields,
 )
-from pcam_automl.search.budget import N_RUNGS, N_SHORT, BudgetPlan, plan_budget, too_late
+from pcam_automl.search.budget import (
+    KEPT_BACK_SHARE,
+    N_RUNGS,
+    N_SHORT,
+    BudgetPlan,
+    n_test_views,
+    plan_budget,
+    too_late,
+    too_many_to_predict,
+)
 from pcam_automl.search.cost import TrialSeconds, mean_trial_s, share_of_views
 from pcam_automl.search.domains import DOMAINS, check_domains, choose_domains, split_of
 from pcam_automl.search.mirror import open_mirror
@@ -46,6 +55,7 @@ from pcam_automl.search.plan import (
     first_backbone,
     first_that_runs,
     make_plan,
+    prediction_seconds,
     trial_seconds,
 )
 from pcam_automl.search.priors import NONE
@@ -171,6 +181,7 @@ def _decide(
     space, weights = with_weights(around_recipe(space, asked), asked, say)  # after what needs no network
     data = _data_of(path, asked, folder, say, pack_call)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    space, start = _within_patches(space, start, data.store, say)
     space = without_shrinking(space, start) if asked.space is None else space
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
@@ -211,7 +222,8 @@ def _decide(
         )
     if data.goal.name == "worst_domain_auc":
         scored = _search_rows(data.split)[1][: plan.n_score]
-        check_domains(data.store, without_excluded(data.store, common, scored), common)
+        for line in check_domains(data.store, without_excluded(data.store, common, scored), common):
+            say(line)
     first = start_list(
         space,
         start,
@@ -259,6 +271,17 @@ def _decide(
         enqueued=first.entries,
     )
     return settings, data.split, data.domains
+
+
+def _within_patches(space: SearchSpace, start: Recipe, store: PatchStore, say: Say) -> tuple[SearchSpace, Recipe]:
+    """The space and its start without crops that are larger than the patches; what somebody fixed is left to be refused."""
+    side = min(store.patches.shape[1:3])
+    if side >= PATCH_PX or start.task != "patch" or "crop_size" not in space.parameters:
+        return space, start
+    fitted = space.capped("crop_size", side)
+    crop = fitted.parameters["crop_size"].nearest(min(start.crop_size, side))
+    say(f"the patches are {side} px: crops up to {max(fitted.parameters['crop_size'].spread(2))} px are searched")
+    return fitted, start.model_copy(update={"crop_size": crop})
 
 
 def _may_be_followed(space: SearchSpace, budget: BudgetPlan | None, n_ahead: int) -> bool:
@@ -338,12 +361,20 @@ def _planned(
     if asked.budget_s is not None:
         first = first_that_runs(common, space)
         rate, n_final = speed.images_per_s(first, device), len(data.split.order)
+        n_judged = len(data.store.test_rows()) + (len(data.split.holdout_rows()) or round(KEPT_BACK_SHARE * n_final))
+        n_workers = asked.n_workers or 1
+        final_rate = rate * (n_workers if device.type == "cpu" else 1)
+        a_view_s = prediction_seconds(n_judged, final_rate)
+        if (why := too_many_to_predict(asked.budget_s, a_view_s, n_judged)) is not None:
+            raise StudyError(why)
         budget = plan_budget(
             asked.budget_s,
             used_s=process_age_s(),
-            images_per_s=rate,
+            images_per_s=final_rate,
             n_final=n_final,
             may_be_short=not _wants_search(asked),
+            predict_s=a_view_s * n_test_views(asked.budget_s, a_view_s, common.n_test_views),
+            n_workers=n_workers,
         )
     plan = make_plan(
         space,

@@ -11,7 +11,7 @@ import numpy as np
 from pcam_automl.config import SplitBy
 from pcam_automl.data.domains import Domains, estimate_domains, knows_domains, load_domains, write_domains
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, InputError, StudyError, did_you_mean
+from pcam_automl.errors import DataError, InputError, StudyError, did_you_mean, first_few
 from pcam_automl.goals import Goal
 from pcam_automl.metrics import LEAST_OF_A_LABEL
 from pcam_automl.recipe import Recipe
@@ -82,13 +82,16 @@ def kept_domains(store: PatchStore, file: Path, *, seed: int, expected: str) -> 
     return found
 
 
-def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> None:
+def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> list[str]:
     """Whether a worst domain can be told: two domains at least, each with enough patches of either label.
 
     Args:
         store: its domains.
         rows: those that each rung is scored on.
         recipe: of a dense task pixels are counted, by the masks.
+
+    Returns:
+        A line where there are domains with too few to be scored, which the objective cannot see.
 
     Raises:
         DataError: names what each domain holds.
@@ -111,3 +114,10 @@ def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> None:
             f"{len(rows)} that a rung is scored on, got (positive and negative) {held or 'no domain'}; give --domains CSV with "
             "more domains, more slides of the rare one, another --seed, or --objective auc"
         )
+    unseen = [name for name, n in counts.items() if min(n) < LEAST_OF_A_LABEL]
+    if not unseen:
+        return []
+    return [
+        f"warning: {first_few(unseen)} {'has' if len(unseen) == 1 else 'have'} fewer than {LEAST_OF_A_LABEL} {what} of a label among the "
+        f"{len(rows)} that a rung is scored on: the worst domain is told among the others"
+    ]

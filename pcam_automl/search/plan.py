@@ -82,6 +82,11 @@ def trial_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n_score: int, images_
     return OVERHEAD * (views + len(rungs) * n_score / EVAL_SPEEDUP) / images_per_s
 
 
+def prediction_seconds(n_views: int, images_per_s: float) -> float:
+    """Expected seconds of showing a network so many views that it only judges, by its training speed."""
+    return OVERHEAD * n_views / EVAL_SPEEDUP / images_per_s
+
+
 def planned_reach(planned: Mapping[str, Any], n_rungs: int) -> list[int]:
     """Trials that are expected to reach each rung.
 

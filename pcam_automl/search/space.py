@@ -106,6 +106,25 @@ class SearchSpace:
                 parameters[name] = replace(parameter, when=when)
         return SearchSpace(self.base, parameters)
 
+    def capped(self, field: str, most: int) -> SearchSpace:
+        """The space with no number above ``most`` for one of its dimensions (crops larger than the patches, say).
+
+        Raises:
+            RecipeError: none would be left.
+        """
+        parameter = self.parameters.get(field)
+        if parameter is None:
+            return self
+        if parameter.kind == "choice":
+            return self.without_choices(field, [one for one in parameter.choices if is_number(one) and one > most])
+        if parameter.high <= most:
+            return self
+        if parameter.low > most:
+            raise RecipeError(f"{field} in the space begins at {parameter.low:g}, and the patches allow {most} at most")
+        step = parameter.step or 1.0
+        high = parameter.low + (most - parameter.low) // step * step
+        return SearchSpace(self.base, {**self.parameters, field: replace(parameter, high=high)})
+
     def suggest(
         self, trial: BaseTrial, defaults: Mapping[str, Any], smallest_input: Callable[[str], int] | None = None
     ) -> Recipe:

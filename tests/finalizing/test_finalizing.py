@@ -338,3 +338,10 @@ def test_two_confirmations_decide_whatever_the_search_says_of_ties(
     assert len(decided[0].confirmed) == 2
     assert decided[0].tie is not None or decided[0].members[0].lineage == decided[0].confirmed[0].lineage
     assert "settled" not in notes
+
+
+def test_a_blend_for_the_auc_is_no_answer_to_another_objective() -> None:
+    options = FinalOptions(ensemble=2)
+    check_options(options, which="best", dense=False, n_holdout=9)
+    with pytest.raises(InputError, match="blends for the AUC over all patches, and this study's objective is log_loss"):
+        check_options(options, which="best", dense=False, n_holdout=9, objective="log_loss")

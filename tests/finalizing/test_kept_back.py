@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -42,7 +43,7 @@ def study_of(n_slides: int, per_slide: int, seed: int, holdout: float = 0.0) -> 
         development_rows=lambda: np.arange(n),
     )
     held = cast(PatchStore, store)
-    split, settings_ = make_split(held, seed=seed, holdout=holdout), SimpleNamespace(goal=AUC)
+    split, settings_ = make_split(held, seed=seed, holdout=holdout), SimpleNamespace(goal=AUC, split_by="slides")
     words = {"store": held, "split": split, "settings": settings_}
     return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=Recipe()))
 
@@ -83,6 +84,25 @@ def test_a_holdout_judges_alone_and_nothing_is_kept_back_unless_seconds_are_limi
         f"{len(rows.held)} patches of {len(rows.held) // 3} slides are kept back to judge the final network; "
         "--keep-back 0 trains on them, too"
     ]
+
+
+def test_of_folds_that_are_domains_none_is_left_out_whole() -> None:
+    """The validation fold and the confirming one aside, what is left may be one rare scanner."""
+    opened = study_of(60, 3, 0)
+    third = opened.split.fold.copy()
+    third[:] = np.repeat(np.arange(60) % 20, 3)
+    third[third > 2] %= 2  # folds 0 and 1 hold most slides, fold 2 a twentieth of them
+    opened = cast(OpenStudy, SimpleNamespace(**{**vars(opened), "split": replace(opened.split, fold=third)}))
+    rare = set(np.flatnonzero(third == 2).tolist())
+    assert set(kept_back(opened, 0.1, 1).tolist()) == rare
+    opened.settings.split_by = "domains"
+    rows = set(kept_back(opened, 0.1, 1).tolist())
+    assert 0 < len(rows & rare) < len(rare) or not rows & rare
+    assert rows - rare
+    opened.settings.split_by = "slides"
+    assert len(kept_back(opened, 0.1, 0)) > len(rare), (
+        "without confirmations every fold but the first may be drawn from"
+    )
 
 
 def test_where_a_label_is_too_rare_it_is_said_and_what_was_asked_for_is_refused() -> None:

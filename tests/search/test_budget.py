@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ from pcam_automl.search.budget import (
     ShortSearch,
     budget_of,
     final_seconds,
+    n_test_views,
     plan_budget,
     set_budget,
     short_search,
+    too_many_to_predict,
     typical_trial_s,
     was_short,
 )
@@ -46,9 +49,10 @@ from pcam_automl.search.ledger import (
 from pcam_automl.search.worker import _plan_anew
 
 
-@given(st.floats(10, 1e6), st.floats(0, 60))
-def test_the_parts_of_a_budget_make_the_whole(total_s: float, used_s: float) -> None:
-    plan = plan_budget(total_s, used_s=used_s)
+@given(st.floats(10, 1e6), st.floats(0, 60), st.floats(0, 0.6))
+def test_the_parts_of_a_budget_make_the_whole(total_s: float, used_s: float, predicted: float) -> None:
+    plan = plan_budget(total_s, used_s=used_s, predict_s=predicted * total_s)
+    assert plan.final_s >= plan.predict_s == predicted * total_s
     assert plan.search_s + plan.confirm_s + plan.final_s == pytest.approx(total_s)
     assert plan.trial_s > 0
     assert plan.n_started >= 1
@@ -300,3 +304,44 @@ def test_the_final_training_has_its_share_until_a_speed_is_known() -> None:
 def test_a_whole_trial_is_estimated_from_the_median_first_rung() -> None:
     assert typical_trial_s([], [2.2, 3.0], 9.0) == 9.0
     assert typical_trial_s([1.0, 50.0, 2.0], [2.2, 3.0], 9.0) == pytest.approx(2.0 * (1 + 2.2 + 6.6))
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_what_the_prediction_takes_is_no_part_of_the_search_s_nor_of_the_training_s(short: bool) -> None:
+    """57,458 test patches take minutes on a laptop: without their time in the plan a budget of six ended with an untrained network."""
+    options = {"used_s": 20.0, "images_per_s": 300.0, "n_final": 10**6, "may_be_short": short}
+    plain, large = plan_budget(600.0 if short else 6000.0, **options), None  # type: ignore[arg-type]
+    large = plan_budget(plain.total_s + 300.0, **options, predict_s=300.0)  # type: ignore[arg-type]
+    assert (plain.short, large.short) == (short, short)
+    for part in ("search_s", "confirm_s", "trial_s", "free_s"):
+        assert getattr(large, part) == pytest.approx(getattr(plain, part))
+    assert large.final_s == pytest.approx(plain.final_s + 300.0)
+    held = None if not short else short_search(asdict(large), large.total_s)
+    clock = BudgetClock(large.total_s, 0.0, time.monotonic(), 10**6, 300.0, held, predict_s=300.0)
+    if not short:
+        assert clock.parts == Parts(
+            pytest.approx(large.search_s), pytest.approx(large.confirm_s), pytest.approx(large.final_s)
+        )
+    assert clock.parts.final_s > 300.0 + 0.2 * plain.total_s
+
+
+def test_views_are_given_up_before_the_training_is() -> None:
+    assert n_test_views(600.0, 29.9, 8) == 8
+    assert n_test_views(600.0, 30.1, 8) == 1
+    assert too_many_to_predict(600.0, 360.0, 57_458) is None
+    said = too_many_to_predict(600.0, 361.0, 57_458)
+    assert said is not None
+    assert "--budget 600s: predicting 57,458 patches in one view each takes about 361 s" in said
+    (minutes,) = map(int, re.findall(r"give --budget (\d+)m", said))
+    assert too_many_to_predict(60.0 * minutes, 361.0, 57_458) is None
+
+
+def test_workers_side_by_side_start_more_trials_and_train_the_final_network_with_all_cores() -> None:
+    one, four = (plan_budget(300.0, used_s=10.0, may_be_short=True, n_workers=n) for n in (1, 4))
+    assert (one.short, four.short) == (True, False)
+    wide = plan_budget(3000.0, used_s=10.0)
+    many = plan_budget(3000.0, used_s=10.0, n_workers=8)
+    assert many.n_started == 8 * wide.n_started
+    assert many.with_trial(20.0, mean_s=30.0).n_started == 8 * wide.with_trial(20.0, mean_s=30.0).n_started
+    slow, quick = (BudgetClock(3000.0, 0.0, time.monotonic(), 1000, 100.0, speedup=n) for n in (1.0, 4.0))
+    assert quick.parts.final_s == pytest.approx(slow.parts.final_s / 4)

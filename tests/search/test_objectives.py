@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from test_search import opened_in, search
 
 from pcam_automl.commands.report import search_options
 from pcam_automl.commands.status import finished_line
-from pcam_automl.data.store import open_store
+from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, InputError, StudyError
 from pcam_automl.finalizing.choice import choose_trial
 from pcam_automl.goals import goal_of
@@ -152,7 +154,12 @@ def test_too_few_of_a_label_are_named_with_what_each_domain_holds(easy_pack: Pat
     )
     with pytest.raises(DataError, match="scanner0 9 and 9, scanner1 4 and 9"):
         check_domains(store, rows, Recipe())
-    check_domains(store, np.append(rows, np.flatnonzero((domain == 1) & (label == 1))[4]), Recipe())
+    enough = np.append(rows, np.flatnonzero((domain == 1) & (label == 1))[4])
+    assert check_domains(store, enough, Recipe()) == []
+    rare = np.where(np.isin(np.arange(len(domain)), enough[:2]), 2, domain)  # two patches of a third scanner
+    three = SimpleNamespace(label=label, domain=rare, domain_names=(*store.domain_names[:2], "rare"), masks=None)
+    (line,) = check_domains(cast(PatchStore, three), np.append(enough, np.flatnonzero(domain == 0)[-9:]), Recipe())
+    assert line.startswith("warning: rare has fewer than 5 patches of a label among the ")
 
 
 def test_settings_of_earlier_releases_are_of_the_auc_over_slides(tmp_path: Path, asked: Asked) -> None:

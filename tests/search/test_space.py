@@ -194,6 +194,18 @@ def test_missing_backbones_are_dropped_with_what_depends_on_them() -> None:
         space.pinned({"backbone": "resnet18"}).without_choices("backbone", ["resnet18"])
 
 
+def test_a_cap_leaves_the_steps_of_a_range_and_the_choices_below_it() -> None:
+    space = parse_space("parameters: {crop_size: {int: [32, 96], step: 16}, batch_size: {choice: [16, 32]}}", "s")
+    assert space.capped("crop_size", 80).parameters["crop_size"].spread(99) == [32, 48, 64, 80]
+    assert space.capped("crop_size", 50).parameters["crop_size"].spread(99) == [32, 48]
+    assert space.capped("crop_size", 40).parameters["crop_size"].spread(99) == [32]
+    assert space.capped("crop_size", 96) is space
+    assert space.capped("batch_size", 20).choices("batch_size") == (16,)
+    assert space.capped("lr", 1) is space
+    with pytest.raises(RecipeError, match="crop_size in the space begins at 32, and the patches allow 24 at most"):
+        space.capped("crop_size", 24)
+
+
 def test_choices_of_a_fixed_field_is_its_value() -> None:
     space = parse_space(SMALL, "s")
     assert space.choices("views") == (1000,)

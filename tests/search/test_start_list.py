@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import optuna
 import pytest
 
 from pcam_automl.config import Enqueued
+from pcam_automl.data.store import PatchStore
 from pcam_automl.recipe import Recipe
+from pcam_automl.search.create import _within_patches
 from pcam_automl.search.plan import Plan, build_rungs, first_backbone, planned_side, trial_seconds
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
@@ -207,13 +211,14 @@ def slot(number: int, lineage: str | None = None, attempts: int = 1) -> Slot:
     return Slot(number, "claimed", lineage, None, None, attempts, 0)
 
 
-def test_a_slot_takes_its_entry_once_and_never_in_place_of_its_lineage() -> None:
+def test_a_slot_takes_its_entry_until_it_fails_and_never_in_place_of_its_lineage() -> None:
     entries = tuple(Enqueued(origin=f"{i}", params={}) for i in range(3))
     assert enqueued_for(entries, slot(2), 12) == entries[2]
     assert enqueued_for(entries, slot(3), 12) is None
     assert enqueued_for(entries, slot(2), 8) is None
     assert enqueued_for(entries, slot(1, lineage="1"), 12) is None
-    assert enqueued_for(entries, slot(1, attempts=2), 12) is None, "a recipe that failed is not tried again"
+    assert enqueued_for(entries, slot(1, attempts=2), 12) == entries[1], "stopped before its first rung"
+    assert enqueued_for(entries, slot(1, attempts=2), 12, failed={1}) is None, "a recipe that failed is not tried again"
     assert enqueued_for((), slot(0), 12) is None
 
 
@@ -305,3 +310,19 @@ def test_a_pinned_backbone_is_tried_at_the_largest_crop_too() -> None:
         (96, 0.67),
         (96, 1.0),
     ]
+
+
+def test_patches_smaller_than_96_px_bound_the_crops_and_the_start() -> None:
+    said: list[str] = []
+    space, start = space_of("default", False), start_recipe("default", False)
+    store = cast(PatchStore, SimpleNamespace(patches=SimpleNamespace(shape=(9, 50, 50, 3))))
+    fitted, first = _within_patches(space, start, store, said.append)
+    assert fitted.parameters["crop_size"].spread(99) == [32, 48]
+    assert first.crop_size == 48
+    assert said == ["the patches are 50 px: crops up to 48 px are searched"]
+    store.patches.shape = (9, 96, 96, 3)  # type: ignore[misc]
+    assert _within_patches(space, start, store, said.append) == (space, start)
+    pinned = space.pinned({"crop_size": 96})
+    store.patches.shape = (9, 50, 50, 3)  # type: ignore[misc]
+    assert _within_patches(pinned, start, store, said.append) == (pinned, start), "what somebody fixed is refused later"
+    assert len(said) == 1

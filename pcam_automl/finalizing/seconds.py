@@ -1,0 +1,110 @@
+"""How limited seconds are dealt at the end: to confirmations, final trainings and the prediction. Trains nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from pcam_automl.finalizing.decision import Decision
+from pcam_automl.finalizing.kept_back import FinalRows
+from pcam_automl.finalizing.recipe import recipe_of_study
+from pcam_automl.recipe import Recipe
+from pcam_automl.search.budget import (
+    CONFIRM_SHARE,
+    FINAL_SHARE,
+    MOST_PREDICT_SHARE,
+    budget_of,
+    final_seconds,
+    n_test_views,
+)
+from pcam_automl.search.confirm import images_per_s
+from pcam_automl.search.confirmations import Candidate
+from pcam_automl.search.plan import OVERHEAD, prediction_seconds
+from pcam_automl.search.study import OpenStudy
+from pcam_automl.training.pace import Pace
+from pcam_automl.training.ranks import from_first
+from pcam_automl.training.scoring import Averaging
+
+CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
+"""Of finalize's seconds, where they are limited: what the confirmations may take at least."""
+
+
+def confirm_seconds(
+    opened: OpenStudy, chosen: Candidate, rows: FinalRows, seconds: float | None, device: torch.device
+) -> float | None:
+    """What the confirmations may take of limited seconds, the prediction taken off: a seventh, or what 60 epochs of final training leave,
+    up to half.
+    """
+    if seconds is None:
+        return None
+    rate = images_per_s(opened, chosen, chosen.recipe, device)
+    needed_s = final_seconds(math.inf, rate, len(rows.train))
+    rest_s = max(0.0, seconds - _predict_seconds(opened, chosen.recipe, rows, rate, device))
+    return max(CONFIRM_PART * rest_s, min(0.5 * rest_s, rest_s - needed_s))
+
+
+def members_that_fit(
+    opened: OpenStudy,
+    candidates: list[Candidate],
+    epochs: float | None,
+    rows: FinalRows,
+    device: torch.device,
+    left_s: float,
+) -> int:
+    """As many final trainings of the candidates, and predictions of the test patches, as fit the seconds left."""
+    slowest = 0.0
+    for candidate in candidates:
+        recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
+        rate = images_per_s(opened, candidate, recipe, device)
+        steps_s = OVERHEAD * recipe.n_views(n_train) / rate
+        slowest = max(slowest, steps_s + _predict_seconds(opened, recipe, rows, rate, device))
+    return max(0, int(left_s / slowest))
+
+
+def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device) -> float:
+    """Of one final network. How quickly it judges is measured: of three minutes on a slow machine a guess cost a fifth; of a dense
+    network it is guessed from its training's ``rate``.
+    """
+    if recipe.task == "dense":
+        return prediction_seconds(8 * (len(rows.test) + len(rows.held)), rate)
+    return _test_views(opened, recipe, rows, device) * _seconds_a_view(opened, recipe, rows, device)
+
+
+def _seconds_a_view(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device) -> float:
+    return OVERHEAD * (len(rows.test) + len(rows.held)) / opened.speed_book.judged_per_s(recipe, device)
+
+
+def _test_views(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device) -> int:
+    """Views of each patch: the recipe's, or one where those take too much of the study's budget."""
+    total_s = budget_of(opened.study) or math.inf
+    return n_test_views(total_s, _seconds_a_view(opened, recipe, rows, device), recipe.n_test_views)
+
+
+def averaging_within(
+    opened: OpenStudy, decision: Decision, rows: FinalRows, device: torch.device, note: Callable[[str], None]
+) -> Averaging | None:
+    """``none`` where the views of all networks, as their recipes say, would take too much of a budget; None is as they say."""
+    recipes = [recipe_of_study(opened, one.trial, None, rows.train)[0] for one in decision.members]
+    if all(_test_views(opened, recipe, rows, device) == recipe.n_test_views for recipe in recipes):
+        return None
+    note(
+        f"{len(rows.test) + len(rows.held):,} patches are predicted in one view each: the average of {recipes[0].n_test_views} would take more "
+        f"than {100 * MOST_PREDICT_SHARE:.0f} % of the budget (`pcam-automl predict` with the network averages them)"
+    )
+    return "none"
+
+
+def pace_of(
+    opened: OpenStudy, member: Candidate, rows: FinalRows, until: float, n_left: int, device: torch.device
+) -> Pace:
+    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction are over by ``until``, by
+    ``time.perf_counter``.
+    """
+    recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
+    rate = from_first(lambda: images_per_s(opened, member, recipe, device))
+    predict_s = from_first(lambda: _predict_seconds(opened, recipe, rows, rate, device))
+    left_s = until - time.perf_counter()
+    return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
