@@ -22,6 +22,7 @@ from pcam_automl.commands import models
 from pcam_automl.commands.search import Work, _budget
 from pcam_automl.errors import Interrupted, NoStudyError
 from pcam_automl.files import sha256_of_file
+from pcam_automl.report import rehearsal
 from pcam_automl.search.budget import budget_of, set_budget
 from pcam_automl.search.ledger import Ledger, intervals_of, spent_parts, spent_s
 from pcam_automl.search.lineages import lineages_of
@@ -398,3 +399,21 @@ def test_what_another_host_spent_during_our_start_up_counts_once(run: Any, easy_
     later, _ = _budget(opened, Work(None, 600.0, since=time.monotonic()))
     assert later is not None
     assert 600.0 - later.left_s() - later.reserve_s == pytest.approx(100.0, abs=2.0)
+
+
+def test_what_the_report_will_take_is_not_the_final_training_s(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        run(
+            *("search", "--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--trials", 1, "--views", 64)
+        )[0]
+        == 0
+    )
+    opened = open_study("pcam", None)
+    set_budget(opened.study, 1e6)  # beside which this process' age is nothing
+    monkeypatch.setattr(rehearsal, "expected_seconds", lambda: 4e5)
+    without, with_report = (models._seconds_left(opened, drawn) for drawn in (False, True))
+    assert without is not None
+    assert with_report is not None
+    assert without - with_report == pytest.approx(4e5, abs=60.0)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
@@ -41,9 +40,6 @@ from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
 from pcam_automl.training.pace import N_PARTS
 from pcam_automl.training.ranks import first_before_others, from_first, joined, ranks
-
-REPORT_S, REPORT_ON_ONE_CORE_S = 12.0, 22.0
-"""Of a budget, kept for the report's page: Grad-CAM, figures, and the import of matplotlib."""
 
 
 @contextmanager
@@ -202,8 +198,12 @@ def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
     total_s = budget_of(opened.study)
     if total_s is None:
         return None
-    report_s = REPORT_S if torch.get_num_threads() > 1 else REPORT_ON_ONE_CORE_S
-    left_s = total_s - spent_with(opened.study, process_age_s()) - (report_s if with_report else 0.0)
+    report_s = 0.0
+    if with_report:
+        from pcam_automl.report.rehearsal import expected_seconds  # matplotlib, which only a report needs
+
+        report_s = expected_seconds()
+    left_s = total_s - spent_with(opened.study, process_age_s()) - report_s
     if left_s <= 0:
         return 0.0
     terminal.say(f"{terminal.duration(left_s)} of the budget of {terminal.duration(total_s)} are left for finalize")

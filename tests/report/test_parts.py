@@ -17,6 +17,7 @@ from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import normalisation
 from pcam_automl.recipe import Recipe
+from pcam_automl.report import rehearsal
 from pcam_automl.report.blocks import Picture
 from pcam_automl.report.content import SLIDE, ReportContent, losses
 from pcam_automl.report.data_figures import batch_sheet, spread_rows
@@ -153,3 +154,11 @@ def test_what_an_interval_is_drawn_over_counts_patches_of_no_known_slide_apart(e
     assert f"drawn over {n_slides} slides and {len(unknown)} patches of no known slide" in text
     whole = interval_text(ReportContent("t", store), held)
     assert "of no known slide" not in whole
+
+
+def test_a_report_is_expected_to_take_what_figures_take_here_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = iter([9.0, 0.2, 0.1])  # the first one imports and reads fonts; of two the less disturbed counts
+    monkeypatch.setattr(rehearsal, "_seconds_of_a_figure", lambda: next(took))
+    assert rehearsal.expected_seconds() == pytest.approx(0.1 * rehearsal.FIGURES)
+    monkeypatch.undo()
+    assert 0.0 < rehearsal._seconds_of_a_figure() < 30.0
