@@ -136,7 +136,10 @@ def _in_one_line(fault: Exception) -> tuple[str, int]:
     if isinstance(fault, PcamError):
         return f"error: {fault}", fault.exit_code
     first = (str(fault).strip().splitlines() or [""])[0][:300]
-    return f"error: unexpected {type(fault).__name__}: {first} (--debug shows where; please report it)", 1
+    return (
+        f"error: unexpected {type(fault).__name__}: {first} (`pcam-automl --debug COMMAND ...` shows where; please report it)",
+        1,
+    )
 
 
 _PARSER_FAULT: type[Any] = typer.BadParameter.__mro__[2]

@@ -142,7 +142,8 @@ def finalize(
     rows = final_rows(
         opened,
         options.keep_back,
-        options.confirm_folds if options.confirm > 0 else 0,
+        options.confirm_folds,
+        confirms=options.confirm > 0,
         limited=options.seconds is not None,
         note=watch.train.note,
     )
@@ -178,7 +179,9 @@ def finalize(
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
-        result = finish_maps(opened, first, decision, rows, out, threshold=threshold, device=device, watch=watch)
+        result = finish_maps(
+            opened, first, decision, rows, out, threshold=threshold, device=device, watch=watch, asked=asked
+        )
     else:
         result = finish_patches(
             opened,
@@ -191,6 +194,7 @@ def finalize(
             device=device,
             watch=watch,
             averaging=averaging,
+            asked=asked,
         )
     return replace(result, seconds=time.perf_counter() - began)
 
@@ -235,17 +239,19 @@ def _decided(
             f"trial {trial.number} is not confirmed: no other fold holds two domains with patches enough of either label"
         )
         return Decision((chosen,), (1.0,))
+    limited = options.seconds is not None and epochs is None
+    if goes_on := limited and _is_under_way(opened, candidates, epochs, rows, out):
+        watch.train.note(
+            "an earlier call was cut off in its final training: no other trial is confirmed before that is done"
+        )
     confirmations = confirm(
         opened,
         candidates,
         folds=folds,
         spared=rows.held,
         device=device,
-        seconds=0.0
-        if _is_under_way(
-            opened, candidates, epochs, rows, out
-        )  # what chose it is stored; another shall not win over it now
-        else confirm_seconds(opened, chosen, rows, options.seconds, device),
+        seconds=None if goes_on else confirm_seconds(opened, chosen, rows, options.seconds, device),
+        stored_only=goes_on,
         watch=watch.confirm,
     )
     if len({one.lineage for one in confirmations}) < 2:  # nothing to compare but by the search

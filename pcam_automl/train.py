@@ -28,7 +28,7 @@ from pcam_automl.predict_dense import StripRecorder
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import clusters_of_rows, scores_text
 from pcam_automl.training.checkpoint import newest_checkpoint
-from pcam_automl.training.compute import Compute, autotuned, device_name
+from pcam_automl.training.compute import Compute, autotuned, device_name, is_of
 from pcam_automl.training.dense import DenseTask, always_negative_accuracy
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, fit
@@ -238,7 +238,7 @@ def _variant(
     if found is not None:
         state = found[2]
         theirs = (state["recipe"], state.get("data"), state["compute"]["device"])
-        if theirs == (recipe.hash, of_data, str(device)):
+        if theirs == (recipe.hash, of_data, str(device)) and is_of(state.get("device_name"), device):
             return Compute(**state["compute"])
     return speed.compute_for(recipe, device, views=views)
 

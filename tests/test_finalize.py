@@ -330,6 +330,7 @@ def test_where_eight_views_take_too_much_of_a_budget_each_patch_is_shown_once(
     made = finalize(opened, device=CPU, watch=watch, options=options)
     card = json.loads((made.out / "submission.json").read_text())
     assert (card["test_time_views"], card["test_time_averaging"]) == (1, "none")
+    assert card["auc_on"].endswith(", in one view each")
     assert load_bundle(made.out / "model").recipe.tta == "dihedral", "whoever has time for eight views has them"
     n = len(opened.store.test_rows()) + len(made.scores.rows if made.scores is not None else ())
     assert any(f"{n} patches are predicted in one view each" in note for note in notes)
@@ -353,8 +354,10 @@ def test_a_final_training_that_diverges_names_the_way_out_and_leaves_nothing_to_
 
 def test_the_report_s_commands_hold_what_finalize_was_asked(opened: OpenStudy) -> None:
     made = finalize(opened, epochs=1.0, threshold=0.4, device=CPU, options=FinalOptions(confirm=0, keep_back=0.2))
-    words = load_bundle(made.out / "model").provenance["finalize"]
-    assert words == "--threshold 0.4 --epochs 1 --confirm 0 --keep-back 0.2"
+    words = "--threshold 0.4 --epochs 1 --confirm 0 --keep-back 0.2"
+    assert json.loads((made.out / "submission.json").read_text())["finalize"] == words
+    finalize(opened, epochs=1.0, device=CPU, options=FinalOptions(confirm=0, keep_back=0.2))  # the network stays
+    assert json.loads((made.out / "submission.json").read_text())["finalize"] == words.removeprefix("--threshold 0.4 ")
     commands = study_commands("pcam", None, opened.settings, opened.study.get_trials(), None, str(words))
     assert commands[-1] == f"pcam-automl finalize {words}"
     plain = {"which": "best", "pick": "best", "threshold": None, "epochs": None}
@@ -389,10 +392,10 @@ def test_a_cut_off_final_training_goes_on_and_no_other_trial_is_confirmed_meanwh
     opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was confirmed costs no time again, so that another would fit, might win, and take the training's place."""
-    allowed: list[float | None] = []
+    asked: list[dict[str, Any]] = []
 
-    def confirmed(*args: object, seconds: float | None, **options: object) -> list[object]:
-        allowed.append(seconds)
+    def confirmed(*args: object, **options: Any) -> list[object]:
+        asked.append(options)
         return []
 
     monkeypatch.setattr(finalize_module, "confirm", confirmed)
@@ -405,10 +408,12 @@ def test_a_cut_off_final_training_goes_on_and_no_other_trial_is_confirmed_meanwh
 
     with pytest.raises(Interrupted):
         finalize(opened, device=CPU, watch=FinalWatch(train=TrainWatch(epoch=part)), options=options)
-    finalize(opened, device=CPU, options=options)
-    assert allowed[0] is not None
-    assert allowed[0] > 0.0
-    assert allowed[1:] == [0.0]
+    finalize(opened, epochs=1.0, out=opened.folder / "other", device=CPU, options=options)
+    notes: list[str] = []
+    finalize(opened, device=CPU, watch=FinalWatch(train=TrainWatch(note=notes.append)), options=options)
+    assert [one["stored_only"] for one in asked] == [False, False, True]
+    assert asked[0]["seconds"] > 0.0
+    assert any("no other trial is confirmed before that is done" in note for note in notes)
 
 
 def test_a_folder_that_is_mounted_is_no_place_for_a_bundle() -> None:

@@ -110,7 +110,7 @@ def finalize(
         str,
         typer.Option(
             "--trial",
-            help="best (of those as good as the highest the cheapest; of a short search's two the one with more to gain), highest, or a trial's number.",
+            help="best: of those as good as the highest the cheapest (of a short search's two the one that has seen fewer images); highest: the highest score; or a trial's number.",
             metavar="best|highest|N",
         ),
     ] = "best",

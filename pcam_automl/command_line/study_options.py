@@ -47,7 +47,7 @@ Holdout = Annotated[
     float | None,
     typer.Option(
         "--holdout",
-        help="Share of the slides that nothing is trained or scored on before finalize, in [0, 0.5].",
+        help="Share of the patches, in whole slides, that nothing is trained or scored on before finalize, in [0, 0.5].",
         metavar="F",
     ),
 ]

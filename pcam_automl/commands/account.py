@@ -24,10 +24,8 @@ def clock_of(opened: OpenStudy, total_s: float, spent_s: float, began: float) ->
     plan = opened.settings.plan
     rate = plan["images_per_s"].get(first_backbone(opened.start, opened.space.choices("backbone")))
     short = short_search(plan.get("budget"), total_s)
-    planned = plan.get("budget") or {}
-    speedup = planned.get("n_workers", 1) if plan["device"] == "cpu" else 1
-    predict_s = planned.get("predict_s", 0.0)  # by releases that plan it
-    return BudgetClock(total_s, spent_s, began, len(opened.split.order), rate, short, predict_s, speedup)
+    predict_s = (plan.get("budget") or {}).get("predict_s", 0.0)  # by releases that plan it
+    return BudgetClock(total_s, spent_s, began, len(opened.split.order), rate, short, predict_s)
 
 
 def say_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int, n_trials: int | None) -> None:

@@ -99,7 +99,7 @@ def _final_watch(opened: OpenStudy, stop: Callable[[], None], ledger: Ledger, *,
         yield FinalWatch(
             replace(train, begins=begins, epoch=epoch),
             plan,
-            lambda n, what: bars.restart(task, f"predicting {what}, the recipe's views", n),
+            lambda n, what: bars.restart(task, f"predicting {what}", n),
             lambda n: bars.step(task, n),
             _confirm_watch(train, ledger, since_s),
             decided,

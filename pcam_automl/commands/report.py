@@ -191,7 +191,7 @@ def report_of_study(
             opened.settings,
             opened.study.get_trials(deepcopy=False),
             budget_of(opened.study),
-            "" if bundle is None else str(bundle.provenance.get("finalize", "")),
+            "" if bundle is None else str(card.get("finalize", "")),
         ),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),

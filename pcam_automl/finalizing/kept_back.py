@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pcam_automl.data.splits import slides_aside
-from pcam_automl.errors import DataError
+from pcam_automl.errors import DataError, StudyError
 from pcam_automl.search.budget import KEPT_BACK_SHARE
 from pcam_automl.search.confirm import confirm_folds
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
@@ -37,7 +37,13 @@ class FinalRows:
 
 
 def final_rows(
-    opened: OpenStudy, share: float | None, n_confirm_folds: int, *, limited: bool, note: Callable[[str], None]
+    opened: OpenStudy,
+    share: float | None,
+    n_confirm_folds: int,
+    *,
+    limited: bool,
+    confirms: bool = True,
+    note: Callable[[str], None],
 ) -> FinalRows:
     """The holdout judges where there is one; else what is kept back: ``share``, or where it is None a tenth of a study with limited seconds.
 
@@ -48,7 +54,9 @@ def final_rows(
     if len(held := split.holdout_rows()):
         return FinalRows(split.order, held, False)
     try:
-        rows = kept_back(opened, (KEPT_BACK_SHARE if limited else 0.0) if share is None else share, n_confirm_folds)
+        rows = kept_back(
+            opened, (KEPT_BACK_SHARE if limited else 0.0) if share is None else share, n_confirm_folds, confirms
+        )
     except DataError as fault:
         if share is not None:
             raise
@@ -63,7 +71,7 @@ def final_rows(
     return FinalRows(split.order[~np.isin(split.order, rows)], rows, len(rows) > 0)
 
 
-def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarray:
+def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int, confirms: bool = True) -> np.ndarray:
     """Rows of about ``share`` of the training patches in whole slides, of folds that chose nothing. (n,) ascending; empty for 0.
 
     The fold that validated the search and those of the confirmations have chosen the recipe, so a score on them flatters. Where every
@@ -73,7 +81,8 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     Args:
         opened: the study; its split's order is what could be trained on.
         share: in [0, 0.5].
-        n_confirm_folds: of the confirmations; 0 where there are none.
+        n_confirm_folds: of the confirmations.
+        confirms: whether there are any. Without them the same slides are kept back, if they can be told.
 
     Raises:
         DataError: the folds hold too few slides of a label.
@@ -82,7 +91,12 @@ def kept_back(opened: OpenStudy, share: float, n_confirm_folds: int) -> np.ndarr
     if share == 0:
         return np.zeros(0, np.int64)
     fold = split.fold[split.order]
-    chose = (VALIDATION_FOLD, *(confirm_folds(opened, n_confirm_folds) if n_confirm_folds else ()))
+    try:
+        chose = (VALIDATION_FOLD, *confirm_folds(opened, n_confirm_folds))
+    except StudyError:
+        if confirms:
+            raise
+        chose = (VALIDATION_FOLD,)  # so many folds cannot confirm, and none shall
     free = ~np.isin(fold, chose)
     if not free.any() or opened.settings.split_by == "domains":
         free = fold != VALIDATION_FOLD

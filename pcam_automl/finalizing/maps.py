@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def finish_maps(
     threshold: float | None,
     device: torch.device,
     watch: FinalWatch,
+    asked: Mapping[str, str] | None = None,
 ) -> FinalResult:
     """Predict with ``out/model``; write maps, the scores of ``rows.held`` and provenance. Arguments as of ``finish_patches``."""
     bundle, store = load_bundle(out / "model"), opened.store
@@ -77,6 +79,7 @@ def finish_maps(
             figures["always_negative_accuracy"] = always_negative_accuracy(store, held)
     provenance = {
         **bundle.provenance,
+        **(asked or {}),
         **figures,
         **decision.to_json(),
         "auc": pixel_auc,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def finish_patches(
     device: torch.device,
     watch: FinalWatch,
     averaging: Averaging | None = None,
+    asked: Mapping[str, str] | None = None,
 ) -> FinalResult:
     """Predict with what lies in ``out``; write scores, tables, submission and provenance.
 
@@ -97,6 +98,7 @@ def finish_patches(
         device: where to predict.
         watch: progress.
         averaging: of views, in place of the recipes' own.
+        asked: what `finalize` was asked, to be kept beside the figures.
     """
     judge, networks = open_judge(out, device, averaging=averaging)
     end = _Ending(
@@ -109,6 +111,8 @@ def finish_patches(
         judge, networks = open_judge(out, device, averaging=averaging)  # with its temperature
         end = replace(end, judge=judge, networks=networks)
     figures, scores, steps = _on_held(end, trial, decision, rows, compare)
+    if scores is not None and len(networks[0].views) < bundle.recipe.n_test_views:
+        figures = {**figures, "auc_on": f"{figures['auc_on']}, in one view each"}
     operating = _operating(decision, scores)
     _write_tables(out, operating)
     if decision.oof is not None:
@@ -119,6 +123,7 @@ def finish_patches(
     notes = unreadable_notes(store, test)
     provenance: dict[str, Any] = {
         **bundle.provenance,
+        **(asked or {}),
         **figures,
         **decision.to_json(),
         "compare": [step.to_json() for step in steps],

@@ -86,7 +86,7 @@ def _test_views(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torc
 def averaging_within(
     opened: OpenStudy, decision: Decision, rows: FinalRows, device: torch.device, note: Callable[[str], None]
 ) -> Averaging | None:
-    """``none`` where the views of all networks, as their recipes say, would take too much of a budget; None is as they say."""
+    """``none`` where the views of a network, as its recipe says, would take too much of a budget; None is as the recipes say."""
     recipes = [recipe_of_study(opened, one.trial, None, rows.train)[0] for one in decision.members]
     if all(_test_views(opened, recipe, rows, device) == recipe.n_test_views for recipe in recipes):
         return None

@@ -20,7 +20,7 @@ from pcam_automl.search.reading import n_finished_of
 
 TOTAL_KEY = "pcam_automl:budget_s"
 CONFIRM_SHARE, FINAL_SHARE = 0.10, 0.60
-"""Of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
+"""Of what the prediction leaves of the budget, at most; the search has the rest. In four hours on a GPU 60 epochs are a twentieth, and the search has nearly all."""
 MOST_PREDICT_SHARE = 0.4
 """Where a patch's eight views would take more of the budget, each is shown once: eight took 42 % off the error (docs/proof.md), about what
 seven tenths more training do."""
@@ -35,7 +35,7 @@ N_SHORT = 2
 N_RUNGS = 3
 """Of a trial of a search that prunes."""
 SHORT_TRIAL_SHARE, SHORT_SHARE = 0.08, 0.35
-"""Of the budget, the training of one, and all at most: the smaller input of two wins the shorter trainings, the larger one the longer."""
+"""Of what the prediction leaves of the budget, the training of one, and all at most: the smaller input of two wins the shorter trainings, the larger one the longer."""
 CAP, SHORT_CAP = 2.0, 1.4
 """A trial's seconds at most, by those planned; the few whole trials of a short search are to be compared at nearly equal ones."""
 BRACKET = 9
@@ -135,7 +135,7 @@ def plan_budget(
     Args:
         total_s: the budget in seconds, positive.
         used_s: what start-up and packing have taken of the search's part already.
-        images_per_s: training speed of the network that the search starts with, as the final training has it; None where it is unknown.
+        images_per_s: training speed of the network that the search starts with; None where it is unknown.
         n_final: patches of the final training.
         may_be_short: whether a search of few lineages is cut down, ``FEW``; not where somebody named what is searched, or how.
         predict_s: what predicting the test patches, and judging those kept back, takes.
@@ -280,7 +280,6 @@ class BudgetClock:
         images_per_s: training speed of the network that the search starts with; None where it is unknown.
         short: of a short search, what it may do; None of any other.
         predict_s: what the prediction was planned to take.
-        speedup: of the final training over a worker's: on a CPU it has the cores of all of them.
         reserve_s: kept for confirmation and final training; see :meth:`learn`.
     """
 
@@ -291,7 +290,6 @@ class BudgetClock:
     images_per_s: float | None = None
     short: ShortSearch | None = None
     predict_s: float = 0.0
-    speedup: float = 1.0
     reserve_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -321,7 +319,6 @@ class BudgetClock:
             self.reserve_s = self.total_s - self.short.seconds
             return
         rate = self.images_per_s if best is None else best.user_attrs.get("images_per_s")
-        rate = None if rate is None else self.speedup * rate
         rest_s = self.total_s - self.predict_s
         self.reserve_s = self.predict_s + CONFIRM_SHARE * rest_s + final_seconds(rest_s, rate, self.n_final)
 

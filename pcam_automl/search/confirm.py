@@ -131,6 +131,7 @@ def confirm(
     device: torch.device,
     seconds: float | None = None,
     spared: np.ndarray | None = None,
+    stored_only: bool = False,
     watch: ConfirmWatch | None = None,
 ) -> list[Confirmation]:
     """Train the candidates, the best first, on the first fold, then on the next; what is stored is not repeated.
@@ -142,6 +143,7 @@ def confirm(
         device: where to train.
         seconds: wall clock; a training that would not end in it is left out, and all after it. None is no limit.
         spared: store rows that nothing is scored on: of slides that shall judge the final network.
+        stored_only: train nothing; what is not stored is passed over.
         watch: progress.
 
     Raises:
@@ -154,7 +156,7 @@ def confirm(
         opened.folder / FOLDER / ".lock",
         busy=f"another process confirms the trials of study {opened.name}; wait for it, then repeat the command",
     ):
-        return runner.run(candidates, folds, seconds, began)
+        return runner.run(candidates, folds, seconds, began, stored_only)
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,12 @@ class _Runner:
         self._said: set[int] = set()
 
     def run(
-        self, candidates: Sequence[Candidate], folds: Sequence[int], seconds: float | None, began: float
+        self,
+        candidates: Sequence[Candidate],
+        folds: Sequence[int],
+        seconds: float | None,
+        began: float,
+        stored_only: bool,
     ) -> list[Confirmation]:
         done: list[Confirmation] = []
         for fold in folds:
@@ -194,6 +201,8 @@ class _Runner:
                 self.watch.stop()
                 job = self._job(candidate, fold)
                 stored = read_confirmation(job.folder, self.opened.store, job.key)
+                if stored is None and stored_only:
+                    continue
                 if stored is None:
                     left = None if seconds is None else seconds - (time.perf_counter() - began)
                     expected = self._expected(candidate, job)

@@ -362,18 +362,20 @@ def _planned(
         first = first_that_runs(common, space)
         rate, n_final = speed.images_per_s(first, device), len(data.split.order)
         n_judged = len(data.store.test_rows()) + (len(data.split.holdout_rows()) or round(KEPT_BACK_SHARE * n_final))
-        n_workers = asked.n_workers or 1
-        final_rate = rate * (n_workers if device.type == "cpu" else 1)
-        a_view_s = prediction_seconds(n_judged, final_rate)
-        if (why := too_many_to_predict(asked.budget_s, a_view_s, n_judged)) is not None:
+        a_view_s = prediction_seconds(n_judged, rate)
+        # On a CPU each worker's speed is that of its share of the cores; what several do on one GPU is not known.
+        n_workers = asked.n_workers if device.type == "cpu" else min(asked.n_workers, torch.cuda.device_count())
+        least_s = a_view_s / (n_workers if device.type == "cpu" else 1)  # finalize has the cores of all workers
+        if common.task == "patch" and (why := too_many_to_predict(asked.budget_s, least_s, n_judged)) is not None:
             raise StudyError(why)
         budget = plan_budget(
             asked.budget_s,
             used_s=process_age_s(),
-            images_per_s=final_rate,
+            images_per_s=rate,
             n_final=n_final,
             may_be_short=not _wants_search(asked),
-            predict_s=a_view_s * n_test_views(asked.budget_s, a_view_s, common.n_test_views),
+            predict_s=a_view_s
+            * (8 if common.task == "dense" else n_test_views(asked.budget_s, a_view_s, common.n_test_views)),
             n_workers=n_workers,
         )
     plan = make_plan(

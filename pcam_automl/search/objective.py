@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ from pcam_automl.search.slots import Slot
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.search.wilcoxon import SLIDE_LOSSES, losses_by_slide
 from pcam_automl.training.checkpoint import CheckpointWriter
-from pcam_automl.training.compute import Compute, cpu_name, device_name, has_lost_its_device
+from pcam_automl.training.compute import Compute, cpu_name, device_name, has_lost_its_device, is_of
 from pcam_automl.training.engine import Rung, RungResult, Training, peak_memory_bytes
 from pcam_automl.training.fit import best_result, branch_share, fit, total_views
 from pcam_automl.training.latency import latency_ms
@@ -323,6 +323,8 @@ class Objective:
         if earlier is not None:
             recipe = build_recipe(json.loads(earlier["recipe"]))
             compute = Compute(**earlier["compute"]).moved_to(self.device)
+            if not is_of(earlier.get("device"), self.device):
+                compute = replace(compute, micro_batch=None)
         else:
             if not self._speed.knows(recipe, self.device):
                 write_now(trial)  # what it is about to try, before it times the network

@@ -74,7 +74,9 @@ def _slots_and_rows(
     faults += [f"{n} slots hold lineage {name}" for name, n in held.items() if name is not None and n > 1]
     done_names = {_lineage_name(slot, by_number) for slot in done}
     # A paused one that goes on, or shall: a thaw that was interrupted leaves its slot open.
-    going = {slot.lineage for slot in slots if slot.state in ("claimed", "thawing", "open")}
+    paused = {one.name for one in lineages if one.finished is not None and one.finished.state == TrialState.PRUNED}
+    going = {slot.lineage for slot in slots if slot.state in ("claimed", "thawing")}
+    going |= {slot.lineage for slot in slots if slot.state == "open"} & paused
     faults += [
         f"lineage {name} is finished and no slot is done for it" for name in sorted(finished - done_names - going)
     ]

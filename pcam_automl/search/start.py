@@ -196,9 +196,8 @@ def n_prescribed(n_entries: int, n_trials: int) -> int:
 def enqueued_for(
     entries: Sequence[Enqueued], slot: Slot, n_trials: int, failed: Container[int | None] = ()
 ) -> Enqueued | None:
-    """The slot's entry; None if it has none, goes on with a lineage, or is among the numbers of slots whose trials ``failed`` by themselves
-    since the search began: a recipe that cannot be trained is not tried again, one whose worker was stopped or whose machine was at
-    fault is, by the next search.
+    """The slot's entry; None if it has none, goes on with a lineage, or is among the numbers of the slots that ``failed``: a recipe that
+    cannot be trained is not tried again; one whose search was stopped before its first rung is, by the next search.
     """
     fresh = slot.lineage is None and slot.number not in failed
     return entries[slot.number] if fresh and slot.number < n_prescribed(len(entries), n_trials) else None

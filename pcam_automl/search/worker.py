@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -27,13 +27,15 @@ from pcam_automl.search.pruner import SuccessiveHalving, build_pruner
 from pcam_automl.search.reading import ERROR, NO_DATABASE, best_of, errors_of, n_finished_in
 from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sampler import PerTrialSampler
-from pcam_automl.search.settling import end_silent, settle_lost
+from pcam_automl.search.settling import LOST, end_silent, settle_lost
 from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_seconds
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.start import FIRST, enqueued_for
 from pcam_automl.search.storage import engine_of, rdb_of
 from pcam_automl.search.turns import NEVER_ENDS, Limits, held_elsewhere, n_expected_of, next_turn, prescribed
 
+MOST_FAILED_ENTRIES = 3
+"""Errors of one slot's prescribed recipe, whatever search they were in."""
 LEAST_FAILURES_ALLOWED = 10
 TOLD_SHARE = 0.05
 """Of a budget: when its search's end moves by more, it is said."""
@@ -159,8 +161,10 @@ def _run_trials(
             return SearchEnd(n_finished, turn)
         objective.slot, objective.thawed_from = turn.slot, turn.thawed_from
         claim.hold(turn.slot)
-        failed = {row.user_attrs.get("slot") for row in trials[len(earlier) :] if failed_by_itself(row)}
-        entry = enqueued_for(opened.settings.enqueued, turn.slot, n_expected, failed)
+        entries = opened.settings.enqueued
+        has_one = turn.slot.number < len(entries)  # else thousands of trials are not gone through
+        failed = slots_that_failed(trials, trials[len(earlier) :]) if has_one else set()
+        entry = enqueued_for(entries, turn.slot, n_expected, failed)
         objective.origin = None if entry is None else entry.origin
         spent = turn.slot.number / n_expected if limits.clock is None else limits.clock.used_share()
         sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
@@ -349,6 +353,17 @@ def failed_by_itself(trial: FrozenTrial) -> bool:
     """Whether a row ended by an error, its own or the database's, and not by a signal or the clock."""
     reason = str(trial.user_attrs.get("reason", ERROR))  # one without a reason could not even say it
     return trial.state == TrialState.FAIL and reason.startswith((ERROR, NO_DATABASE))
+
+
+def slots_that_failed(trials: Sequence[FrozenTrial], since: Sequence[FrozenTrial]) -> set[int | None]:
+    """Numbers of slots whose prescribed recipe is not tried again: it failed by itself since this worker began, or ``MOST_FAILED_ENTRIES``
+    times in all, or its worker died. A slot whose worker died goes on with its lineage, and only once that is given up with another recipe.
+    """
+    failed = {row.user_attrs.get("slot") for row in since if failed_by_itself(row)}
+    failed |= {row.user_attrs.get("slot") for row in trials if str(row.user_attrs.get("reason", "")).startswith(LOST)}
+    prescribed_ = [row for row in trials if "origin" in row.user_attrs and failed_by_itself(row)]
+    often = collections.Counter(row.user_attrs.get("slot") for row in prescribed_)
+    return failed | {slot for slot, n in often.items() if n >= MOST_FAILED_ENTRIES}
 
 
 def check_failures(

@@ -224,6 +224,13 @@ def autotuned(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def is_of(name: str | None, device: torch.device) -> bool:
+    """Whether a :func:`device_name` is of such a device, whatever its threads: else what fitted its memory says nothing here. Of an early
+    release's checkpoint None is known, and taken for the same.
+    """
+    return name is None or name.partition(",")[0] == device_name(device).partition(",")[0]
+
+
 def device_name(device: torch.device) -> str:
     """For people and for the trial's record: ``NVIDIA H100``, ``x86_64 CPU, 2 threads``."""
     if device.type == "cuda":

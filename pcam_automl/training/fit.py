@@ -29,7 +29,7 @@ from pcam_automl.training.checkpoint import (
     optimizer_fits,
     write_checkpoint,
 )
-from pcam_automl.training.compute import device_name
+from pcam_automl.training.compute import device_name, is_of
 from pcam_automl.training.engine import ProgressCall, Rung, RungResult, Segment, Training
 from pcam_automl.training.ranks import from_first, ranks
 from pcam_automl.training.schedule import Rates, decay_branch, rates_at
@@ -324,10 +324,8 @@ def _take_over(training: Training, root: Path | None, note: Callable[[str], None
     training.micro_batch = state["micro_batch"]
     training.n_steps = state.get("n_steps", 0)  # checkpoints of earlier releases have neither
     training.micro_batches = [(step, n) for step, n in state.get("micro_batches", [(0, training.micro_batch)])]
-    own = device_name(torch.device(training.compute.device))
-    if (
-        training.micro_batch != here and state.get("device_name", own) != own
-    ):  # another device's memory says nothing of this one's
+    device = torch.device(training.compute.device)
+    if training.micro_batch != here and not is_of(state.get("device_name"), device):
         training.micro_batch = here
         training.micro_batches.append((training.n_steps, here))
     training.best = None if state["best"] is None else (state["best"], parts["best"])

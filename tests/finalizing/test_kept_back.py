@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import DataError, InputError
+from pcam_automl.errors import DataError, InputError, StudyError
 from pcam_automl.finalizing.kept_back import final_rows, kept_back
 from pcam_automl.finalizing.result import FinalOptions, check_options
 from pcam_automl.goals import AUC
@@ -100,9 +100,9 @@ def test_of_folds_that_are_domains_none_is_left_out_whole() -> None:
     assert 0 < len(rows & rare) < len(rare) or not rows & rare
     assert rows - rare
     opened.settings.split_by = "slides"
-    assert len(kept_back(opened, 0.1, 0)) > len(rare), (
-        "without confirmations every fold but the first may be drawn from"
-    )
+    with pytest.raises(StudyError, match="--confirm 0 goes without"):
+        kept_back(opened, 0.1, 3)
+    assert len(kept_back(opened, 0.1, 3, confirms=False)) > 0
 
 
 def test_where_a_label_is_too_rare_it_is_said_and_what_was_asked_for_is_refused() -> None:

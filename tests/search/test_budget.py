@@ -336,12 +336,10 @@ def test_views_are_given_up_before_the_training_is() -> None:
     assert too_many_to_predict(60.0 * minutes, 361.0, 57_458) is None
 
 
-def test_workers_side_by_side_start_more_trials_and_train_the_final_network_with_all_cores() -> None:
+def test_workers_side_by_side_start_more_trials() -> None:
     one, four = (plan_budget(300.0, used_s=10.0, may_be_short=True, n_workers=n) for n in (1, 4))
     assert (one.short, four.short) == (True, False)
     wide = plan_budget(3000.0, used_s=10.0)
     many = plan_budget(3000.0, used_s=10.0, n_workers=8)
     assert many.n_started == 8 * wide.n_started
     assert many.with_trial(20.0, mean_s=30.0).n_started == 8 * wide.with_trial(20.0, mean_s=30.0).n_started
-    slow, quick = (BudgetClock(3000.0, 0.0, time.monotonic(), 1000, 100.0, speedup=n) for n in (1.0, 4.0))
-    assert quick.parts.final_s == pytest.approx(slow.parts.final_s / 4)

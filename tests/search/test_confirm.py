@@ -88,6 +88,10 @@ def test_what_is_stored_is_not_trained_again_and_reads_back_as_it_was(opened: Op
     folder = folder_of(opened.folder, first.lineage, 2)
     written = (folder / CARD).stat().st_mtime_ns
     (again,) = confirm(opened, candidates, folds=folds, device=CPU)
+    others = [*top_candidates(opened.study, 2)[1:], *candidates]
+    assert [one.lineage for one in confirm(opened, others, folds=folds, device=CPU, stored_only=True)] == [
+        again.lineage
+    ]
     assert (folder / CARD).stat().st_mtime_ns == written
     assert again.to_json() == first.to_json()
     assert again.scores is not None

@@ -60,6 +60,11 @@ def test_a_thaw_that_was_interrupted_leaves_its_slot_open_and_the_study_sound(tm
     trials = [*SOUND_TRIALS[:3], row(3, "1", TrialState.FAIL, [])]
     slots = [SOUND_SLOTS[0], slot(1, "open", "1", None)]
     assert check_study(trials, slots, tmp_path, total=4).faults == ()
+    slots = [slot(0, "open", "0", None), SOUND_SLOTS[1]]
+    found = check_study(SOUND_TRIALS[:3], slots, tmp_path, total=4).faults
+    assert found == ("lineage 0 is finished and no slot is done for it",), (
+        "one that is complete has nothing to go on with"
+    )
 
 
 @pytest.mark.parametrize(

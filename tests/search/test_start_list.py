@@ -8,12 +8,15 @@ from typing import cast
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from pcam_automl.config import Enqueued
 from pcam_automl.data.store import PatchStore
 from pcam_automl.recipe import Recipe
 from pcam_automl.search.create import _within_patches
 from pcam_automl.search.plan import Plan, build_rungs, first_backbone, planned_side, trial_seconds
+from pcam_automl.search.reading import ERROR
+from pcam_automl.search.settling import LOST
 from pcam_automl.search.slots import Slot
 from pcam_automl.search.space import SearchSpace, load_space
 from pcam_automl.search.start import (
@@ -25,6 +28,7 @@ from pcam_automl.search.start import (
 )
 from pcam_automl.search.start_sources import shipped_recipes
 from pcam_automl.search.study import start_recipe
+from pcam_automl.search.worker import slots_that_failed
 
 RECIPES = shipped_recipes()
 
@@ -326,3 +330,17 @@ def test_patches_smaller_than_96_px_bound_the_crops_and_the_start() -> None:
     store.patches.shape = (9, 50, 50, 3)  # type: ignore[misc]
     assert _within_patches(pinned, start, store, said.append) == (pinned, start), "what somebody fixed is refused later"
     assert len(said) == 1
+
+
+def test_what_failed_or_killed_its_worker_is_not_prescribed_again_and_what_was_stopped_is() -> None:
+    def row(slot: int, reason: str, origin: str | None = "recipe default") -> FrozenTrial:
+        attrs = {"slot": slot, "reason": reason, **({} if origin is None else {"origin": origin})}
+        return create_trial(state=TrialState.FAIL, user_attrs=attrs)
+
+    error = f"{ERROR}out of luck"
+    assert slots_that_failed([row(0, error)], []) == set(), "an earlier search failed, whose cause may be mended"
+    assert slots_that_failed([row(0, error)], [row(0, error)]) == {0}
+    assert slots_that_failed([row(0, "interrupted")] * 5, [row(0, "interrupted")]) == set()
+    assert slots_that_failed([row(1, LOST)], []) == {1}
+    assert slots_that_failed([row(2, error)] * 3, []) == {2}, "whatever search it was in"
+    assert slots_that_failed([row(2, error, origin=None)] * 9, []) == set(), "other recipes failed there"

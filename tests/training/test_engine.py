@@ -23,7 +23,6 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training import fit as fit_module
 from pcam_automl.training import scoring as scoring_module
 from pcam_automl.training.checkpoint import CheckpointWriter
 from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
@@ -344,7 +343,7 @@ def test_what_fitted_another_device_s_memory_is_not_taken_over(
     same_device, other = start(RECIPE, data), start(RECIPE, data)
     resume(same_device, tmp_path, print)
     assert same_device.micro_batch == 4
-    monkeypatch.setattr(fit_module, "device_name", lambda device: "a larger one")
+    monkeypatch.setattr("pcam_automl.training.compute.device_name", lambda device: "a larger one")
     resume(other, tmp_path, print)
     assert other.micro_batch == 16
     assert other.micro_batches == [(0, 16), (0, 4), (other.n_steps, 16)]
