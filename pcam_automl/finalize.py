@@ -34,10 +34,7 @@ from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options, words_of
 from pcam_automl.finalizing.seconds import averaging_within, confirm_seconds, members_that_fit, pace_of
 from pcam_automl.recipe import Recipe
-from pcam_automl.search.budget import (
-    budget_of,
-    was_short,
-)
+from pcam_automl.search.budget import budget_of, was_short
 from pcam_automl.search.confirm import confirm, confirm_folds
 from pcam_automl.search.confirmations import Candidate, top_candidates, value_of_goal
 from pcam_automl.search.lineages import lineage_of
@@ -279,22 +276,18 @@ def _decided(
     )
 
 
+def _can_go_on(opened: OpenStudy, recipe: Recipe, rows: FinalRows, folder: Path) -> bool:
+    """Whether an earlier call left a checkpoint of just this final training by the clock."""
+    none = rows.train[:0]
+    return can_go_on(recipe, opened.store, rows.train, none, folder, weights=opened.weights, by_clock=True)
+
+
 def _is_under_way(
     opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path
 ) -> bool:
     """Whether an earlier call was cut off in the final training of one of the candidates."""
-    return any(
-        can_go_on(
-            recipe_of_study(opened, one.trial, epochs, rows.train)[0],
-            opened.store,
-            rows.train,
-            rows.train[:0],
-            member_folder(out, 0),
-            weights=opened.weights,
-            by_clock=True,
-        )
-        for one in candidates
-    )
+    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
+    return any(_can_go_on(opened, recipe, rows, member_folder(out, 0)) for recipe in recipes)
 
 
 def _n_of_earlier_calls(
@@ -302,12 +295,9 @@ def _n_of_earlier_calls(
 ) -> int:
     """Of the first ``n`` places those that hold a candidate's network, or a checkpoint of its training by the clock."""
     recipes = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
-    none = rows.train[:0]
     return sum(
         any(
-            _holds(folder, recipe, opened, rows.train)
-            or can_go_on(recipe, opened.store, rows.train, none, folder, weights=opened.weights, by_clock=True)
-            for recipe in recipes
+            _holds(folder, recipe, opened, rows.train) or _can_go_on(opened, recipe, rows, folder) for recipe in recipes
         )
         for folder in (member_folder(out, number) for number in range(n))
     )
@@ -342,11 +332,7 @@ def _train_member(
         )
     )
     if not done:
-        begun = pace is not None and from_first(
-            lambda: can_go_on(
-                recipe, opened.store, rows.train, rows.train[:0], folder, weights=opened.weights, by_clock=True
-            )
-        )
+        begun = pace is not None and from_first(lambda: _can_go_on(opened, recipe, rows, folder))
         if used_up and not begun:
             raise _used_up(opened)
         held = from_first(lambda: _much_longer(folder, opened, planned)) if pace is not None and not begun else 0

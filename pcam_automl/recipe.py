@@ -242,10 +242,14 @@ class Recipe(BaseModel):
             return self.views
         return max(1, math.ceil((5.0 if self.epochs is None else self.epochs) * n_train))
 
+    def n_views_of(self, averaging: Literal["dihedral", "random", "none"]) -> int:
+        """Views of a patch that such a prediction averages."""
+        return {"dihedral": 8, "random": self.tta_views, "none": 1}[averaging]
+
     @property
     def n_test_views(self) -> int:
         """Views of a patch that a prediction averages, as ``tta`` says."""
-        return {"dihedral": 8, "random": self.tta_views, "none": 1}[self.tta]
+        return self.n_views_of(self.tta)
 
     @property
     def hash(self) -> str:

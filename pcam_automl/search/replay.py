@@ -186,10 +186,8 @@ def conditions_of(attrs: dict[str, Any]) -> Conditions:
     device = str(attrs.get("device", "unknown"))
     named = re.search(r", (\d+) threads$", device)
     threads = attrs.get("threads", int(named[1]) if named else None)
-    versions_then = attrs.get("versions", {})
-    versions_then = (
-        {"engine": "1", **versions_then} if versions_then else {}
-    )  # before there was a second none wrote its own
+    known = attrs.get("versions")
+    versions_then = {"engine": "1", **known} if known else {}  # the first engine did not write its number
     return Conditions(_bare(device), threads, attrs.get("cpu"), versions_then)
 
 

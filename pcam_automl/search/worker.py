@@ -361,8 +361,8 @@ def slots_that_failed(trials: Sequence[FrozenTrial], since: Sequence[FrozenTrial
     """
     failed = {row.user_attrs.get("slot") for row in since if failed_by_itself(row)}
     failed |= {row.user_attrs.get("slot") for row in trials if str(row.user_attrs.get("reason", "")).startswith(LOST)}
-    prescribed_ = [row for row in trials if "origin" in row.user_attrs and failed_by_itself(row)]
-    often = collections.Counter(row.user_attrs.get("slot") for row in prescribed_)
+    with_entry = [row for row in trials if "origin" in row.user_attrs and failed_by_itself(row)]
+    often = collections.Counter(row.user_attrs.get("slot") for row in with_entry)
     return failed | {slot for slot, n in often.items() if n >= MOST_FAILED_ENTRIES}
 
 

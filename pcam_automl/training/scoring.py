@@ -45,7 +45,7 @@ class Views:
     averaging: Averaging = "none"
 
     def __len__(self) -> int:
-        return {"dihedral": 8, "random": self.recipe.tta_views, "none": 1}[self.averaging]
+        return self.recipe.n_views_of(self.averaging)
 
     def of(self, images: Tensor) -> Iterator[Tensor]:
         """Normalised views (B, 3, px, px) of patches (B, 3, S, S) uint8, one after the other."""
