@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +23,8 @@ from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError
 
 RESIDENT_SHARE = 0.6
-"""Share of the free device memory that the resident pack may take; the rest is for the network."""
+"""Share of the free device memory, on a CPU of the host's, that the resident pack may take; the rest is for the network."""
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class Patches(Protocol):
@@ -40,7 +44,7 @@ class Patches(Protocol):
 
 @dataclass(frozen=True)
 class ResidentPatches:
-    """All patches on the device: (N, S, S, 3) uint8. On a CPU that is the memory map itself, not a copy."""
+    """All patches on the device: (N, S, S, 3) uint8. On a CPU that is the memory map itself, no copy of it."""
 
     tensor: Tensor
     device: torch.device
@@ -185,13 +189,27 @@ def _open(store: PatchStore, name: str, device: torch.device) -> Patches:
     mapped = torch.from_numpy(np.load(store.root / name, mmap_mode="c", allow_pickle=False))
     mapped = mapped if mapped.ndim == 4 else mapped[..., None]
     if device.type == "cpu":
-        return ResidentPatches(mapped, device)
+        small = mapped.nbytes <= RESIDENT_SHARE * memory_bytes()  # else pages come from the disk again and again
+        return ResidentPatches(mapped, device) if small else StreamedPatches(mapped, device)
     gc.collect()  # a trial that failed holds its search's pack through its traceback
     torch.cuda.empty_cache()  # what was held before is free now, but not given back
     free_bytes, _ = torch.cuda.mem_get_info(device)
     if mapped.nbytes <= RESIDENT_SHARE * free_bytes:  # uint8: 6.1 GB for Kaggle's train set
-        return ResidentPatches(mapped.to(device), device)
+        with contextlib.suppress(torch.OutOfMemoryError):  # another process took it in the meantime
+            return ResidentPatches(mapped.to(device), device)
+        torch.cuda.empty_cache()
     return StreamedPatches(mapped, device)
+
+
+def memory_bytes() -> float:
+    """Of the host's memory what this process may have: all of it, or a container's limit (cgroup v2); infinite where neither can be told."""
+    least = math.inf
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows
+        least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError):
+        limit = CGROUP_LIMIT.read_text().strip()
+        least = min(least, float(limit)) if limit.isdigit() else least
+    return least
 
 
 @dataclass(frozen=True)

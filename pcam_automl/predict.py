@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from pcam_automl.bundle import ModelBundle
 from pcam_automl.calibration import probs_at
 from pcam_automl.data.images import IMAGE_SUFFIXES, PatchFault, read_patch
 from pcam_automl.errors import DataError
-from pcam_automl.training.compute import Compute, has_precision
+from pcam_automl.training.compute import Compute, fixed_variant, has_precision
 from pcam_automl.training.scoring import (
     EVAL_BATCH,
     Averaging,
@@ -110,10 +110,12 @@ class Predictor:
 
 
 def compute_of(bundle: ModelBundle, device: torch.device) -> Compute:
-    """The bundle's layout, and the precision that left its AUC as it is, where it was trained on this device; else plain ones."""
+    """The bundle's layout, and the precision that left its AUC as it is, where it was trained on this kind of device; else float32 in the
+    layout that is usually the faster one.
+    """
     measured = bundle.provenance.get("compute", {})
     if torch.device(measured.get("device", "meta")).type != device.type:
-        return Compute(str(device))
+        return replace(fixed_variant(device), precision="fp32", routed=False)
     judged = bundle.provenance.get("inference", measured)  # of a dense network the training's own
     precision = judged.get("precision", "fp32")
     if not has_precision(device, precision):  # another machine's CPU

@@ -106,7 +106,8 @@ def train_to_bundle(
     With a ``pace`` the training ends by the clock instead of after the recipe's epochs, and nothing is scored on its way.
 
     Each epoch, or a part of a training by the clock every ``Pace.saved_every_s``, leaves a checkpoint beside ``out`` (``.<name>.checkpoints``); the variant (precision, layout) is the
-    checkpoint's, so that a resumed training ends in the same weights as an uninterrupted one on a CPU.
+    checkpoint's, so that a resumed training ends in the same weights as an uninterrupted one on a CPU; not compiled, where little of a
+    compiled one is left.
 
     Raises:
         DataError: one class only, a full disk, or another process trains into ``out``.
@@ -239,7 +240,8 @@ def _variant(
         state = found[2]
         theirs = (state["recipe"], state.get("data"), state["compute"]["device"])
         if theirs == (recipe.hash, of_data, str(device)) and is_of(state.get("device_name"), device):
-            return Compute(**state["compute"])
+            left = views if state.get("by_clock") else max(0, views - state["views"])
+            return speed.for_the_rest(recipe, device, Compute(**state["compute"]), left)
     return speed.compute_for(recipe, device, views=views)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pcam_automl import batches as batches_module
 from pcam_automl.batches import Patches, ResidentPatches, StreamedPatches
 from pcam_automl.models.factory import build_network, normalisation
 from pcam_automl.models.weights import Weights
@@ -87,6 +90,38 @@ def test_trainings_from_resident_and_streamed_patches_end_in_the_same_weights(mi
     )
     assert one[1] == two[1]
     assert all(torch.equal(one[0][key], two[0][key]) for key in one[0])
+
+
+def opened(folder: Path, device: torch.device) -> Patches:
+    np.save(folder / "patches.npy", easy_patches(40, seed=5)[0])
+    return batches_module._open(SimpleNamespace(root=folder), "patches.npy", device)  # type: ignore[arg-type]
+
+
+def test_a_pack_larger_than_the_memory_is_read_ahead_on_a_cpu_too(
+    tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(opened(tmp_path, CPU), ResidentPatches)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(batches_module, "CGROUP_LIMIT", limit)
+    limit.write_text("max\n")
+    assert isinstance(opened(tmp_path, CPU), ResidentPatches)
+    limit.write_text(f"{images.nbytes}\n")
+    streamed = opened(tmp_path, CPU)
+    assert isinstance(streamed, StreamedPatches)
+    assert torch.equal(streamed.gather(np.arange(5)), ResidentPatches(images, CPU).gather(np.arange(5)))
+
+
+def test_a_gpu_that_another_process_filled_in_the_meantime_gets_its_patches_as_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Tensor, device: torch.device) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    monkeypatch.setattr(batches_module, "StreamedPatches", lambda tensor, device: ("streamed", len(tensor), device))
+    assert opened(tmp_path, torch.device("cuda:0")) == ("streamed", 40, torch.device("cuda:0"))
 
 
 def test_faults_in_a_row_leave_the_staging_buffers_whole(images: Tensor) -> None:

@@ -674,11 +674,18 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
 def test_json_of_a_search_that_finalizes_is_one_object(
     run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pcam_automl.command_line.search.finalize", lambda **_: print('{"finalized": true}'))
+    asked: dict[str, Any] = {}
+
+    def finalize(**options: Any) -> None:
+        asked.update(options)
+        print('{"finalized": true}')
+
+    monkeypatch.setattr("pcam_automl.command_line.search.finalize", finalize)
     search = ("search", "--data", easy_pack, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 64)
     code, out, err = run(*search, "--finalize", "--json")
     assert code == 0, err
     assert json.loads(out) == {"finalized": True}
+    assert asked == {"study": "pcam", "data": easy_pack, "storage": None, "device": "auto", "json": True}
 
 
 def test_class_folders_go_the_whole_path(run: Any, in_tmp: Path) -> None:

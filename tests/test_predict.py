@@ -36,6 +36,6 @@ def test_a_bundle_predicts_in_its_precision_where_the_cpu_has_it(
     assert (found.precision, found.channels_last) == (expected, True)
 
 
-def test_a_bundle_of_another_device_predicts_plainly() -> None:
+def test_a_bundle_of_another_device_predicts_in_float32_in_the_usual_layout() -> None:
     found = compute_of(bundle_with({"compute": {"device": "cuda:0", "precision": "bf16", "channels_last": True}}), CPU)
-    assert (found.precision, found.channels_last) == ("fp32", False)
+    assert (found.precision, found.channels_last, found.routed) == ("fp32", True, False)

@@ -119,4 +119,4 @@ def search(
         shows_end=not (json and finalize_),  # standard output then holds finalize's object alone
     )
     if finalize_:
-        finalize(study=study, storage=storage, device=device, json=json)
+        finalize(study=study, data=data, storage=storage, device=device, json=json)

@@ -78,15 +78,22 @@ def estimate_domains(store: PatchStore, *, seed: int = 0) -> Domains:
     rows = store.development_rows()
     if not len(rows):
         raise DataError("domains cannot be estimated: no labelled patch is there that is not left out")
-    table = stain_table(store, rows)
-    of_slides = int(table.is_slide.sum()) >= LEAST_UNITS
+    slide = np.asarray(store.group)[rows]
+    of_slides = len(np.unique(slide[slide >= 0])) >= LEAST_UNITS
+    table = stain_table(store, rows, by_slide=of_slides)
     fitted = table.is_slide if of_slides else np.ones(len(table.shares), bool)
     code, silhouette = cluster_stains(table.shares, fitted, seed=seed)
-    size = np.bincount(code[table.unit])
+    found = code[table.unit]
+    if not of_slides:  # the patches of one of those few slides are of one domain, most of them
+        for known in np.unique(slide[slide >= 0]):
+            found[slide == known] = np.bincount(found[slide == known]).argmax()
+    found = np.unique(found, return_inverse=True)[1]
+    size = np.bincount(found)
     rank = np.empty(len(size), np.int32)
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
     of_row = np.full(len(store), -1, np.int32)
-    of_row[rows] = rank[code][table.unit]
+    of_row[rows] = rank[found]
+    silhouette = silhouette if len(size) > 1 else 0.0
     return _sealed(of_row, tuple(f"stain {n}" for n in range(1, len(size) + 1)), silhouette, of_slides)
 
 

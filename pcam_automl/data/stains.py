@@ -35,8 +35,8 @@ class StainTable:
     shares: Floats
 
 
-def stain_table(store: PatchStore, rows: Ints) -> StainTable:
-    """The stains of every slide among the rows, and of every patch of no slide.
+def stain_table(store: PatchStore, rows: Ints, *, by_slide: bool = True) -> StainTable:
+    """The stains of every slide among the rows, and of every patch of no slide; without ``by_slide`` of every patch.
 
     Of a slide 24 patches are looked at, 16x16 pixels of each; which ones their digests decide, so that the order of the
     rows does not matter. No label is read.
@@ -44,8 +44,9 @@ def stain_table(store: PatchStore, rows: Ints) -> StainTable:
     Args:
         store: its pixels, slides and digests.
         rows: (n,) at least one.
+        by_slide: whether the patches of a slide are one unit.
     """
-    slide = np.asarray(store.group)[rows].astype(np.int64)
+    slide = np.asarray(store.group)[rows].astype(np.int64) if by_slide else np.full(len(rows), -1)
     key = np.where(slide < 0, len(store.group_names) + np.arange(len(rows)), slide)
     known, unit = np.unique(key, return_inverse=True)
     is_slide = known < len(store.group_names)

@@ -313,7 +313,7 @@ class _Runner:
             patches=self._patches,
             masks=self._masks,
             weights=self.opened.weights,
-            compute=self.opened.speed_book.compute_for(job.recipe, self.device),
+            compute=self.opened.speed_book.compute_for(job.recipe, self.device, views=job.rungs[-1].views),
             key=key_of(job.recipe.seed, "views"),
         )
 

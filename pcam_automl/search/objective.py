@@ -56,6 +56,8 @@ from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
 
 SLOT_LOST = "slot lost"
+LONG_TRIAL_S = 300.0
+"""Of training: from then on a trial's variant is chosen by the thorough probe, which takes seconds, and `torch.compile` is thought of."""
 """Reason of a row whose worker slept between the claim and the row."""
 
 
@@ -140,7 +142,7 @@ class Objective:
         reason = "complete"
         try:
             self._release()  # of a trial before that was pruned: until here its error's traceback held it
-            return self._train(trial, lineage)
+            return self._written(trial, lineage)
         except optuna.TrialPruned as pruned:
             reason = str(pruned)
             raise
@@ -179,6 +181,14 @@ class Objective:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
             self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
+
+    def _written(self, trial: Trial, lineage: str) -> float:
+        """The training; where it is paused, its newest checkpoint is on the disk before its row's end frees the slot for others to thaw."""
+        try:
+            return self._train(trial, lineage)
+        except (optuna.TrialPruned, OutOfTime):
+            self.writer.flush()
+            raise
 
     def first_notes(self, number: int) -> dict[str, Any]:
         """User attributes of the row of that number, once its slot is known to be ours still."""
@@ -328,7 +338,7 @@ class Objective:
         else:
             if not self._speed.knows(recipe, self.device):
                 write_now(trial)  # what it is about to try, before it times the network
-            compute = self._speed.compute_for(recipe, self.device)
+            compute = self._measured(recipe)
         # Of a short search's trial that was cut off before its first rung nothing is kept, and less time is left.
         if earlier is None or (self._is_short_follower and not self._has_a_rung(lineage)):
             views = scaled(opened.rungs, self._share(recipe))[-1].views
@@ -344,6 +354,16 @@ class Objective:
             cpu=cpu_name(),
         )
         return recipe, compute, rungs
+
+    def _measured(self, recipe: Recipe) -> Compute:
+        """The variant of a new lineage: by the quick probe, and where its trial is long by the thorough one."""
+        quick = self._speed.compute_for(recipe, self.device)
+        if self.opened.settings.deterministic:
+            return quick
+        views = scaled(self.opened.rungs, self._share(recipe))[-1].views
+        if views / self._speed.images_per_s(recipe, self.device) < LONG_TRIAL_S:
+            return quick
+        return self.opened.speed_book.compute_for(recipe, self.device, views=views)
 
     def _latency_ms(self, training: Training, recipe: Recipe, compute: Compute) -> float:
         """Timed once for networks of one shape: a fifth of a second each was a twentieth of trials of four seconds."""

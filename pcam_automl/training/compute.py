@@ -250,8 +250,9 @@ def has_precision(device: torch.device, precision: Precision) -> bool:
         return True
     if device.type == "cuda":
         return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    mkldnn = torch.ops.mkldnn
-    return precision == "bf16" and mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    if precision != "bf16" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # built without: no such operator
+        return False
+    return torch.cpu._is_avx512_bf16_supported() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _variants(device: torch.device) -> list[Compute]:

@@ -5,6 +5,7 @@ Legend: B images, H and W their sides, px the side of a tile, T tiles of an imag
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from pcam_automl.models.factory import Normalisation, logit_of
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.training.compute import Compute
+from pcam_automl.training.scoring import unless_out_of_memory
 from pcam_automl.training.task import Score, TrainingData
 
 N_SCORED_PIXELS = 200_000
@@ -66,13 +68,23 @@ def logit_maps(network: nn.Module, images: Tensor, views: MapViews, compute: Com
     norm, tile = views.normalisation, views.tile_size
     x = normalised(images.to(torch.float32, memory_format=torch.contiguous_format), norm.mean, norm.std, torch.float32)
     total, count = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:1, 0])
-    n_images = max(1, _TILE_PIXELS // tile**2)
+    n_images = max(1, _TILE_PIXELS // tile**2)  # fewer where memory is short
+
+    def of_tiles(tiles: Tensor) -> Tensor:
+        return _tile_logits(network, tiles, views.eight, compute)
+
     for top in tile_starts(x.shape[2], tile):
         for left in tile_starts(x.shape[3], tile):
             here = (..., slice(top, top + tile), slice(left, left + tile))
-            for first in range(0, len(x), n_images):
-                part = slice(first, first + n_images)
-                total[part][here] += _tile_logits(network, x[part][here], views.eight, compute)
+            first = 0
+            while first < len(x):
+                tiles = x[first : first + n_images][here]
+                answer = unless_out_of_memory(of_tiles, tiles, len(tiles), least=1)
+                if answer is None:
+                    n_images = len(tiles) // 2
+                    continue
+                total[first : first + len(tiles)][here] += answer
+                first += len(tiles)
             count[here] += 1
     return total / count
 
@@ -192,9 +204,12 @@ class DenseTask:
     def maps_of(self, network: nn.Module, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
         """Some store rows at a time: their numbers, logits (B, H, W) float32 and masks (B, H, W) uint8, on the device."""
         side = self.masks.gather(rows[:1]).shape[2:]
-        for batch in in_batches(rows, max(1, _BATCH_PIXELS // (side[0] * side[1]))):
-            logits = logit_maps(network, self.data.patches.gather(batch), self.views, self.compute)
-            yield batch, logits, self.masks.gather(batch)[:, 0]
+        batches = list(in_batches(rows, max(1, _BATCH_PIXELS // (side[0] * side[1]))))
+        for batch, following in itertools.zip_longest(batches, batches[1:]):
+            images, masks = self.data.patches.gather(batch), self.masks.gather(batch)[:, 0]
+            if following is not None:
+                self.expect(following)
+            yield batch, logit_maps(network, images, self.views, self.compute), masks
 
     @torch.inference_mode()
     def score(self, network: nn.Module, stop: Callable[[], None]) -> tuple[Score, Scores]:

@@ -86,9 +86,18 @@ def fit_paced(
             place = (part + (view - first) / n_views) / pace.n_parts
             return rates_at(recipe, int(place * planned), end=planned, horizon=planned)
 
-        done = training.train(stream, first, first + n_views, rates_of, stop, progress)
+        steps: list[tuple[float, int]] = []  # the first one: its end and its views
+
+        def seen(n: int, steps: list[tuple[float, int]] = steps) -> None:
+            if not steps:
+                steps.append((time.perf_counter(), n))
+            progress(n)
+
+        done = training.train(stream, first, first + n_views, rates_of, stop, seen)
         seconds = time.perf_counter() - began
         rate = n_views / seconds
+        if part == resumed and training.compute.compiled and n_views > steps[0][1]:  # the first step compiled
+            rate = (n_views - steps[0][1]) / (began + seconds - steps[0][0])
         lr = rates_of(first + n_views - 1).lr
         result = RungResult(
             part, training.views, len(train_rows), None, None, done.loss, seconds, rate, lr, done.accuracy

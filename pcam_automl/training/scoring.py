@@ -102,16 +102,18 @@ def logits_of_rows(
     return np.zeros(0, np.float32) if answers is None else answers
 
 
-def unless_out_of_memory(of_images: Callable[[Tensor], Tensor], images: Tensor, n: int) -> Tensor | None:
+def unless_out_of_memory(
+    of_images: Callable[[Tensor], Tensor], images: Tensor, n: int, least: int = LEAST_BATCH
+) -> Tensor | None:
     """What the function gives for ``n`` images, None where memory is too short for so many and fewer can be tried.
 
     Raises:
-        RuntimeError: another fault, or not even ``LEAST_BATCH`` fit.
+        RuntimeError: another fault, or not even ``least`` fit.
     """
     try:
         return of_images(images)
     except (torch.OutOfMemoryError, RuntimeError) as fault:
-        if not is_out_of_memory(fault) or n <= LEAST_BATCH:
+        if not is_out_of_memory(fault) or n <= least:
             raise
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # not inside `except`, where the traceback still holds what did not fit

@@ -37,8 +37,10 @@ PROBE = "variants 3"
 """Part of every key: what an earlier release measured, among other variants, is measured again."""
 MORE_MEMORY = 1.2
 """Of the memory in which a micro-batch was found: with so much there is another look."""
-COMPILE_FROM_S = 600.0
-"""Trainings that are shorter by the measured step do not try `torch.compile`: it takes about a minute by itself."""
+COMPILE_FROM_S = {"cpu": 3600.0, "cuda": 600.0}
+"""Trainings that are shorter by the measured step do not try `torch.compile`: on a GPU it takes about a minute by itself, on a CPU up to
+three, so that the look costs a long training a twentieth and a tenth of its time at most.
+"""
 
 _NETWORK_FIELDS = (
     "task",
@@ -98,9 +100,15 @@ class SpeedBook:
         if self.deterministic:
             return fixed_variant(device)
         eager = Compute(str(device), **{k: v for k, v in self._entry(recipe, device).items() if k != "compiled"})
-        if views is None or self._seconds(recipe, device, eager, views) < COMPILE_FROM_S:
+        if views is None or self._seconds(recipe, device, eager, views) < COMPILE_FROM_S[device.type]:
             return eager
         return self._if_compiled_pays(recipe, device, eager, views)
+
+    def for_the_rest(self, recipe: Recipe, device: torch.device, compute: Compute, views: int) -> Compute:
+        """The variant of a training that was cut off, for the views that are left: not compiled once more for a few of them."""
+        if compute.compiled and self._seconds(recipe, device, compute, views) < COMPILE_FROM_S[device.type]:
+            return replace(compute, compiled=False)
+        return compute
 
     def _seconds(self, recipe: Recipe, device: torch.device, compute: Compute, views: int) -> float:
         assert compute.step_s is not None

@@ -71,6 +71,17 @@ def test_two_scanners_are_found_again(two: PatchStore, slides_known: bool) -> No
     assert f"stain 1 with {sizes[0]} patches" in found.line()
 
 
+def test_of_a_handful_of_slides_the_patches_are_clustered_and_no_slide_is_cut(two: PatchStore) -> None:
+    domain, group = np.asarray(two.domain), np.asarray(two.group)
+    few = replace(two, group=(2 * domain + group % 2).astype(np.int32), group_names=tuple("abcd"))
+    found = estimate_domains(few)
+    assert (len(found.names), found.of_slides) == (2, False)
+    assert agreement(few, domain) == 1.0
+    mixed = replace(two, group=np.where(group % 5 == 0, 0, 1).astype(np.int32), group_names=("a", "b"))
+    code, rows = estimate_domains(mixed).code, two.development_rows()
+    assert all(len(np.unique(code[rows[np.asarray(mixed.group)[rows] == slide]])) == 1 for slide in (0, 1))
+
+
 def test_three_stains_are_three_domains(two: PatchStore) -> None:
     third = np.flatnonzero((np.asarray(two.domain) == 0) & (np.asarray(two.group) % 2 == 0))
     truth = np.array(two.domain)

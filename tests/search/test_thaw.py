@@ -22,6 +22,7 @@ from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.paused_folders import keep_within
+from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.pruner import SuccessiveHalving
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
@@ -29,8 +30,10 @@ from pcam_automl.search.slots import Slot, Slots
 from pcam_automl.search.soundness import check_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
-from pcam_automl.search.turns import Limits, Turn, next_turn
-from pcam_automl.search.worker import SearchEnd, run_worker
+from pcam_automl.search.turns import Limits, Turn, next_turn, whole_trial_s
+from pcam_automl.search.worker import SearchEnd, SlotOfTrial, run_worker
+from pcam_automl.training.checkpoint import CheckpointWriter
+from pcam_automl.training.fit import branch_share
 
 CPU = torch.device("cpu")
 
@@ -88,6 +91,105 @@ def test_paused_trials_go_on_until_the_time_is_over_and_nothing_is_trained_twice
         assert thawed_from == [None, *(row.number for row in lineage.rows[:-1])]
         assert {row.user_attrs["slot"] for row in lineage.rows} == {int(lineage.name)}
     assert list(opened.checkpoints.iterdir()) == [], "a complete lineage never goes on"
+
+
+def test_a_paused_trial_has_its_newest_checkpoint_on_the_disk_before_its_slot_is_free(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another worker thaws it at once, and trains the rung again or finds half a folder."""
+    whole, ends, held = CheckpointWriter.submit, SlotOfTrial.ends, list[bool]()
+
+    def slowly(self: CheckpointWriter, write: Any) -> None:
+        whole(self, lambda: (time.sleep(0.2), write())[1])
+
+    def noted(self: SlotOfTrial, connection: Any, trial_id: int, state: TrialState) -> None:
+        if state == TrialState.PRUNED:
+            row = opened.study.get_trials(deepcopy=False)[-1]
+            rung = [views for views, _ in opened.settings.rungs].index(max(row.intermediate_values))
+            held.append((opened.checkpoints / row.user_attrs["lineage"] / str(rung) / "state.json").is_file())
+        ends(self, connection, trial_id, state)
+
+    monkeypatch.setattr(CheckpointWriter, "submit", slowly)
+    monkeypatch.setattr(SlotOfTrial, "ends", noted)
+    opened = opened_in(tmp_path, asked)
+    run(opened, 4, told())
+    assert len(held) >= 1
+    assert all(held)
+
+
+def paused_study(tmp_path: Path, asked: Asked, values: list[float], **other: Any) -> tuple[OpenStudy, Slots, list[Any]]:
+    """A study whose rows are paused at the first rung with these values, but for the first, which is complete; checkpoints and all."""
+    opened = opened_in(tmp_path, replace(asked, **other))
+    slots, steps, rows = Slots(engine_of(opened.study), opened.name), [views for views, _ in opened.settings.rungs], []
+    for number, value in enumerate(values):
+        slot = slots.claim(99, "me")
+        assert slot is not None
+        state = TrialState.COMPLETE if number == 0 else TrialState.PRUNED
+        row = optuna.trial.create_trial(
+            state=state,
+            value=value,
+            intermediate_values=dict.fromkeys(steps if number == 0 else steps[:1], value),
+            user_attrs={"lineage": str(number), "rungs": [{"seconds": second} for second in (2.0, 9.0, 99.0)]},
+        )
+        row.number = number
+        rows.append(row)
+        slots.started(slot, number, str(number))
+        slots.finish(slot)
+        (opened.checkpoints / str(number) / "0").mkdir(parents=True)
+        (opened.checkpoints / str(number) / "0" / "state.json").touch()
+    return opened, slots, rows
+
+
+@pytest.mark.parametrize(("objective", "best"), [("auc", 3), ("log_loss", 1)])
+def test_the_best_of_a_third_goes_on_before_anything_new_and_the_rest_when_nothing_new_fits(
+    tmp_path: Path, asked: Asked, objective: str, best: int
+) -> None:
+    values = [0.9, 0.55, 0.6, 0.8, 0.7] if objective == "auc" else [0.1, 0.2, 0.6, 0.8, 0.7]
+    opened, slots, rows = paused_study(tmp_path, asked, values, objective=objective)
+
+    def turn(rows: list[Any], left: float = 1e6, n: int = 99, **limits: Any) -> Turn | str:
+        found = next_turn(opened, slots, rows, Limits(n, clock=told(left), **limits), "me")
+        if isinstance(found, Turn):  # given back, for the next question
+            slots.leave_paused(found.slot) if found.thawed_from is not None else slots.reopen(
+                found.slot, keep_lineage=False
+            )
+        return found
+
+    # Of five at the first rung one goes on by itself, the complete one: nobody is promoted, a new one begins.
+    new = turn(rows)
+    assert isinstance(new, Turn)
+    assert (new.thawed_from, new.slot.number) == (None, 5)
+    # A sixth, and two of six go on: the complete one and the best of the others.
+    sixth = paused_like(rows[4], 5, 0.5 if objective == "auc" else 0.9)
+    thawed = turn([*rows, sixth])
+    assert isinstance(thawed, Turn)
+    assert thawed.thawed_from == best
+    assert isinstance(unthawed := turn([*rows, sixth], thaws=False), Turn)
+    assert unthawed.thawed_from is None
+    # Where no new one fits, the most promising goes on, as long as its next rung does.
+    steps, decay = [views for views, _ in opened.settings.rungs], branch_share(opened.start)
+    first, second = rung_ratio(steps, 0, decay), rung_ratio(steps, 1, decay)
+    assert whole_trial_s(opened, lineages_of(rows)) == pytest.approx(2.0 * (1 + first + first * second))
+    last = turn(rows, left=2.0 * first + 0.1)
+    assert isinstance(last, Turn)
+    assert last.thawed_from == best
+    assert turn(rows, left=2.0 * first - 0.1) == "budget"
+    slots.finish(new.slot)
+    total = turn(rows, n=5)
+    assert isinstance(total, Turn)
+    assert total.thawed_from == best, "no new one is wanted"
+
+
+def paused_like(row: Any, number: int, value: float) -> Any:
+    step = next(iter(row.intermediate_values))
+    made = optuna.trial.create_trial(
+        state=TrialState.PRUNED,
+        value=value,
+        intermediate_values={step: value},
+        user_attrs={**row.user_attrs, "lineage": str(number)},
+    )
+    made.number = number
+    return made
 
 
 def test_without_time_for_a_rung_the_search_ends_with_its_trials_paused(tmp_path: Path, asked: Asked) -> None:

@@ -144,6 +144,18 @@ def test_a_cpu_has_bf16_or_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fixed_variant(cpu).precision == "fp32"
 
 
+def test_a_torch_without_onednn_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoOperators:
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute {name!r}")
+
+    monkeypatch.setattr(torch.ops, "mkldnn", NoOperators())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not has_precision(torch.device("cpu"), "bf16")
+    assert fixed_variant(torch.device("cpu")).precision == "fp32"
+
+
 @pytest.mark.parametrize(
     ("capability", "built", "runs"),
     [

@@ -130,6 +130,24 @@ def test_a_pixelwise_network_gives_the_same_map_tiled_or_whole() -> None:
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_maps_of_what_does_not_fit_are_made_of_fewer_tiles_at_a_time(room: int) -> None:
+    class Hungry(RedNetwork):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    images = torch.from_numpy(blobs(9, 48, 40)[0]).permute(0, 3, 1, 2)
+    for eight in (False, True):
+        views = MapViews(32, UNIT, eight)
+        whole = logit_maps(RedNetwork(), images, views, Compute("cpu"))
+        torch.testing.assert_close(logit_maps(Hungry(), images, views, Compute("cpu")), whole, atol=1e-5, rtol=0)
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        logit_maps(Hungry(), images, MapViews(32, UNIT), Compute("cpu"))
+
+
 def test_overlaps_are_averaged() -> None:
     images, network = torch.from_numpy(blobs(2, 32, 40)[0]).permute(0, 3, 1, 2), EdgeNetwork()
     assert tile_starts(40, 32) == [0, 8]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,8 @@ class Clock:
 class Fake:
     """A training whose step takes what ``seconds_per_view`` says, and which notes the rates it was given."""
 
-    def __init__(self, clock: Clock, seconds_per_view: Any) -> None:
+    def __init__(self, clock: Clock, seconds_per_view: Any, compiled: bool = False) -> None:
+        self.compute = SimpleNamespace(compiled=compiled)
         self.recipe = Recipe(epochs=10, batch_size=10)
         self.key, self.data_key, self.views, self.n_resumed = 1, "", 0, 0
         self.results: list[Any] = []
@@ -40,6 +42,7 @@ class Fake:
         for view in range(first, last, 10):
             self.rates.append(rates_of(view).lr)
             self.clock.now += 10 * self.seconds_per_view(self.clock.now)
+            progress(10)
         self.views = last
         return Segment(0.5, 0.5, 1.0, last - first)
 
@@ -66,6 +69,14 @@ def test_a_paced_training_ends_on_time_whatever_the_speed(clock: Clock, seconds_
     assert clock.now == pytest.approx(100.0, rel=0.10 if seconds_per_view(0) == 0.05 else 0.03)
     assert len(results) == 20
     assert [result.views for result in results][-1] == fake.views
+
+
+def test_what_compiling_took_is_no_speed_of_the_steps_after_it(clock: Clock) -> None:
+    fake = Fake(clock, lambda now: 3.0 if now == 0 else 0.01, compiled=True)  # half a minute for the first step
+    results = list(fit_paced(fake, np.arange(200), Pace(100.0, images_per_s=100.0)))  # type: ignore[arg-type]
+    assert clock.now == pytest.approx(100.0, rel=0.03)
+    views = [after.views - before.views for before, after in itertools.pairwise(results)]
+    assert max(views) - min(views) <= 20, "all later parts are of one length"
 
 
 def test_a_paced_training_runs_through_the_whole_schedule(clock: Clock) -> None:

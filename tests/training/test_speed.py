@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def test_a_network_is_measured_once_whoever_asks(calls: list[str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("found", "views", "compiled"),
     [
-        ((60.0, 0.3), 100_000, True),  # 625 s gained for 60
-        ((700.0, 0.3), 100_000, False),
+        ((60.0, 0.3), 400_000, True),  # 2,500 s gained for 60
+        ((2600.0, 0.3), 400_000, False),
         ((60.0, 0.6), 1_000_000, False),
         ("RuntimeError: no compiler", 1_000_000, False),
     ],
@@ -61,7 +62,8 @@ def test_compiling_must_earn_its_time(
     monkeypatch.setattr(speed_module, "measure_compiled", lambda build, px, batch, eager: tried.append(batch) or found)
     book = SpeedBook(tmp_path / "speed.json")
     assert book.compute_for(RECIPE, CPU, views=1000) == Compute("cpu", "bf16", True, 0.5)
-    assert tried == []  # 16 s of training: not even tried
+    assert book.compute_for(RECIPE, CPU, views=200_000) == Compute("cpu", "bf16", True, 0.5)
+    assert tried == []  # 16 s of training, and 52 minutes: not even tried
     for _ in range(2):
         chosen = book.compute_for(RECIPE, CPU, views=views)
         assert (chosen.compiled, chosen.step_s) == (compiled, 0.3 if compiled else 0.5)
@@ -71,6 +73,14 @@ def test_compiling_must_earn_its_time(
         {"fault": found} if isinstance(found, str) else {"ready_s": found[0], "step_s": found[1]}
     )
     assert not book.compute_for(RECIPE, CPU).compiled  # a search's trials are short
+
+
+def test_what_is_left_of_a_compiled_training_must_be_worth_compiling_again(calls: list[str], tmp_path: Path) -> None:
+    book, compiled = SpeedBook(tmp_path / "speed.json"), Compute("cpu", "bf16", True, 0.32, compiled=True)
+    assert book.for_the_rest(RECIPE, CPU, compiled, 370_000) == compiled
+    assert book.for_the_rest(RECIPE, CPU, compiled, 350_000) == replace(compiled, compiled=False)
+    eager = replace(compiled, compiled=False)
+    assert book.for_the_rest(RECIPE, CPU, eager, 370_000) == eager
 
 
 def test_what_fitted_in_the_end_is_where_the_next_training_begins(calls: list[str], tmp_path: Path) -> None:
