@@ -165,8 +165,7 @@ def finalize(
     for number, member in enumerate(decision.members):
         pace = None
         if options.seconds is not None and epochs is None:
-            until = began + options.seconds
-            pace = pace_of(opened, member, rows, until, len(decision.members) - number, device)
+            pace = pace_of(opened, decision.members, number, rows, began + options.seconds, device)
         _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, asked, used_up)
     if not part().is_first:
         raise Assisted

@@ -64,7 +64,10 @@ def run_search(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # On Ray the workers' devices are the cluster's; this process only makes the study.
     devices = [asked.device] if launcher is not None else devices_for(asked, n_workers, per_device, url)
-    asked = replace(asked, n_workers=len(devices), command=terminal.this_command())
+    n_side_by_side = len(devices) if launcher is None else n_workers or 1
+    asked = replace(
+        asked, n_workers=len(devices), n_planned=n_side_by_side, n_trials=n_trials, command=terminal.this_command()
+    )
     with stop_signal(GO_ON) as stop, storage_faults(storage_url(url)):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call, spends=launcher is None)
@@ -202,7 +205,8 @@ def _check_time(opened: OpenStudy, clock: BudgetClock | None) -> None:
 
     if clock is None or n_finished_of(opened.study):
         return
-    if (why := too_late(clock.total_s, clock.spent_s + time.monotonic() - clock.began)) is not None:
+    spent_s = clock.spent_s + time.monotonic() - clock.began
+    if (why := too_late(clock.total_s, spent_s, clock.predict_s)) is not None:
         raise StudyError(why)
 
 

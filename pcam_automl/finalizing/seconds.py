@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.search.budget import (
     CONFIRM_SHARE,
     FINAL_SHARE,
+    MOST_FINAL_EPOCHS,
     MOST_PREDICT_SHARE,
     budget_of,
     final_seconds,
@@ -28,6 +30,8 @@ from pcam_automl.training.pace import Pace
 from pcam_automl.training.ranks import from_first
 from pcam_automl.training.scoring import Averaging
 
+MOST_PACED_EPOCHS = 3.0 * MOST_FINAL_EPOCHS
+"""However much time is left, where few trials were asked for: 60 are planned."""
 CONFIRM_PART = CONFIRM_SHARE / (CONFIRM_SHARE + FINAL_SHARE)
 """Of finalize's seconds, where they are limited: what the confirmations may take at least."""
 
@@ -64,23 +68,25 @@ def members_that_fit(
     return max(0, int(left_s / slowest))
 
 
-def _predict_seconds(opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device) -> float:
-    """Of one final network. How quickly it judges is measured: of three minutes on a slow machine a guess cost a fifth; of a dense
+def _predict_seconds(
+    opened: OpenStudy, recipe: Recipe, rows: FinalRows, rate: float, device: torch.device, n_members: int = 1
+) -> float:
+    """Of one final network of ``n_members``. How quickly it judges is measured: of three minutes on a slow machine a guess cost a fifth; of a dense
     network it is guessed from its training's ``rate``.
     """
     if recipe.task == "dense":
         return prediction_seconds(8 * (len(rows.test) + len(rows.held)), rate)
-    return _test_views(opened, recipe, rows, device) * _seconds_a_view(opened, recipe, rows, device)
+    return _test_views(opened, recipe, rows, device, n_members) * _seconds_a_view(opened, recipe, rows, device)
 
 
 def _seconds_a_view(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device) -> float:
     return OVERHEAD * (len(rows.test) + len(rows.held)) / opened.speed_book.judged_per_s(recipe, device)
 
 
-def _test_views(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device) -> int:
-    """Views of each patch: the recipe's, or one where those take too much of the study's budget."""
+def _test_views(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device, n_members: int) -> int:
+    """Views of each patch: the recipe's, or one where those of so many networks take too much of the study's budget."""
     total_s = budget_of(opened.study) or math.inf
-    return n_test_views(total_s, _seconds_a_view(opened, recipe, rows, device), recipe.n_test_views)
+    return n_test_views(total_s, n_members * _seconds_a_view(opened, recipe, rows, device), recipe.n_test_views)
 
 
 def averaging_within(
@@ -88,7 +94,7 @@ def averaging_within(
 ) -> Averaging | None:
     """``none`` where the views of a network, as its recipe says, would take too much of a budget; None is as the recipes say."""
     recipes = [recipe_of_study(opened, one.trial, None, rows.train)[0] for one in decision.members]
-    if all(_test_views(opened, recipe, rows, device) == recipe.n_test_views for recipe in recipes):
+    if all(_test_views(opened, recipe, rows, device, len(recipes)) == recipe.n_test_views for recipe in recipes):
         return None
     note(
         f"{len(rows.test) + len(rows.held):,} patches are predicted in one view each: the average of {recipes[0].n_test_views} would take more "
@@ -98,13 +104,16 @@ def averaging_within(
 
 
 def pace_of(
-    opened: OpenStudy, member: Candidate, rows: FinalRows, until: float, n_left: int, device: torch.device
+    opened: OpenStudy, members: Sequence[Candidate], number: int, rows: FinalRows, until: float, device: torch.device
 ) -> Pace:
-    """When the next of ``n_left`` final trainings ends, so that all of them and the prediction are over by ``until``, by
-    ``time.perf_counter``.
+    """When the final training of ``members[number]`` ends, so that those after it and the predictions of all networks, which come last, are
+    over by ``until``, by ``time.perf_counter``. No network has more than ``MOST_PACED_EPOCHS``.
     """
-    recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
-    rate = from_first(lambda: images_per_s(opened, member, recipe, device))
-    predict_s = from_first(lambda: _predict_seconds(opened, recipe, rows, rate, device))
-    left_s = until - time.perf_counter()
-    return Pace(time.monotonic() + max(0.0, left_s - n_left * predict_s) / n_left, rate)
+    rates, predict_s = [], 0.0
+    for member in members:
+        recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
+        rates.append(rate := from_first(partial(images_per_s, opened, member, recipe, device)))
+        predict_s += from_first(partial(_predict_seconds, opened, recipe, rows, rate, device, len(members)))
+    left_s = (until - time.perf_counter() - predict_s) / (len(members) - number)
+    most_s = MOST_PACED_EPOCHS * len(rows.train) / rates[number]
+    return Pace(time.monotonic() + min(max(0.0, left_s), most_s), rates[number])

@@ -49,8 +49,8 @@ ROW_S = 2.0
 HARD_SHARE = 0.05
 """A rung that was estimated too short may run over the search's end by so much of the budget."""
 FIRST_SHARE = 0.7
-"""Of the budget: until then the first trial may begin and run while none is complete, however little start-up has left of the search's
-part, since without a complete trial there is nothing to finalize."""
+"""Of what the prediction leaves of the budget: until then the first trial may begin and run while none is complete, however little start-up
+has left of the search's part, since without a complete trial there is nothing to finalize."""
 FIRST_TRIALS = 3.0
 """The first trial takes at most so many times what was planned, ``SHORT_CAP`` and a speed that was timed in a quiet moment together."""
 LEAST_TRIAL_S, MOST_TRIAL_S = 4.0, 600.0
@@ -73,6 +73,7 @@ class BudgetPlan:
         used_s: what start-up had taken when it was planned.
         predict_s: of ``final_s``, what the prediction is expected to take; the shares are those of the rest.
         n_workers: that search side by side, each with trials of its own.
+        n_trials: that were asked for, no more of which start; None where the time alone ends the search.
     """
 
     total_s: float
@@ -87,13 +88,15 @@ class BudgetPlan:
     used_s: float = 0.0
     predict_s: float = 0.0
     n_workers: int = 1
+    n_trials: int | None = None
 
     @property
     def n_rungs(self) -> int:
         """Of each trial: one where none is pruned, since scores and decays on the way would decide nothing. Where a slow start-up has
         left the first trial so little that it may be cut off, it leaves values on the way.
         """
-        return 1 if self.short and self.used_s + FIRST_TRIALS * self.trial_s < FIRST_SHARE * self.total_s else N_RUNGS
+        first_s = first_until_s(self.total_s, self.predict_s)
+        return 1 if self.short and self.used_s + FIRST_TRIALS * self.trial_s < first_s else N_RUNGS
 
     @property
     def cap_s(self) -> float:
@@ -109,7 +112,9 @@ class BudgetPlan:
             n_short: trials of a short search, at least one; what they do not need goes to the final training.
         """
         if not self.short:
-            return replace(self, whole_s=whole_s, n_started=self.n_workers * _n_lineages(self.free_s, whole_s, mean_s))
+            n_started = self.n_workers * _n_lineages(self.free_s, whole_s, mean_s)
+            return replace(self, whole_s=whole_s, n_started=min(n_started, self.n_trials or n_started))
+        n_short = min(n_short, self.n_trials or n_short)
         rest_s = self.total_s - self.predict_s
         free_s = min(SHORT_SHARE * rest_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
         search_s = _latest_short_s(rest_s, self.used_s, free_s)
@@ -126,11 +131,12 @@ def plan_budget(
     may_be_short: bool = False,
     predict_s: float = 0.0,
     n_workers: int = 1,
+    n_trials: int | None = None,
 ) -> BudgetPlan:
     """Split a budget: the prediction is taken off it, then what the final training can use, up to its share.
 
     A whole trial is set so long that ``N_BRACKETS`` brackets, some 27 lineages, would fit if rows cost nothing: more of them would each
-    be too short to rank, fewer would be no search.
+    be too short to rank, fewer would be no search. Where fewer are asked for, each is longer.
 
     Args:
         total_s: the budget in seconds, positive.
@@ -140,23 +146,29 @@ def plan_budget(
         may_be_short: whether a search of few lineages is cut down, ``FEW``; not where somebody named what is searched, or how.
         predict_s: what predicting the test patches, and judging those kept back, takes.
         n_workers: that search side by side.
+        n_trials: that are asked for; None where the time alone ends the search.
     """
     rest_s = total_s - predict_s
     confirm_s, train_s = CONFIRM_SHARE * rest_s, final_seconds(rest_s, images_per_s, n_final)
     search_s, final_s = rest_s - confirm_s - train_s, train_s + predict_s
     free_s = max(search_s - used_s, 0.2 * search_s)
-    trial_s = min(max(free_s / (N_BRACKETS * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
-    n_started = n_workers * _n_lineages(free_s, trial_s)
+    n_trials_a_worker = math.inf if n_trials is None else math.ceil(n_trials / n_workers)
+    n_brackets = min(N_BRACKETS, (n_trials_a_worker - 1) / BRACKET)
+
+    def trial_of(n_brackets: float) -> float:
+        return min(max(free_s / (n_brackets * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
+
+    n_started = n_workers * _n_lineages(free_s, trial_of(N_BRACKETS))
     has_all_it_can_use = train_s < FINAL_SHARE * rest_s
     if may_be_short and n_started < FEW and not has_all_it_can_use:
         trial_s = max(SHORT_TRIAL_SHARE * rest_s, LEAST_TRIAL_S)
         plan = BudgetPlan(
-            total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, True, used_s, predict_s, n_workers
+            total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, True, used_s, predict_s, n_workers, n_trials
         )
         return plan.with_trial(trial_s)
-    return BudgetPlan(
-        total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s, False, used_s, predict_s, n_workers
-    )
+    trial_s = trial_of(n_brackets)
+    parts = (total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
+    return BudgetPlan(*parts, False, used_s, predict_s, n_workers, n_trials).with_trial(trial_s)
 
 
 def n_test_views(total_s: float, seconds_a_view: float, views: int) -> int:
@@ -206,7 +218,7 @@ def short_search(planned: Mapping[str, Any] | None, total_s: float | None) -> Sh
     if "used_s" not in planned:  # of an early study
         return ShortSearch(int(planned["n_started"]), search_s)
     rest_s = total_s - float(planned.get("predict_s", 0.0))
-    latest_s = min(_latest_short_s(rest_s, float(planned["used_s"])), FIRST_SHARE * rest_s)
+    latest_s = min(_latest_short_s(rest_s, float(planned["used_s"])), first_until_s(total_s, total_s - rest_s))
     return ShortSearch(int(planned["n_started"]), max(search_s, latest_s))
 
 
@@ -221,9 +233,14 @@ def was_short(study: optuna.Study, planned: Mapping[str, Any] | None) -> bool:
     return short is not None and n_finished_of(study) <= short.n_trials
 
 
-def too_late(total_s: float, used_s: float) -> str | None:
+def first_until_s(total_s: float, predict_s: float) -> float:
+    """Until when the study's first trial may begin, and run while none is complete."""
+    return FIRST_SHARE * (total_s - predict_s)
+
+
+def too_late(total_s: float, used_s: float, predict_s: float = 0.0) -> str | None:
     """Why no first trial may begin after so many seconds of a budget; None where it may."""
-    if used_s <= FIRST_SHARE * total_s:
+    if used_s <= first_until_s(total_s, predict_s):
         return None
     return (
         f"{used_s:.0f} s of the budget of {total_s:g} s are spent before the first trial, which leaves it no time; "
@@ -330,7 +347,7 @@ class BudgetClock:
     @property
     def is_over_for_first(self) -> bool:
         """The same for the study's first trial, without which there would be nothing to finalize: that is later."""
-        return self.left_s() + self.reserve_s < (1.0 - FIRST_SHARE) * self.total_s
+        return self.total_s - self.left_s() - self.reserve_s > first_until_s(self.total_s, self.predict_s)
 
     def check(self, *, first: bool = False) -> None:
         """At every step of a trial; ``first``: of the study's first one.

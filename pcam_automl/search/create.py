@@ -188,7 +188,11 @@ def _decide(
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
     plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)
-    if spends and budget is not None and (why := too_late(budget.total_s, process_age_s())) is not None:
+    if (
+        spends
+        and budget is not None
+        and (why := too_late(budget.total_s, process_age_s(), budget.predict_s)) is not None
+    ):
         raise StudyError(why)  # before there is a study that others would take up
     check_networks(space, start)
     if plan.dropped:
@@ -364,8 +368,11 @@ def _planned(
         n_judged = len(data.store.test_rows()) + (len(data.split.holdout_rows()) or round(KEPT_BACK_SHARE * n_final))
         a_view_s = prediction_seconds(n_judged, rate)
         # On a CPU each worker's speed is that of its share of the cores; what several do on one GPU is not known.
-        n_workers = asked.n_workers if device.type == "cpu" else min(asked.n_workers, torch.cuda.device_count())
-        least_s = a_view_s / (n_workers if device.type == "cpu" else 1)  # finalize has the cores of all workers
+        here = asked.n_workers if device.type == "cpu" else min(asked.n_workers, torch.cuda.device_count())
+        n_workers = (
+            max(here, asked.n_planned or 1) if asked.n_workers == 1 else here
+        )  # those of a cluster have devices of their own
+        least_s = a_view_s / (asked.n_workers if device.type == "cpu" else 1)  # finalize has the cores of all workers
         if common.task == "patch" and (why := too_many_to_predict(asked.budget_s, least_s, n_judged)) is not None:
             raise StudyError(why)
         budget = plan_budget(
@@ -377,6 +384,7 @@ def _planned(
             predict_s=a_view_s
             * (8 if common.task == "dense" else n_test_views(asked.budget_s, a_view_s, common.n_test_views)),
             n_workers=n_workers,
+            n_trials=asked.n_trials,
         )
     plan = make_plan(
         space,

@@ -45,7 +45,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """Options of ``search`` as the user gave them; None is "not given"."""
+    """Options of ``search`` as the user gave them; None is "not given".
+
+    ``n_workers`` train on this machine side by side, ``n_planned`` anywhere: on a Ray cluster those are others.
+    """
 
     data: Path | None = None
     groups: Path | None = None
@@ -62,6 +65,8 @@ class Asked:
     device: str = "auto"
     deterministic: bool = False
     n_workers: int = 1
+    n_planned: int | None = None
+    n_trials: int | None = None
     budget_s: float | None = None
     objective: str | None = None
     split_by: str | None = None

@@ -83,7 +83,7 @@ def test_a_search_of_few_trials_from_scratch_is_cut_down_for_the_final_training(
         assert plan == whole
         return
     for n in (1, N_SHORT):
-        plan = plan.with_trial(whole_s, n_short=n)
+        plan = plan_budget(total_s, used_s=used_s, may_be_short=True, n_trials=n).with_trial(whole_s)
         assert plan.search_s + plan.final_s == pytest.approx(total_s)
         assert (plan.n_started, plan.confirm_s) == (n, 0.0)
         wanted_s = min(SHORT_SHARE * total_s, whole_s + (n - 1) * plan.cap_s)

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from pcam_automl.config import parse_bytes
 from pcam_automl.errors import InputError, OutOfTime, StudyError, TrainingDiverged
 from pcam_automl.finalize import finalize
+from pcam_automl.search import worker as worker_module
 from pcam_automl.search.budget import BudgetClock, ShortSearch
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
@@ -256,6 +257,34 @@ def test_the_quota_gives_up_the_least_promising_checkpoints(tmp_path: Path, aske
     assert end == SearchEnd(3, "done")
     assert [t.state for t in opened.study.get_trials()] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
     assert list(opened.checkpoints.iterdir()) == []
+
+
+def test_the_quota_leaves_those_whose_slot_waits_for_somebody_to_go_on(tmp_path: Path, asked: Asked) -> None:
+    """An interrupted trial has no place among the paused ones, and would be the first to go."""
+    steps = (100, 300, 900)
+    rows = [
+        optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"lineage": "0", "reason": "interrupted"}),
+        optuna.trial.create_trial(
+            state=TrialState.PRUNED, value=0.6, intermediate_values={100: 0.6}, user_attrs={"lineage": "1"}
+        ),
+    ]
+    for number, row in enumerate(rows):
+        row.number = number
+        (tmp_path / str(number) / "0").mkdir(parents=True)
+        (tmp_path / str(number) / "0" / "optim.safetensors").write_bytes(bytes(1000))
+    assert keep_within(tmp_path, rows, steps, quota_bytes=1500, sign=1.0, keep=lambda: {"0"}) == ["1"]
+    opened, asked_with = opened_in(tmp_path / "study", asked), list[dict[str, Any]]()
+    slots = Slots(engine_of(opened.study), opened.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module, "keep_within", lambda *args, **options: asked_with.append(options) or [])
+        run(opened, 1, None)
+    (options,) = asked_with
+    slot = slots.claim(9, "me")
+    assert slot is not None
+    slots.started(slot, 1, "one")
+    slots.reopen(slot, keep_lineage=True)
+    assert options["keep"]() == {"one"}
+    assert options["sign"] == 1.0
 
 
 def test_the_quota_is_counted_while_a_checkpoint_is_being_renamed(
