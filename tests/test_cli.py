@@ -19,6 +19,7 @@ import pytest
 from easy_set import easy_patches, write_easy_set, write_table
 from PIL import Image
 from planted_study import study_with
+from sklearn.metrics import log_loss
 
 TINY_SPACE = """\
 base: {batch_size: 16, crop_size: 32, augment: 0.2}
@@ -290,9 +291,13 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     from pcam_automl.search.reading import load_study
 
     options = ["--space", "tiny.yaml", "--set", "beta1=0.85", "--weights", "none", "--holdout", "0.25", "--views", "64"]
-    options += ["--sampler", "random", "--pruner", "none", "--seed", "3"]
+    options += ["--sampler", "random", "--pruner", "none", "--rungs", "2", "--seed", "3"]
     assert run("search", "--data", easy_raw, "--trials", 1, "--study", "s", *options)[0] == 0
     study, settings = load_study("s")
+    assert [views for views, _ in settings.rungs] == [21, 64]
+    code, _, err = run("search", "--trials", 1, "--study", "s", "--rungs", 3)
+    assert code == 2
+    assert "--rungs is 3, the study has 2" in err
     search, finalize = study_commands("s", None, settings, study.trials)
     words = ["pcam-automl", "search", "--data", settings.data, "--trials", "1", *options, "--study", "s"]
     assert sorted(shlex.split(search)) == sorted(words)
@@ -305,6 +310,12 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     budgeted, _ = study_commands("s", None, settings.model_copy(update={"prior": "p.yaml"}), study.trials, 360.0)
     words[words.index("--trials") : words.index("--trials") + 2] = ["--budget", "360s"]
     assert sorted(shlex.split(budgeted)) == sorted([*words, "--prior", "p.yaml"])
+    both, _ = study_commands("s", None, settings, study.trials, 360.0, total=5)
+    assert sorted(shlex.split(both)) == sorted([*words, "--trials", "5"])
+    other = ("search", "--data", easy_raw, "--trials", 1, "--study", "t", "--weights", "none")
+    assert "--set patience exclude each other" in run(*other, "--rungs", 2, "--set", "patience=1")[2]
+    few = run(*other, "--rungs", 4, "--set", "epochs=0.1")[2]
+    assert "views of a whole trial are too few for 4 rungs; give --views 64 or more" in few
 
 
 def test_verify_names_a_patch_that_changed(run: Any, in_tmp: Path) -> None:
@@ -339,6 +350,13 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
     code, out, err = run("finalize", "--epochs", 4, "--no-report", "--json")
     assert code == 0, err
     final = json.loads(out)
+    held = pd.read_csv(Path(final["out"]) / "scores.csv", comment="#")
+    assert final["log_loss"] == pytest.approx(log_loss(held["label"], held["prob"]), abs=1e-4)
+    by_domain = ", ".join(f"{name} {value:.4f}" for name, value in final["domain_aucs"].items())
+    assert sorted(final["domain_aucs"]) == ["scanner0", "scanner1"]
+    assert list(final["domain_aucs"].values()) == sorted(final["domain_aucs"].values())
+    again = run("finalize", "--epochs", 4, "--no-report")[2]
+    assert f"  log-loss {final['log_loss']:.4f}; AUC by domain, the worst first: {by_domain}" in again
     assert final["auc_on"].startswith("holdout of")
     assert final["auc_95"][0] <= final["auc"] <= final["auc_95"][1]
     assert run("report", "--out", "r")[0] == 0

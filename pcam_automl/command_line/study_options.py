@@ -82,6 +82,17 @@ Prior = Annotated[
 ]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="tpe, tpe-qmc, gp, cmaes, qmc or random.")]
 Pruner = Annotated[str | None, typer.Option("--pruner", help="asha, hyperband, median, wilcoxon or none.")]
+Rungs = Annotated[
+    int | None,
+    typer.Option(
+        "--rungs",
+        min=1,
+        max=4,
+        help="Scores of a trial on its way, each after three times the views of the one before: 3 begins at a ninth of a whole trial, 2 at "
+        "a third (what `audit` advises where small subsets mislead), 1 prunes nothing.",
+        metavar="N",
+    ),
+]
 CostAware = Annotated[bool, typer.Option("--cost-aware", help="Judge proposals by expected improvement per second.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of split, sampler and trainings.", metavar="N")]
 DomainsOrEstimate = Annotated[
@@ -156,7 +167,7 @@ def asked_of(command: str, options: Mapping[str, Any]) -> Asked:
 
     domains = options["domains"]
     as_given = """data groups recipe space weights holdout seed sampler pruner views device deterministic objective
-    warm_start prior cost_aware probe artifacts"""
+    warm_start prior cost_aware probe artifacts rungs"""
     return Asked(
         **{name: options[name] for name in as_given.split()},
         domains=None if domains in (None, "estimate") else Path(domains),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import optuna
 
 from pcam_automl import terminal
-from pcam_automl.config import StudySettings
 from pcam_automl.errors import first_few
-from pcam_automl.search.audit import READ_ATTRS, Audit, RungAudit, audit_study, first_rung_advice
-from pcam_automl.search.lineages import lineages_of, sign_of
-from pcam_automl.search.probe_decisions import ProbeFidelity, probe_fidelity, results_of
+from pcam_automl.search.audit import READ_ATTRS, Audit, audit_study, first_rung_advice
+from pcam_automl.search.audit_text import AUDIT_HEADER, advice, audit_notes, audit_rows, probe_audit
 from pcam_automl.search.ranking import Ranking
 from pcam_automl.search.reading import load_study_to_read
 
@@ -35,79 +33,14 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
         )
         return
     terminal.result(f"study {name}: {audit.n_lineages} recipes with a score; an order is judged by Kendall's tau-b")
-    rows = [_row(number, rung) for number, rung in enumerate(audit.rungs, 1)]
-    header = ("rung", "views", "scored", "went on", "tau", "tau of all", "regret of pruning", "verdict")
-    if rows:
-        terminal.table("does the order at a rung hold at the next?", header, rows)
+    if audit.rungs:
+        terminal.table("does the order at a rung hold at the next?", AUDIT_HEADER, audit_rows(audit))
     for line in audit_notes(audit):
         terminal.result(line)
     if any(rung.n_pairs for rung in audit.rungs):
-        terminal.result(
-            advice(advised, settings.rungs, [n for n, rung in enumerate(audit.rungs, 1) if rung in audit.misleading])
-        )
+        terminal.result(f"advice: {advice(audit, settings)}")
     if probe is not None:
         terminal.result(str(probe))
-
-
-def probe_audit(study: optuna.Study, settings: StudySettings) -> ProbeFidelity | None:
-    """Whether the study's probe ranked as its whole trainings did; None where it had none."""
-    results = results_of(settings.plan.get("probe") or {})
-    if not results:
-        return None
-    lineages = lineages_of(study.get_trials(deepcopy=False))
-    maximise = sign_of(study) > 0
-    return probe_fidelity(lineages, results, whole_step=settings.rungs[-1][0], maximise=maximise, seed=settings.seed)
-
-
-def _row(number: int, rung: RungAudit) -> tuple[str, ...]:
-    regret = "unknown" if rung.regret is None else f"{rung.regret:.4f} ({rung.n_spared} ran on)"
-    return (
-        f"{number} -> {number + 1}",
-        f"{rung.step:,} -> {rung.next_step:,}",
-        f"{rung.n_at}",
-        f"{rung.n_pairs}",
-        _tau(rung.tau, rung.interval),
-        _tau(rung.tau_of_all, rung.interval_of_all),
-        regret,
-        rung.verdict,
-    )
-
-
-def _tau(tau: float | None, interval: tuple[float, float]) -> str:
-    if tau is None:
-        return "-"
-    return f"{tau:.2f}" if math.isnan(interval[0]) else f"{tau:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
-
-
-def audit_notes(audit: Audit) -> Iterator[str]:
-    """The reasons of the verdicts and how the table is to be read."""
-    if not audit.rungs:
-        yield "a trial has one rung here: none is pruned before its end, so that no rung can mislead"
-    for number, rung in enumerate(audit.rungs, 1):
-        yield f"rung {number} {rung.verdict}: {rung.why}"
-    if any(rung.tau is not None and rung.share_of_spread < 1 for rung in audit.rungs):
-        yield (
-            "only recipes that were good at a rung went on, which makes tau too low; `tau of all` corrects for it (Thorndike's "
-            "case 2), on the assumption that scores scatter alike at all heights"
-        )
-    if audit.rungs:
-        yield (
-            "regret: how much better the best recipe is that pruning at a rung drops but that ran on, than the best that it keeps; a "
-            "lower bound, since few of the dropped run on, and unknown where none did"
-        )
-
-
-def advice(
-    advised: tuple[tuple[int, int], ...] | None, rungs: tuple[tuple[int, int], ...], misleading: Sequence[int] = ()
-) -> str:
-    """One line: the plan may stay, or a larger first rung. ``misleading``: numbers of the rungs that mislead, from 1."""
-    if advised is None and misleading:
-        which = " and ".join(map(str, misleading))
-        return f"advice: the first rung may stay; the search ends nothing at rung {which} while that misleads"
-    if advised is None:
-        return "advice: nothing speaks for other rungs so far"
-    now = " -> ".join(f"{views:,}" for views, _ in rungs)
-    return f"advice: a larger first rung: {' -> '.join(f'{views:,}' for views, _ in advised)} views instead of {now}"
 
 
 def audit_warning(audit: Audit) -> Iterator[str]:

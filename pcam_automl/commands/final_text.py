@@ -56,6 +56,10 @@ def print_final(final: FinalResult, as_json: bool) -> None:
     terminal.say(
         f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; finalize took {terminal.duration(final.seconds)}"
     )
+    if final.log_loss is not None:
+        by_domain = ", ".join(f"{name} {value:.4f}" for name, value in final.domain_aucs.items())
+        worst = f"; AUC by domain, the worst first: {by_domain}" if by_domain else ""
+        terminal.say(f"  log-loss {final.log_loss:.4f}{worst}")
     if test := final.on_test:
         terminal.say(
             f"{test['n']:,} test images with masks: Dice {test['dice']:.4f}, pixel accuracy {test['accuracy']:.4f} (always "
@@ -83,6 +87,8 @@ def _as_json(final: FinalResult) -> dict[str, Any]:
         "auc": final.auc,
         "auc_on": final.auc_on,
         "auc_95": final.auc_95,
+        "log_loss": final.log_loss,
+        "domain_aucs": dict(final.domain_aucs),
         "test": final.on_test or None,
         "seconds": round(final.seconds, 1),
         **({} if final.decision is None else final.decision.to_json()),

@@ -41,7 +41,7 @@ def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None
 
     at, url = command_options(None, url), storage_url(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    asked = replace(asked, command=terminal.this_command())
+    asked = replace(asked, n_trials=n_trials, command=terminal.this_command())
     with stop_signal("nothing was lost") as _, storage_faults(url):
         with terminal.counting("packing") as call:
             opened = create_or_open_study(name, url, asked, say=terminal.say, pack_call=call)

@@ -149,6 +149,7 @@ def report_of_study(
     from pcam_automl.report.artifacts import attach
     from pcam_automl.search.pictures import pictures_of
     from pcam_automl.search.ranking import rank_study
+    from pcam_automl.search.reading import TRIALS_KEY
     from pcam_automl.search.study import Asked, open_study
 
     with terminal.counting("packing") as call:
@@ -192,6 +193,7 @@ def report_of_study(
             opened.study.get_trials(deepcopy=False),
             budget_of(opened.study),
             "" if bundle is None else str(card.get("finalize", "")),
+            opened.study.user_attrs.get(TRIALS_KEY),
         ),
         maps=None if bundle is None else maps_of(bundle, card),
         test_maps=maps_on_test(card),
@@ -223,9 +225,10 @@ def study_commands(
     trials: list[Any],
     budget_s: float | None = None,
     final: str = "",
+    total: int | None = None,
 ) -> tuple[str, ...]:
     """The two commands that repeat a study, from what it remembers: with the same budget, else with as many finished trials; at least one.
-    ``final``: the options of `finalize`.
+    ``final``: the options of `finalize`; ``total``: the trials that were asked for.
     """
     from pcam_automl.commands.search import command_options
     from pcam_automl.search.reading import best_of, n_finished_in
@@ -233,6 +236,7 @@ def study_commands(
     options = command_options(name, url)
     n = max(1, n_finished_in(trials))
     length = ["--trials", str(n)] if budget_s is None else ["--budget", f"{budget_s:.15g}s"]
+    length += ["--trials", str(total)] if budget_s is not None and total is not None else []
     words = ["pcam-automl", "search", "--data", settings.data, *length, *search_options(settings)]
     search = f"{shlex.join(words)}{options}"
     if best_of(trials, settings.goal) is None:
@@ -261,6 +265,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--objective", settings.objective] if settings.objective != "auc" else []
     words += ["--sampler", settings.sampler] if settings.sampler != "tpe" else []
     words += ["--pruner", settings.pruner] if settings.pruner != "asha" else []
+    words += ["--rungs", str(settings.plan["n_rungs_asked"])] if settings.plan.get("n_rungs_asked") else []
     words += ["--cost-aware"] if settings.cost_aware else []
     words += ["--warm-start", settings.warm_start] if settings.warm_start else []
     words += ["--prior", settings.prior] if settings.prior else []

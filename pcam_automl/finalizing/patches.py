@@ -25,7 +25,7 @@ from pcam_automl.finalizing.compare import Step, steps_of
 from pcam_automl.finalizing.decision import Decision
 from pcam_automl.finalizing.kept_back import FinalRows
 from pcam_automl.finalizing.result import FinalResult, FinalWatch
-from pcam_automl.metrics import auc, auc_interval
+from pcam_automl.metrics import auc, auc_interval, domain_aucs, log_loss
 from pcam_automl.operating import Operating, operate
 from pcam_automl.predict import Judge, Predictor, build_predictor
 from pcam_automl.scores import FILE as SCORES
@@ -113,6 +113,7 @@ def finish_patches(
     figures, scores, steps = _on_held(end, trial, decision, rows, compare)
     if scores is not None and len(networks[0].views) < bundle.recipe.n_test_views:
         figures = {**figures, "auc_on": f"{figures['auc_on']}, in one view each"}
+    figures |= _more_figures(opened, scores or decision.oof)
     operating = _operating(decision, scores)
     _write_tables(out, operating)
     if decision.oof is not None:
@@ -168,7 +169,19 @@ def finish_patches(
         decision=decision,
         operating=operating,
         steps=steps,
+        log_loss=figures["log_loss"],
+        domain_aucs=figures["domain_aucs"],
     )
+
+
+def _more_figures(opened: OpenStudy, judged: Scores | None) -> dict[str, Any]:
+    """``log_loss`` and, where two domains or more can be scored, ``domain_aucs`` by name, the worst first: of the patches that the AUC is of."""
+    if judged is None:
+        return {"log_loss": None, "domain_aucs": {}}
+    store = opened.store
+    found = domain_aucs(judged.label, judged.prob, np.asarray(store.domain)[judged.rows].astype(np.int64))
+    named = {store.domain_names[code]: value for code, value in sorted(found.items(), key=lambda pair: pair[1])}
+    return {"log_loss": log_loss(judged.label, judged.prob), "domain_aucs": named if len(named) > 1 else {}}
 
 
 def _on_labelled_test(store: PatchStore, test: np.ndarray, probs: np.ndarray) -> dict[str, Any] | None:

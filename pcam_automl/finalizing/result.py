@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,6 +162,8 @@ class FinalResult:
         decision: what was confirmed and chosen.
         operating: thresholds and reject curves out of fold, then on the slides that the network has not seen; those of them that there are.
         steps: what each ingredient was worth on the holdout; empty unless asked for.
+        log_loss: of the patches that the AUC is of, with the temperature; None where it is a trial's, and for a dense task.
+        domain_aucs: of the same patches by domain, the worst first; empty where fewer than two can be scored.
     """
 
     out: Path
@@ -178,3 +180,5 @@ class FinalResult:
     decision: Decision | None = None
     operating: tuple[Operating, ...] = ()
     steps: tuple[Step, ...] = ()
+    log_loss: float | None = None
+    domain_aucs: Mapping[str, float] = field(default_factory=dict)

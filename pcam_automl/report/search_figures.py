@@ -38,6 +38,7 @@ from pcam_automl.report.style import (
 )
 from pcam_automl.report.tradeoff_figure import tradeoff_blocks
 from pcam_automl.search.audit import audit_study, rung_table
+from pcam_automl.search.audit_text import AUDIT_HEADER, advice, audit_notes, audit_rows, probe_audit
 from pcam_automl.search.lineages import lineage_of, lineages_of, not_superseded, seconds_of_lineages
 from pcam_automl.search.reading import recipe_field
 
@@ -90,9 +91,12 @@ def _fidelity(content: ReportContent, trials: list[FrozenTrial]) -> Iterator[Blo
     drawn = fidelity_figure(audit, rung_table(lineages_of(trials), steps))
     yield drawn if drawn is not None else left_out("rungs against rungs: no recipe was scored at two rungs.")
     for rung in audit.misleading:
-        yield Text(
-            f"Warning: after {rung.step:,} views the scores mislead; {rung.why}. A larger first rung is advised."
-        )
+        yield Text(f"Warning: after {rung.step:,} views the scores mislead; {rung.why}.")
+    if any(rung.n_pairs for rung in audit.rungs):
+        caption = f"Kendall's tau-b with 95 % intervals; {'; '.join(audit_notes(audit))}. Advice: {advice(audit, content.study_settings)}."
+        yield Table(AUDIT_HEADER, tuple(audit_rows(audit)), caption, n_left=2, folded=True)
+    if (probe := probe_audit(cast(optuna.Study, content.study), content.study_settings)) is not None:
+        yield Text(f"{str(probe)[:1].upper()}{str(probe)[1:]}.")
 
 
 def _facts(trials: list[FrozenTrial], complete: list[FrozenTrial], goal: Goal) -> Facts:

@@ -33,7 +33,9 @@ FEW = 18
 trials, of which the better is taken unconfirmed."""
 N_SHORT = 2
 N_RUNGS = 3
-"""Of a trial of a search that prunes."""
+"""Of a trial of a search that prunes, unless others are asked for."""
+ETA = 3
+"""One in so many goes on from a rung to the next, which takes so many times the views."""
 SHORT_TRIAL_SHARE, SHORT_SHARE = 0.08, 0.35
 """Of what the prediction leaves of the budget, the training of one, and all at most: the smaller input of two wins the shorter trainings, the larger one the longer."""
 CAP, SHORT_CAP = 2.0, 1.4
@@ -41,9 +43,8 @@ CAP, SHORT_CAP = 2.0, 1.4
 BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
 N_BRACKETS = 3
-BRACKET_TRIALS, BRACKET_ROWS = 2.4, 13
-"""What a bracket costs: views of so many whole trials, decay branches included, and so many rows (nine first ones, three
-thawed, one thawed again)."""
+BRANCHES = 1.03
+"""Times the views of a bracket's rungs: the decay branches that are trained again."""
 ROW_S = 2.0
 """Of a row, beside its views: network, probe, database, checkpoint; on two cores of 2026."""
 HARD_SHARE = 0.05
@@ -74,6 +75,7 @@ class BudgetPlan:
         predict_s: of ``final_s``, what the prediction is expected to take; the shares are those of the rest.
         n_workers: that search side by side, each with trials of its own.
         n_trials: that were asked for, no more of which start; None where the time alone ends the search.
+        n_full: rungs of a trial of a search that prunes.
     """
 
     total_s: float
@@ -89,6 +91,7 @@ class BudgetPlan:
     predict_s: float = 0.0
     n_workers: int = 1
     n_trials: int | None = None
+    n_full: int = N_RUNGS
 
     @property
     def n_rungs(self) -> int:
@@ -96,7 +99,7 @@ class BudgetPlan:
         left the first trial so little that it may be cut off, it leaves values on the way.
         """
         first_s = first_until_s(self.total_s, self.predict_s)
-        return 1 if self.short and self.used_s + FIRST_TRIALS * self.trial_s < first_s else N_RUNGS
+        return 1 if self.short and self.used_s + FIRST_TRIALS * self.trial_s < first_s else self.n_full
 
     @property
     def cap_s(self) -> float:
@@ -112,7 +115,7 @@ class BudgetPlan:
             n_short: trials of a short search, at least one; what they do not need goes to the final training.
         """
         if not self.short:
-            n_started = self.n_workers * _n_lineages(self.free_s, whole_s, mean_s)
+            n_started = self.n_workers * _n_lineages(self.free_s, whole_s, mean_s, self.n_full)
             return replace(self, whole_s=whole_s, n_started=min(n_started, self.n_trials or n_started))
         n_short = min(n_short, self.n_trials or n_short)
         rest_s = self.total_s - self.predict_s
@@ -132,6 +135,7 @@ def plan_budget(
     predict_s: float = 0.0,
     n_workers: int = 1,
     n_trials: int | None = None,
+    n_rungs: int = N_RUNGS,
 ) -> BudgetPlan:
     """Split a budget: the prediction is taken off it, then what the final training can use, up to its share.
 
@@ -147,6 +151,7 @@ def plan_budget(
         predict_s: what predicting the test patches, and judging those kept back, takes.
         n_workers: that search side by side.
         n_trials: that are asked for; None where the time alone ends the search.
+        n_rungs: of a trial of a search that prunes.
     """
     rest_s = total_s - predict_s
     confirm_s, train_s = CONFIRM_SHARE * rest_s, final_seconds(rest_s, images_per_s, n_final)
@@ -156,9 +161,9 @@ def plan_budget(
     n_brackets = min(N_BRACKETS, (n_trials_a_worker - 1) / BRACKET)
 
     def trial_of(n_brackets: float) -> float:
-        return min(max(free_s / (n_brackets * BRACKET_TRIALS + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
+        return min(max(free_s / (n_brackets * bracket_cost(n_rungs)[0] + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
 
-    n_started = n_workers * _n_lineages(free_s, trial_of(N_BRACKETS))
+    n_started = n_workers * _n_lineages(free_s, trial_of(N_BRACKETS), n_rungs=n_rungs)
     has_all_it_can_use = train_s < FINAL_SHARE * rest_s
     if may_be_short and n_started < FEW and not has_all_it_can_use:
         trial_s = max(SHORT_TRIAL_SHARE * rest_s, LEAST_TRIAL_S)
@@ -168,7 +173,7 @@ def plan_budget(
         return plan.with_trial(trial_s)
     trial_s = trial_of(n_brackets)
     parts = (total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
-    return BudgetPlan(*parts, False, used_s, predict_s, n_workers, n_trials).with_trial(trial_s)
+    return BudgetPlan(*parts, False, used_s, predict_s, n_workers, n_trials, n_rungs).with_trial(trial_s)
 
 
 def n_test_views(total_s: float, seconds_a_view: float, views: int) -> int:
@@ -253,9 +258,20 @@ def _latest_short_s(total_s: float, used_s: float, free_s: float = math.inf) -> 
     return min(used_s, (1.0 - SHORT_SHARE) * total_s) + min(SHORT_SHARE * total_s, free_s)
 
 
-def _n_lineages(free_s: float, whole_s: float, mean_s: float | None = None) -> int:
+def bracket_cost(n_rungs: int) -> tuple[float, float]:
+    """What ``BRACKET`` lineages cost: views of so many whole trials, decay branches included, and so many rows, thawed ones among them;
+    of three rungs 2.4, and 13 (nine first ones, three thawed, one thawed again).
+    """
+    reach = [BRACKET / ETA**rung for rung in range(n_rungs)]
+    ends = [0.0, *(ETA ** (rung + 1 - n_rungs) for rung in range(n_rungs))]
+    views = sum(n * (end - begin) for n, begin, end in zip(reach, ends, ends[1:], strict=False))
+    return (BRANCHES if n_rungs > 1 else 1.0) * views, sum(reach)
+
+
+def _n_lineages(free_s: float, whole_s: float, mean_s: float | None = None, n_rungs: int = N_RUNGS) -> int:
     """Lineages that start in so many seconds, trial 0 (``whole_s``) running through beside the brackets."""
-    bracket_s = BRACKET_TRIALS * (mean_s or whole_s) + BRACKET_ROWS * ROW_S
+    trials, rows = bracket_cost(n_rungs)
+    bracket_s = trials * (mean_s or whole_s) + rows * ROW_S
     return max(1, round(BRACKET * (free_s - whole_s) / bracket_s))
 
 

@@ -251,6 +251,7 @@ def _decide(
         "n_train": len(rows.train),
         "n_valid": len(rows.score),
         "budget": None if budget is None else asdict(budget),
+        "n_rungs_asked": asked.rungs,
         "probe_mode": asked.probe or "auto",
         "probe": probe,
     }
@@ -385,6 +386,7 @@ def _planned(
             * (8 if common.task == "dense" else n_test_views(asked.budget_s, a_view_s, common.n_test_views)),
             n_workers=n_workers,
             n_trials=asked.n_trials,
+            n_rungs=asked.rungs or N_RUNGS,
         )
     plan = make_plan(
         space,
@@ -395,7 +397,7 @@ def _planned(
         views=asked.views,
         trial_s=None if budget is None else budget.trial_s,
         cap_s=None if budget is None else budget.cap_s,
-        n_rungs=N_RUNGS if budget is None else budget.n_rungs,
+        n_rungs=(asked.rungs or N_RUNGS) if budget is None else budget.n_rungs,
         speed=speed,
         progress=say,
     )
@@ -416,7 +418,7 @@ def _wants_search(asked: Asked) -> bool:
     return (
         asked.cost_aware
         or asked.probe == "on"
-        or any(word is not None for word in (asked.space, asked.sampler, asked.pruner))
+        or any(word is not None for word in (asked.space, asked.sampler, asked.pruner, asked.rungs))
     )
 
 

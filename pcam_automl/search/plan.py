@@ -15,14 +15,13 @@ from pcam_automl.models.cost import training_cost
 from pcam_automl.models.factory import check_runs, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.recipe_files import merge_fields
-from pcam_automl.search.budget import N_RUNGS
+from pcam_automl.search.budget import ETA, N_RUNGS
 from pcam_automl.search.dimension import UPSCALE, scaled_side
 from pcam_automl.search.space import SearchSpace
 from pcam_automl.training.engine import Rung
 from pcam_automl.training.fit import stable_views
 from pcam_automl.training.speed import SpeedBook
 
-ETA = 3
 TYPICAL_TRIAL_S = 30.0
 """A full trial of the median backbone; a whole trial of any backbone is held under CAP_S by training on fewer views. A
 budget sets both by itself (budget.py)."""
@@ -168,6 +167,8 @@ def make_plan(
     affordable = limit if speed.deterministic else int(SCORE_SHARE * typical_s * typical * EVAL_SPEEDUP)
     n_score = min(n_valid, limit, max(500, affordable))
     rungs = epoch_rungs(whole, n_train) if fields["patience"] is not None else build_rungs(whole, n_train, n_rungs)
+    if whole < ETA ** (len(rungs) - 1) and fields["patience"] is None:
+        raise RecipeError(f"{whole} views of a whole trial are too few for {n_rungs} rungs; give --views 64 or more")
     cap_s = (cap_s or CAP_S) if asked is None else None
     least = SLOWEST_SHARE if trial_s is None else SLOWEST_SHARE_OF_BUDGET
     if cap_s is not None:

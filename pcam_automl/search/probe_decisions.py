@@ -59,7 +59,7 @@ class ProbeFidelity:
         n_lineages: that ran through all rungs and whose backbone was probed.
         n_cells: cells of the probe that these fall to.
         verdict: ``holds``: the interval lies above 0; ``misleads``: it lies below :data:`LEAST_TAU`; ``unclear``: neither,
-            or fewer than 8 lineages or 3 cells.
+            or fewer than 8 lineages or 5 cells.
     """
 
     tau: float | None

@@ -61,6 +61,7 @@ class Asked:
     seed: int | None = None
     sampler: str | None = None
     pruner: str | None = None
+    rungs: int | None = None
     views: int | None = None
     device: str = "auto"
     deterministic: bool = False
@@ -248,6 +249,8 @@ def _check_asked(settings: StudySettings, asked: Asked, name: str) -> None:
         given["domains"], remembered["domains"] = ESTIMATE, settings.domains_hash and ESTIMATE
     if asked.views is not None:
         given["views"], remembered["views"] = asked.views, settings.rungs[-1][0]
+    if asked.rungs is not None:
+        given["rungs"], remembered["rungs"] = asked.rungs, len(settings.rungs)
     if asked.weights not in (None, "auto"):
         given["weights"] = (
             asked.weights if asked.weights in ("hub", "none") else str(Path(str(asked.weights)).expanduser().resolve())

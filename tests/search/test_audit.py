@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from planted_study import STEPS, pruned_by_thirds, rung_values, settings_of, study_with, trials_of
 from scipy.stats import kendalltau, pearsonr
 
-from pcam_automl.commands.audit import advice
+from pcam_automl.config import StudySettings
 from pcam_automl.search import worker as worker_module
 from pcam_automl.search.audit import (
     AUDIT_MOST,
@@ -31,6 +31,7 @@ from pcam_automl.search.audit import (
     tau_draws,
     unrestricted_tau,
 )
+from pcam_automl.search.audit_text import advice
 from pcam_automl.search.pruner import SuccessiveHalving
 
 PLAN = tuple((step, step) for step in STEPS)
@@ -60,9 +61,24 @@ def test_a_later_rung_that_misleads_is_named_though_the_first_may_stay() -> None
     late = replace(late, rungs=(replace(late.rungs[0], verdict="unclear"), replace(late.rungs[1], verdict="misleads")))
     assert misleading_steps(late) == {late.rungs[1].step}
     assert first_rung_advice(late, PLAN) is None
-    said = advice(None, PLAN, [2])
-    assert said == "advice: the first rung may stay; the search ends nothing at rung 2 while that misleads"
-    assert advice(None, PLAN) == "advice: nothing speaks for other rungs so far"
+    said = {name: advice(late, planned(name)) for name in ("asha", "median", "none")}
+    assert said["asha"] == "the first rung may stay; the search ends nothing at rung 2 while that misleads"
+    assert said["median"].startswith("the first rung may stay; --pruner median goes on ending trials at rung 2")
+    assert said["none"] == "the first rung may stay; nothing is pruned here, at rung 2 either"
+    assert advice(audit_of(40, FAITHFUL), planned("asha")) == "nothing speaks for other rungs so far"
+
+
+def test_advice_names_the_option_that_follows_it() -> None:
+    assert advice(audit_of(40, NOISE_FIRST, seed=2), planned("asha")) == (
+        "a larger first rung: 300 -> 900 views instead of 100 -> 300 -> 900; a new --study with --rungs 2 has it"
+    )
+    assert advice(audit_of(60, NOISE), planned("asha")).endswith(
+        "600 -> 900 views instead of 100 -> 300 -> 900; a new --study with --rungs 1 prunes nothing"
+    )
+
+
+def planned(pruner: str) -> StudySettings:
+    return cast(StudySettings, SimpleNamespace(rungs=PLAN, pruner=pruner))
 
 
 def test_faithful_rungs_hold_and_the_plan_stays() -> None:

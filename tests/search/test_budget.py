@@ -16,21 +16,25 @@ from optuna.trial import TrialState, create_trial
 import pcam_automl.search.budget as budget_module
 from pcam_automl.errors import OutOfTime
 from pcam_automl.search.budget import (
+    BRANCHES,
     CONFIRM_SHARE,
     FEW,
     FINAL_SHARE,
     FIRST_SHARE,
+    MOST_TRIAL_S,
     N_SHORT,
     ROW_S,
     SHORT_SHARE,
     BudgetClock,
     ShortSearch,
+    bracket_cost,
     budget_of,
     final_seconds,
     n_test_views,
     plan_budget,
     set_budget,
     short_search,
+    too_late,
     too_many_to_predict,
     typical_trial_s,
     was_short,
@@ -138,6 +142,51 @@ def test_a_short_search_was_one_until_its_budget_is_raised_or_trials_are_added()
     assert not was_short(study, None)
     study.add_trial(create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": "more"}))
     assert not was_short(study, planned)
+
+
+def test_trials_that_are_asked_for_are_planned_with() -> None:
+    by_time = plan_budget(7200.0, used_s=20.0)
+    assert by_time.n_started > 20
+    five = plan_budget(7200.0, used_s=20.0, n_trials=5)
+    assert five.n_started == 5
+    assert five.trial_s == pytest.approx(min(MOST_TRIAL_S, five.free_s / (1 + bracket_cost(3)[0] * 4 / 9)))
+    assert five.trial_s > 2 * by_time.trial_s
+    assert five.with_trial(five.trial_s).n_started == 5
+    one = plan_budget(1000.0, used_s=20.0, n_trials=1)
+    assert (one.n_started, one.trial_s) == (1, one.free_s)
+    assert plan_budget(7200.0, used_s=20.0, n_trials=1000) == replace(by_time, n_trials=1000)
+    side_by_side = plan_budget(7200.0, used_s=20.0, n_trials=10, n_workers=2)
+    assert (side_by_side.n_started, side_by_side.trial_s) == (10, five.trial_s)
+    short = plan_budget(180.0, used_s=12.0, may_be_short=True, n_trials=1).with_trial(10.0)
+    assert (short.short, short.n_started) == (True, 1)
+
+
+def test_a_bracket_costs_what_its_rungs_do() -> None:
+    assert bracket_cost(1) == (9.0, 9.0)
+    assert bracket_cost(2) == (pytest.approx(BRANCHES * (9 / 3 + 3 * 2 / 3)), 12.0)
+    assert bracket_cost(3) == (pytest.approx(BRANCHES * (1 + 2 / 3 + 2 / 3)), 13.0)
+    with_two, with_three = (plan_budget(7200.0, used_s=20.0, n_rungs=n) for n in (2, 3))
+    assert with_two.n_rungs == 2
+    assert with_two.trial_s < with_three.trial_s, "each of so many costs more of a whole one"
+
+
+def test_what_the_prediction_needs_is_not_the_first_trial_s() -> None:
+    """It may take 40 % of a budget; a first trial until 70 % of the whole would leave it 30."""
+    began = time.monotonic()
+    clock = BudgetClock(100.0, spent_s=0.6 * FIRST_SHARE * 100 - 2, began=began, n_final=0, predict_s=40.0)
+    assert not clock.is_over_for_first
+    late = BudgetClock(100.0, spent_s=0.6 * FIRST_SHARE * 100 + 2, began=began, n_final=0, predict_s=40.0)
+    assert late.is_over_for_first
+    assert too_late(100.0, 41.0, 40.0) is None
+    assert too_late(100.0, 43.0, 40.0) is not None
+    assert too_late(100.0, 43.0) is None
+
+
+def test_of_the_search_s_part_the_used_share_grows_from_nothing_to_all() -> None:
+    shares = [
+        BudgetClock(100.0, spent_s=spent, began=time.monotonic(), n_final=0).used_share() for spent in (0.0, 15.0, 30.0)
+    ]
+    assert shares == pytest.approx([0.0, 0.5, 1.0], abs=0.02)
 
 
 def test_a_longer_budget_has_longer_trials_up_to_ten_minutes() -> None:
