@@ -333,6 +333,20 @@ def test_a_search_prints_its_plan_beside_what_happened_as_json_too(run: Any, eas
     assert said["was"]["whole_s"] > 0.0
 
 
+def test_workers_of_a_cluster_are_planned_for_and_its_budget_is_said(
+    run: Any, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pcam_automl.commands.ray.run_on_ray", lambda task, check, say: check())
+    options = ("--data", easy_pack, "--space", "tiny.yaml", "--weights", "none", "--budget", "1h", "--launcher", "ray")
+    planned = {}
+    for n in (1, 4):
+        err = run("search", *options, "--workers", n, "--study", f"with{n}")[2]
+        assert "budget 1 h" in err
+        assert "trials reach rungs 1 to 3" in err
+        planned[n] = load_study(f"with{n}")[1].plan["budget"]["n_started"]
+    assert planned[4] == pytest.approx(4 * planned[1], rel=0.2)
+
+
 def test_a_search_needs_a_number_of_trials_or_a_budget(run: Any, easy_pack: Path) -> None:
     code, _, err = run("search", "--data", easy_pack)
     assert (code, err.strip().splitlines()[-1]) == (

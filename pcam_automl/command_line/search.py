@@ -118,6 +118,7 @@ def search(
         thaws=not no_thaw,
         max_retries=max_retries,
         launcher=check_launcher(launcher, ray_address, per_device=workers_per_device, no_thaw=no_thaw),
+        waits="all" if finalize_ else "far",  # finalize shall have the trials of another terminal, too
         shows_end=not (json and finalize_),  # standard output then holds finalize's object alone
     )
     if finalize_:

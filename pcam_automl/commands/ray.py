@@ -6,10 +6,12 @@ import os
 import time
 
 from pcam_automl import terminal
+from pcam_automl.commands.account import clock_of
 from pcam_automl.commands.search import Work, print_plan
 from pcam_automl.commands.workers import StudyBar
 from pcam_automl.errors import StudyError
 from pcam_automl.interrupt import StopSignal
+from pcam_automl.search.ledger import spent_s
 from pcam_automl.search.patience import patient
 from pcam_automl.search.ray_launcher import RayTask, run_on_ray
 from pcam_automl.search.reading import n_finished_of
@@ -31,7 +33,10 @@ def work_on_ray(
         raise StudyError(
             "--launcher ray on several machines needs a database server: take PostgreSQL (docs/distributed.md)"
         )
-    print_plan(opened, work.n_trials)
+    clock = None
+    if work.budget_s is not None:  # for people: the workers have clocks of their own
+        clock = clock_of(opened, work.budget_s, spent_s(opened.study), time.monotonic())
+    print_plan(opened, work.n_trials, clock)
     planned_on_gpu = str(opened.settings.plan["device"]).startswith("cuda")
     gpu = asked.device.startswith("cuda") or (asked.device == "auto" and planned_on_gpu)
     words = ["worker", "--study", opened.name, "--device", "cuda" if gpu else "cpu", "--plain"]
@@ -45,7 +50,7 @@ def work_on_ray(
     words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:g}s"]
     before = n_finished_of(opened.study)
     with terminal.Bars() as bars, stop.deferred(), patient():
-        show = StudyBar(bars, Limits(work.n_trials or NEVER_ENDS), before)
+        show = StudyBar(bars, Limits(work.n_trials or NEVER_ENDS, clock=clock), before)
 
         def check() -> None:
             stop.check()

@@ -50,10 +50,12 @@ def run_search(
     thaws: bool = True,
     max_retries: int = MAX_RETRIES,
     launcher: str | None = None,
+    waits: Waits = "far",
     shows_end: bool = True,
 ) -> None:
     """Create or open the study and run trials until it has ``n_trials`` finished ones, or the search's part of the budget is
-    over; in this process or in several. ``shows_end``: whether the best trial is printed in the end.
+    over; in this process or in several. ``waits``: for which other workers' trials; ``shows_end``: whether the best trial is printed in
+    the end.
     """
     from pcam_automl.commands.workers import devices_for
     from pcam_automl.search.create import create_or_open_study
@@ -74,7 +76,7 @@ def run_search(
         if asked.budget_s is not None:
             give_budget(opened, asked.budget_s)  # refused before it is noted for all workers
         note_asked(opened.study, n_trials, asked.budget_s)
-        work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries)
+        work = Work(n_trials, asked.budget_s, timeout_s, quota_bytes, thaws, max_retries, waits)
         if launcher is None:
             end = work_on(opened, asked, devices, work, stop=stop)
         else:

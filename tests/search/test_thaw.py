@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -27,7 +28,7 @@ from pcam_automl.search.promotion import rung_ratio
 from pcam_automl.search.pruner import SuccessiveHalving
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
-from pcam_automl.search.slots import Slot, Slots
+from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.soundness import check_study
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
@@ -380,6 +381,26 @@ def test_a_lineage_that_diverged_is_no_winner_and_the_next_one_runs_through(
     rows = opened.study.get_trials()
     assert [row.state for row in rows] == [TrialState.PRUNED, TrialState.COMPLETE]
     assert [row.user_attrs["slot"] for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize(("waits", "expected"), [("far", "claimed elsewhere"), ("all", "done")])
+def test_before_finalizing_a_search_waits_for_the_trials_of_another_terminal(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, waits: Any, expected: str
+) -> None:
+    opened = opened_in(tmp_path, asked)
+    slots = Slots(engine_of(opened.study), opened.name)
+    owner = f"{owner_of_this_process().rpartition(':')[0]}:"  # alive, and of this machine
+    held = slots.claim(2, owner)
+    assert held is not None
+
+    def ends(seconds: float) -> None:
+        opened.study.add_trial(
+            optuna.trial.create_trial(state=TrialState.COMPLETE, value=0.9, user_attrs={"lineage": "other"})
+        )
+        slots.finish(held)
+
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(**{**vars(time), "sleep": ends}))
+    assert run_worker(Objective(opened, CPU), Limits(2, waits=waits)) == SearchEnd(1, expected)
 
 
 def test_past_its_end_a_search_begins_nothing_beside_the_trial_that_it_waits_for(tmp_path: Path, asked: Asked) -> None:
