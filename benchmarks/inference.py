@@ -3,6 +3,8 @@
     python -m benchmarks inference           # 1,024 patches a round, 5 rounds; then 57,458 patches from a pack
     PCAM_BENCH_NETWORKS="resnet18 densenet121" PCAM_BENCH_PATCHES=4096 python -m benchmarks inference
     PCAM_BENCH_TEST_PATCHES=0 python -m benchmarks inference       # without the memory
+    PCAM_BENCH_PRECISION=fp32 python -m benchmarks inference       # ours in float32, as `predict` is where bf16 moves the AUC
+    PCAM_BENCH_NETWORKS="" PCAM_BENCH_MEMORY_NETWORK=cnn_basic python -m benchmarks inference   # the memory of another recipe or network
 
 Ours is ``logits_of_rows`` in the variant that the probe picks for training. The plain loop has the same weights, fp32, default
 layout, a Dataset over the same uint8 array (torchvision v2: crop, normalisation) and a DataLoader with 2 workers and batches of
@@ -20,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tifffile
@@ -47,13 +50,15 @@ from benchmarks.settings import RESULTS, setting, write_result
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import ModelBundle, write_bundle
 from pcam_automl.calibration import probs_at
+from pcam_automl.configs_folder import find_config, list_configs
 from pcam_automl.data.pack import pack
 from pcam_automl.data.sources import open_source
 from pcam_automl.data.store import PatchStore
-from pcam_automl.models.factory import build_network, normalisation, normalisation_of
+from pcam_automl.models.factory import build_network, normalisation_of
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, build_recipe
-from pcam_automl.training.compute import Compute
+from pcam_automl.recipe_files import load_recipe
+from pcam_automl.training.compute import Compute, Precision
 from pcam_automl.training.scoring import Views, logits_of_rows
 
 LOADER_BATCH = 64
@@ -154,11 +159,15 @@ def write_test_pack(folder: Path, n_test: int) -> Path:
     return folder / "pack"
 
 
-def write_tiny_bundle(folder: Path) -> Path:
-    """A bundle of a tiny untrained network at 96 px."""
-    recipe = build_recipe({"backbone": TINY, "crop_size": 96})
+def write_untrained_bundle(folder: Path, name: str) -> Path:
+    """A bundle of an untrained network at 96 px: of a shipped recipe, or else of a timm network."""
+    recipe = build_recipe({"backbone": name, "crop_size": 96})
+    if name in list_configs("recipes"):
+        fields = {"pretrained": False, "crop_size": 96, "normalise": "unit"}
+        recipe = build_recipe(load_recipe(find_config("recipes", name)).model_dump() | fields)
     state = build_network(recipe, Weights("none"), seed=0).state_dict()
-    write_bundle(folder, ModelBundle(recipe, normalisation(TINY), state, {}, {}))
+    norm = normalisation_of(recipe, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    write_bundle(folder, ModelBundle(recipe, norm, state, {}, {}))
     return folder
 
 
@@ -180,16 +189,22 @@ def peak_anonymous_bytes(command: list[str]) -> tuple[int, str]:
         return peak, out.read()
 
 
-def measure_memory(n_test: int) -> dict[str, Any]:
-    """Peak of a process that only imports, and of one that predicts ``n_test`` patches of a pack."""
+def measure_memory(n_test: int, name: str) -> dict[str, Any]:
+    """Peak of a process that only imports, and of one that predicts ``n_test`` patches of a pack by a network of that name."""
     with tempfile.TemporaryDirectory() as folder:
-        bundle, pack_ = write_tiny_bundle(Path(folder) / "bundle"), write_test_pack(Path(folder), n_test)
+        bundle, pack_ = write_untrained_bundle(Path(folder) / "bundle", name), write_test_pack(Path(folder), n_test)
         imports = "\n".join(line for line in PREDICT.splitlines() if "import" in line)
         idle, _ = peak_anonymous_bytes([sys.executable, "-c", imports])
         peak, said = peak_anonymous_bytes([sys.executable, "-c", PREDICT, str(bundle), str(pack_)])
         pack_bytes = (pack_ / "patches.npy").stat().st_size
     assert int(said.split()[-1]) == n_test, f"{said} patches were predicted, not {n_test}"
-    return {"patches": n_test, "pack_bytes": pack_bytes, "imports_anon_bytes": idle, "peak_anon_bytes": peak}
+    return {
+        "network": name,
+        "patches": n_test,
+        "pack_bytes": pack_bytes,
+        "imports_anon_bytes": idle,
+        "peak_anon_bytes": peak,
+    }
 
 
 def main() -> None:
@@ -202,13 +217,15 @@ def main() -> None:
         for backbone in networks:
             recipe = recipe_for(backbone, 64, 64)
             compute = measured_compute(recipe, device)
+            if (precision := os.environ.get("PCAM_BENCH_PRECISION")) is not None:
+                compute = replace(compute, precision=cast(Precision, precision), routed=False)
             part = measure_network(recipe, store, compute, n_patches=n_patches, n_rounds=n_rounds, n_workers=n_workers)
             found["networks"][backbone] = part
             report(recipe, part)
     if n_test := setting("TEST_PATCHES", 57_458):
-        memory = found["memory"] = measure_memory(n_test)
+        memory = found["memory"] = measure_memory(n_test, os.environ.get("PCAM_BENCH_MEMORY_NETWORK", TINY))
         print(
-            f"  predicting {n_test:,} patches of a pack of {memory['pack_bytes'] / 1e9:.2f} GB: "
+            f"  {memory['network']}: predicting {n_test:,} patches of a pack of {memory['pack_bytes'] / 1e9:.2f} GB: "
             f"{memory['peak_anon_bytes'] / 1e6:,.0f} MB at the peak, {memory['imports_anon_bytes'] / 1e6:,.0f} of them after the imports"
         )
     write_result(RESULTS / ("inference.json" if device.type == "cpu" else f"inference_{device.type}.json"), found)

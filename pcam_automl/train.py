@@ -100,8 +100,8 @@ def train_to_bundle(
 ) -> Trained:
     """Train, write the bundle into ``out``, remove the checkpoints. The same call after a kill goes on.
 
-    Low precision is chosen for predicting by ``judged_rows``, patches that nothing trains on, else by those that are scored; by training
-    rows, which a network knows by heart, only where there are no others.
+    Low precision is chosen for predicting by ``judged_rows``, patches that nothing trains on, else by those that are scored; where there
+    are neither, predictions are in float32.
 
     With a ``pace`` the training ends by the clock instead of after the recipe's epochs, and nothing is scored on its way.
 
@@ -294,7 +294,9 @@ def _bundle(
     data = training.task.data
     if not isinstance(training.task, DenseTask):
         if judged is None or len(np.unique(store.label[judged])) < 2:
-            judged = rows.score if len(rows.score) else rows.train
+            judged = (
+                rows.score
+            )  # without any, float32: of what it was trained on a network knows the answer in any precision
         views = Views(recipe, data.normalisation)
         with training.averaged() as network:
             precision, moved = inference_precision(network, data.patches, judged, data.label, views, training.compute)

@@ -228,11 +228,12 @@ def test_both_inferences_agree(store: PatchStore, capsys: pytest.CaptureFixture[
     assert "eight views" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", [inference.TINY, "cnn_basic"])
 def test_the_pack_to_predict_has_its_test_patches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.setattr(inference, "N_DIFFERENT", 5)
-    pack, bundle = inference.write_test_pack(tmp_path, 12), inference.write_tiny_bundle(tmp_path / "bundle")
+    pack, bundle = inference.write_test_pack(tmp_path, 12), inference.write_untrained_bundle(tmp_path / "bundle", name)
     monkeypatch.setattr(sys, "argv", ["-c", str(bundle), str(pack)])
     exec(compile(inference.PREDICT, "PREDICT", "exec"), {})
     assert capsys.readouterr().out.split() == ["12"]

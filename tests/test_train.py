@@ -22,6 +22,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.train import TrainWatch, train_to_bundle, training_split
 from pcam_automl.training.compute import Compute
 from pcam_automl.training.dense import always_negative_accuracy
+from pcam_automl.training.scoring import inference_precision
 from pcam_automl.training.speed import SpeedBook
 
 CPU = torch.device("cpu")
@@ -85,6 +86,30 @@ def test_a_bundle_records_the_side_of_its_patches_and_the_fold_it_is_validated_o
     assert (by_fold.provenance["patch_px"], by_fold.provenance["fold"]) == (96, 2)
     assert by_share.provenance["fold"] is None
     assert by_fold.metrics["auc_on"].endswith(" validation patches")
+
+
+def test_a_bundle_that_nothing_unseen_judges_predicts_in_float32(
+    easy_pack: Path, tmp_path: Path, book: SpeedBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what it was trained on a network knows the answers in any precision: no drift would be seen there."""
+    store, short, asked = open_store(easy_pack), RECIPE.model_copy(update={"epochs": 0.2}), list[np.ndarray]()
+
+    def judged(network: object, patches: object, rows: np.ndarray, *_: object) -> tuple[str, float]:
+        asked.append(rows)
+        return ("bf16", 0.0) if len(rows) else inference_precision(network, patches, rows, *_)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pcam_automl.train.inference_precision", judged)
+    _, train_rows, score_rows, _ = training_split(store, short, seed=0, fold=0)
+    none, found = np.zeros(0, np.int64), list[str]()
+    for number, (score, held) in enumerate(((score_rows, None), (none, score_rows), (none, None))):
+        bundle = train_to_bundle(
+            short, store, train_rows=train_rows, score_rows=score, weights=Weights("none"), device=CPU, speed=book,
+            out=tmp_path / str(number), provenance={}, judged_rows=held,
+        ).bundle  # fmt: skip
+        found.append(bundle.provenance["inference"]["precision"])
+    assert found == ["bf16", "bf16", "fp32"]
+    assert [set(rows) == set(score_rows) for rows in asked] == [True, True, False]
+    assert len(asked[2]) == 0
 
 
 def test_a_dense_bundle_has_its_baseline_and_an_interval_over_images(tmp_path: Path, book: SpeedBook) -> None:

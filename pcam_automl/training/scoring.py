@@ -20,6 +20,7 @@ from pcam_automl.recipe import Recipe
 from pcam_automl.training.compute import Compute, Precision, is_out_of_memory
 
 EVAL_BATCH = 256
+"""Patches at once on a CPU, of inputs of 64 px; of larger ones fewer, so that a network's maps take the same memory: 113 of 96 px."""
 EVAL_BATCH_ON_GPU = 1024  # fewer do not fill one with a small network; where they do not fit they are halved
 LEAST_BATCH = 16
 """Patches at once where memory is short; a device that cannot judge so many can train nothing either."""
@@ -97,7 +98,12 @@ def logits_of_rows(
         progress: called with the number of rows done in each batch.
     """
     answers = outputs_of_rows(
-        lambda images: logits_of_images(network, images, views, compute), patches, rows, stop=stop, progress=progress
+        lambda images: logits_of_images(network, images, views, compute),
+        patches,
+        rows,
+        px=views.recipe.network_px,
+        stop=stop,
+        progress=progress,
     )
     return np.zeros(0, np.float32) if answers is None else answers
 
@@ -120,11 +126,17 @@ def unless_out_of_memory(
     return None
 
 
+def eval_batch(px: int) -> int:
+    """Patches that a CPU judges at once, by the side of the network's input."""
+    return min(EVAL_BATCH, max(LEAST_BATCH, EVAL_BATCH * 64**2 // px**2))
+
+
 def outputs_of_rows(
     of_images: Callable[[Tensor], Tensor],
     patches: Patches,
     rows: np.ndarray,
     *,
+    px: int = 64,
     stop: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray | None:
@@ -134,11 +146,12 @@ def outputs_of_rows(
         of_images: patches (B, 3, S, S) uint8 on the device to a tensor (B, ...).
         patches: the source of uint8 batches.
         rows: (n,) int64.
+        px: side of the network's input.
         stop: called once a batch; raises to end early.
         progress: called with the number of rows done in each batch.
     """
     answers: list[Tensor] = []
-    begin, size = 0, EVAL_BATCH if patches.device.type == "cpu" else EVAL_BATCH_ON_GPU
+    begin, size = 0, eval_batch(px) if patches.device.type == "cpu" else EVAL_BATCH_ON_GPU
     while begin < len(rows):
         stop()
         batch, following = rows[begin : begin + size], rows[begin + size : begin + 2 * size]
@@ -163,11 +176,13 @@ def inference_precision(
     Args:
         network: in evaluation mode on ``compute.device``.
         patches: the source of uint8 batches.
-        rows: (n,) store rows of both classes; 1,000 of them, evenly spread, are judged.
+        rows: (n,) store rows; 1,000 of them, evenly spread, are judged. Of one class, or none: float32.
         label: (N,) 0/1 by store row.
         views: what is shown of each patch.
         compute: of the training.
     """
+    if not len(rows):
+        return "fp32", 0.0
     spread = np.linspace(0, len(rows) - 1, min(len(rows), N_JUDGED)).astype(
         np.int64
     )  # rows may be sorted by class or slide
