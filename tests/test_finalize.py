@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from easy_set import TINY, write_easy_set
 from hypothesis import given
 from hypothesis import strategies as st
 from planted_study import probs_of, scored_trial, settings_of, study_with
@@ -40,8 +42,11 @@ from pcam_automl.files import locked
 from pcam_automl.finalize import FinalOptions, FinalWatch, final_recipe, finalize
 from pcam_automl.finalizing.choice import choose_trial, settle_ties
 from pcam_automl.finalizing.result import words_of
+from pcam_automl.metrics import auc, log_loss
 from pcam_automl.recipe import Recipe
+from pcam_automl.scores import Scores
 from pcam_automl.search.budget import set_budget
+from pcam_automl.search.confirmations import Confirmation
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
@@ -414,6 +419,55 @@ def test_a_cut_off_final_training_goes_on_and_no_other_trial_is_confirmed_meanwh
     assert [one["stored_only"] for one in asked] == [False, False, True]
     assert asked[0]["seconds"] > 0.0
     assert any("no other trial is confirmed before that is done" in note for note in notes)
+
+
+@pytest.mark.parametrize(("objective", "maximise"), [("log_loss", False), ("auc", True)])
+def test_the_confirmed_are_compared_by_the_studys_objective(
+    objective: str, maximise: bool, opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a study of the log-loss would end with its worst trial."""
+    asked: list[dict[str, Any]] = []
+
+    def decided(*args: object, **options: Any) -> None:
+        asked.append(options)
+        raise StudyError("it is decided")
+
+    monkeypatch.setattr(finalize_module, "confirm", lambda *args, **options: [])
+    monkeypatch.setattr(finalize_module, "decide", decided)
+    settings = opened.settings.model_copy(update={"objective": objective})
+    with pytest.raises(StudyError, match="it is decided"):
+        finalize(replace(opened, settings=settings), epochs=1.0, device=CPU, options=FinalOptions(confirm=1))
+    label, prob = np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.9])
+    value = auc(label, prob)
+    parts = ("0", 0, 1, "", None, value, value, 4, 10, 10, 1.0, 1.0)
+    one = Confirmation(*parts, one_view=Scores(np.arange(4), label, prob, "fold 1"))
+    assert asked[0]["value_of"](one) == (value if objective == "auc" else log_loss(label, prob))
+    assert asked[0]["maximise"] is maximise
+
+
+def test_a_test_patch_that_cannot_be_read_gets_the_share_of_positives(in_tmp: Path) -> None:
+    raw = write_easy_set(in_tmp / "raw", n_test=8)
+    table = (raw / "train_labels.csv").read_text().splitlines()
+    table[1:31] = [line[:-1] + "1" for line in table[1:31]]  # 75 of 120 positive, which no network says of a patch
+    (raw / "train_labels.csv").write_text("\n".join(table) + "\n")
+    broken = (raw / "sample_submission.csv").read_text().splitlines()[3].partition(",")[0]
+    os.truncate(raw / "test" / f"{broken}.tif", 500)
+    pins = {"backbone": TINY, "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=raw, weights="none", views=64, pins=pins, device="cpu")
+    study = create_or_open_study("broken", None, asked, say=lambda text: None)
+    run_worker(Objective(study, CPU), Limits(1))
+    made = finalize(study, epochs=1.0, device=CPU, options=ONE)
+    assert made.submission is not None
+    with made.submission.open() as file:
+        written = {line["id"]: float(line["label"]) for line in csv.DictReader(file)}
+    assert len(written) == 8
+    assert written.pop(broken) == 75 / 120
+    assert 75 / 120 not in written.values()
+    assert len({*written.values()}) == 7
+    (note,) = (note for note in made.notes if "cannot be read" in note)
+    assert broken in note
+    assert note.startswith("1 test patches")
+    assert not [name for name in written if name in note]
 
 
 def test_a_folder_that_is_mounted_is_no_place_for_a_bundle() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data_builders import write_kaggle
 
 from pcam_automl.data.pack import pack
 from pcam_automl.data.sources import open_source
-from pcam_automl.data.store import PatchStore, is_pack, open_store
+from pcam_automl.data.store import Flag, PatchStore, content_hash, is_pack, open_store
 from pcam_automl.errors import DataError
 
 
@@ -137,6 +138,52 @@ def test_codes_without_a_name_are_refused(store: PatchStore) -> None:
     np.save(store.root / "group.npy", np.full(12, 3, np.int32))
     with pytest.raises(DataError, match=r"group\.npy holds codes 3\.\.3, at most -1 is known"):
         open_store(store.root)
+
+
+def hashable(n: int = (1 << 14) + 4) -> dict[str, np.ndarray]:
+    """What a content hash is of, for more patches than it reads at a time; no two neighbours are alike."""
+    number = np.arange(n)
+    return {
+        "digest": np.repeat(number[:, None] % 251, 16, axis=1).astype(np.uint8),
+        "ids": np.array([f"{row:x}" for row in number]),
+        "label": (number % 2).astype(np.int8),
+        "group": (number % 3).astype(np.int32),
+        "domain": (number % 2).astype(np.int32),
+        "part": (number % 3).astype(np.int8),
+        "flags": np.where(number % 2, Flag.LEFT_OUT, 0).astype(np.uint16),
+        "masks": np.zeros((n, 2, 2), np.uint8),
+    }
+
+
+def hash_of(arrays: dict[str, np.ndarray]) -> str:
+    rest: dict[str, Any] = {"shape": (2, 2), "group_names": ("a", "b", "c"), "domain_names": ("x", "y")}
+    return content_hash(arrays=arrays, masks=arrays["masks"], **rest)
+
+
+@pytest.mark.parametrize("name", ["digest", "ids", "label", "group", "domain", "part", "flags"])
+@pytest.mark.parametrize("first", [0, -2])
+def test_two_patches_that_change_places_in_one_column_are_other_content(name: str, first: int) -> None:
+    """As many patches of each slide as before, and other ones: a network would be scored on what it was trained on."""
+    arrays = hashable()
+    before, swapped = hash_of(arrays), arrays[name].copy()
+    swapped[[first, first + 1]] = swapped[[first + 1, first]]
+    assert hash_of({**arrays, name: swapped}) != before
+    assert hash_of({**arrays, name: arrays[name].copy()}) == before
+
+
+def test_one_pixel_of_a_mask_is_other_content() -> None:
+    arrays = hashable()
+    found = [hash_of(arrays)]
+    for place in ((0, 0, 0), (-1, 1, 1)):
+        masks = arrays["masks"].copy()
+        masks[place] = 1
+        found.append(hash_of({**arrays, "masks": masks}))
+    assert len(set(found)) == 3
+
+
+def test_a_flag_that_leaves_no_patch_out_is_the_same_content() -> None:
+    arrays = hashable()
+    assert hash_of({**arrays, "flags": arrays["flags"] | np.uint16(Flag.BLURRED)}) == hash_of(arrays)
 
 
 def test_data_modules_import_no_torch() -> None:

@@ -17,7 +17,7 @@ import torch
 import pcam_automl.finalize as finalize_module
 from pcam_automl.batches import open_patches
 from pcam_automl.bundle import load_bundle
-from pcam_automl.calibration import logits_of, probs_at
+from pcam_automl.calibration import calibrate, logits_of, probs_at
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import InputError
 from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
@@ -25,10 +25,11 @@ from pcam_automl.finalizing import decision as decision_module
 from pcam_automl.finalizing.blending import Blend, choose_blend
 from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.result import check_options
-from pcam_automl.metrics import auc
+from pcam_automl.goals import goal_of
+from pcam_automl.metrics import auc, log_loss, worst_domain_auc
 from pcam_automl.predict import build_predictor, row_probs
 from pcam_automl.scores import Scores
-from pcam_automl.search.confirmations import Candidate, Confirmation, top_candidates
+from pcam_automl.search.confirmations import Candidate, Confirmation, auc_of, top_candidates, value_of_goal
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
@@ -239,6 +240,61 @@ def test_members_are_those_that_help_the_confirmed_best_first() -> None:
     assert made.members[0].lineage == made.confirmed[0].lineage
     assert len(made.calibrations) == 2
     assert json.dumps(made.to_json(), allow_nan=False)
+
+
+def test_each_member_has_the_weight_and_the_temperature_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranked they are 1, 2, 0, and the candidates come in another order."""
+    label, probs = predictions(2000, (1.4, 1.0, 1.2))
+    found = [confirmation(k, prob, label, np.arange(2000)) for k, prob in enumerate(probs)]
+    weights, singles = (0.2, 0.3, 0.5), list[int]()
+    logits = [logits_of(probs[k]) for k in (1, 2, 0)]
+
+    def of_all_three(logits: np.ndarray, *words: Any, single: int, **options: Any) -> Blend:
+        singles.append(single)
+        blend = choose_blend(logits, *words, single=single, **options)
+        return replace(blend, weights=weights, used=True, logits=np.array(weights) @ logits)
+
+    monkeypatch.setattr(decision_module, "choose_blend", of_all_three)
+    made = decide(candidates(3), found, Slides(2000), most_members=3)  # type: ignore[arg-type]
+    assert singles == [0]
+    assert [one.lineage for one in made.confirmed] == ["1", "2", "0"]
+    assert [member.lineage for member in made.members] == ["1", "0", "2"], "the best, then by weight"
+    assert made.weights == (0.2, 0.5, 0.3)
+    assert made.calibration is not None
+    own = [calibrate(logits[k], label, made.calibration.on) for k in (0, 2, 1)]
+    assert made.calibrations == tuple(own)
+    assert len({one.temperature for one in own}) == 3
+    assert made.calibration == calibrate(np.array(weights) @ np.stack(logits), label, made.calibration.on)
+
+
+def test_a_study_of_the_log_loss_takes_the_least_though_another_has_the_higher_auc() -> None:
+    label, (sure, noisy) = predictions(800, (2.0, 2.5))
+    humble = probs_at(logits_of(noisy), 8.0)
+    found = [confirmation(k, prob, label, np.arange(800)) for k, prob in enumerate((sure, humble))]
+    assert auc(label, sure) > auc(label, humble)
+    assert log_loss(label, sure) > log_loss(label, humble)
+    value_of = value_of_goal(goal_of("log_loss"), np.zeros(800, np.int32))
+    made = decide(candidates(2), found, Slides(800), value_of=value_of, maximise=False)  # type: ignore[arg-type]
+    assert made.members[0].lineage == "1"
+    assert [one.values for one in made.confirmed] == [(log_loss(label, humble),), (log_loss(label, sure),)]
+    assert decide(candidates(2), found, Slides(800)).members[0].lineage == "0"  # type: ignore[arg-type]
+
+
+def test_a_confirmations_value_is_the_studys_figure_in_the_plain_view() -> None:
+    label, (prob, averaged) = predictions(400, (1.0, 0.5))
+    rows, domain = np.arange(100, 500), np.random.default_rng(1).integers(0, 2, 600)
+    one = confirmation(0, prob, label, rows)
+    assert one.one_view is not None
+    one = replace(one, scores=replace(one.one_view, prob=averaged), auc_views=auc(label, averaged))
+    values = {name: value_of_goal(goal_of(name), domain) for name in ("auc", "log_loss", "worst_domain_auc")}
+    assert values["auc"] is auc_of, "by which decide knows that speed may settle ties"
+    assert values["auc"](one) == auc(label, prob)
+    assert values["log_loss"](one) == log_loss(label, prob)
+    assert values["worst_domain_auc"](one) == worst_domain_auc(label, prob, domain[rows]) != auc(label, prob)
+    assert np.isnan(value_of_goal(goal_of("worst_domain_auc"), np.zeros(600, np.int32))(one)), (
+        "of one domain none is worst"
+    )
+    assert all(np.isnan(value_of(confirmation(1, None, label, rows))) for value_of in values.values())
 
 
 def test_where_every_fresh_training_diverges_the_search_has_its_way() -> None:

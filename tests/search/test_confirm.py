@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from pcam_automl.data.splits import Split, make_split
-from pcam_automl.data.store import open_store
+from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, StudyError, TrainingDiverged
 from pcam_automl.goals import goal_of
 from pcam_automl.metrics import auc
@@ -41,7 +42,9 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
-from pcam_automl.training.engine import Rung
+from pcam_automl.training.engine import Rung, RungResult, Training
+from pcam_automl.training.fit import fit
+from pcam_automl.training.start import Rows, start_training
 
 CPU = torch.device("cpu")
 SPACE = "base: {batch_size: 16, crop_size: 32}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
@@ -205,6 +208,38 @@ def test_spared_rows_are_not_scored(opened: OpenStudy, monkeypatch: pytest.Monke
     assert set(one.scores.rows.tolist()) == set(opened.split.score_rows(3).tolist()) - set(spared.tolist())
 
 
+def test_a_confirmation_trains_on_no_fold_slide_or_pixels_that_it_is_scored_on(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_a_folder("apart", monkeypatch)
+    begun: list[Rows] = []
+    fitted: list[np.ndarray] = []
+
+    def starting(recipe: Recipe, store: PatchStore, rows: Rows, **options: Any) -> Training:
+        begun.append(rows)
+        return start_training(recipe, store, rows, **options)
+
+    def fitting(training: Training, rows: np.ndarray, *args: Any, **options: Any) -> Iterator[RungResult]:
+        fitted.append(rows)
+        return fit(training, rows, *args, **options)
+
+    monkeypatch.setattr(confirm_module, "start_training", starting)
+    monkeypatch.setattr(confirm_module, "fit", fitting)
+    found = confirm(opened, top_candidates(opened.study, 1), folds=(1, 2), device=CPU)
+    assert [one.fold for one in found] == [1, 2]
+    store, split = opened.store, opened.split
+    for one, rows, trained in zip(found, begun, fitted, strict=True):
+        assert np.array_equal(trained, rows.train)
+        assert set(split.fold[rows.score].tolist()) == {one.fold}
+        assert set(split.fold[rows.train].tolist()) == {0, 1, 2, 3, 4} - {one.fold}, "the search's own fold trains, too"
+        digest = [digest.tobytes() for digest in store.digest]
+        for key in (store.group.tolist(), digest):
+            assert not {key[row] for row in rows.train} & {key[row] for row in rows.score}
+        for scores in (one.one_view, one.scores):
+            assert scores is not None
+            assert np.array_equal(np.sort(scores.rows), np.sort(rows.score))
+
+
 def test_rows_are_not_spared_where_the_rest_of_a_fold_cannot_be_scored(
     opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +272,26 @@ def test_a_confirmation_that_was_cut_short_says_nothing_of_the_next_ones_seconds
     first, second = confirm(opened, top_candidates(opened.study, 2), folds=(4,), device=CPU)
     assert (first.auc, second.diverged) == (None, None)
     assert paces == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("times", "n_done"), [(5.0, 1), (25.0, 2)])
+def test_the_next_confirmation_is_expected_at_the_pace_of_the_last_one(
+    times: float, n_done: int, opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the first takes ten times as long as expected; by the clock, which nobody waits for, it took none."""
+    expected_s, notes = 60.0, list[str]()
+
+    def slow(self: object, job: Any) -> tuple[Confirmation, bool]:
+        made = confirmation(job.candidate.lineage, job.fold, 0.8)
+        return replace(made, key=job.key, seconds=10 * expected_s), True
+
+    in_a_folder(f"pace {times:g}", monkeypatch)
+    monkeypatch.setattr(confirm_module._Runner, "_expected", lambda self, candidate, job: expected_s)
+    monkeypatch.setattr(confirm_module._Runner, "_train", slow)
+    candidates, watch = top_candidates(opened.study, 2), ConfirmWatch(note=notes.append)
+    found = confirm(opened, candidates, folds=(1,), device=CPU, seconds=times * expected_s, watch=watch)
+    assert [one.lineage for one in found] == [candidate.lineage for candidate in candidates][:n_done]
+    assert ["the next would take about 600 s" in note for note in notes] == [True] * (2 - n_done)
 
 
 def test_of_trials_that_did_not_complete_those_that_diverged_are_none() -> None:

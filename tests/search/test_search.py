@@ -49,7 +49,7 @@ from pcam_automl.search.settling import Settled, settle_lost
 from pcam_automl.search.slots import Slots, owner_of_this_process
 from pcam_automl.search.space import load_space, parse_space
 from pcam_automl.search.storage import engine_of, open_storage
-from pcam_automl.search.study import Asked, OpenStudy, open_study, start_recipe
+from pcam_automl.search.study import VALIDATION_FOLD, Asked, OpenStudy, open_study, start_recipe
 from pcam_automl.search.summary import summarise
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import SearchEnd, run_worker
@@ -265,6 +265,24 @@ def test_a_trial_that_is_given_up_leaves_no_checkpoint_and_the_total_exact(
     found = settle_lost(study, slots, [], checkpoints=checkpoints, max_retries=0)
     assert found == Settled((lost,), (lost,))
     assert [slot.state for slot in slots.all()] == [state]
+    assert not (checkpoints / "0").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_lineage_survives_as_many_deaths_as_there_are_retries(tmp_path: Path) -> None:
+    study = optuna.load_study(study_name="s", storage=open_storage(_empty(tmp_path)))
+    slots, checkpoints = Slots(engine_of(study), "s"), tmp_path / "checkpoints"
+    (checkpoints / "0").mkdir(parents=True)
+    claimed_by(study, slots, DEAD)
+    assert settle_lost(study, slots, [], checkpoints=checkpoints, max_retries=1) == Settled((0,))
+    assert [(slot.state, slot.lineage) for slot in slots.all()] == [("open", "0")]
+    assert (checkpoints / "0").exists()
+    slot, trial = slots.claim(9, DEAD), study.ask()
+    assert slot is not None
+    trial.set_user_attr("lineage", slot.lineage)
+    slots.started(slot, trial.number, "0")
+    assert settle_lost(study, slots, [], checkpoints=checkpoints, max_retries=1) == Settled((1,), (1,))
+    assert [(slot.state, slot.lineage) for slot in slots.all()] == [("open", None)]
     assert not (checkpoints / "0").exists()
 
 
@@ -601,6 +619,22 @@ def test_the_holdout_is_in_no_trial(tmp_path: Path, asked: Asked) -> None:
     assert holdout
     assert not holdout & set(objective._train_rows.tolist())
     assert not holdout & set(objective._score_rows.tolist())
+
+
+def test_a_trial_trains_on_no_patch_slide_or_pixels_that_it_is_scored_on(small: Path) -> None:
+    opened = opened_in(small, Asked())
+    objective, store, fold = Objective(opened, CPU), opened.store, opened.split.fold
+    assert set(objective._train_rows.tolist()) == set(np.flatnonzero(fold > VALIDATION_FOLD).tolist())
+    assert set(objective._score_rows.tolist()) <= set(np.flatnonzero(fold == VALIDATION_FOLD).tolist())
+    recipe = build_recipe({"backbone": TINY, "pretrained": False, "crop_size": 32, "batch_size": 16, "views": 64})
+    training, rows = objective.build(recipe, Compute("cpu"))
+    assert set(rows.train.tolist()) == set(objective._train_rows.tolist())
+    assert set(rows.score.tolist()) == set(objective._score_rows.tolist()) != set()
+    assert np.array_equal(training.task.data.score_rows, rows.score)
+    assert (store.group[rows.train] >= 0).all()
+    assert not set(store.group[rows.train].tolist()) & set(store.group[rows.score].tolist())
+    train, score = ({digest.tobytes() for digest in store.digest[part]} for part in (rows.train, rows.score))
+    assert not train & score
 
 
 def test_slow_backbones_get_fewer_views_and_hopeless_ones_are_left_out(
