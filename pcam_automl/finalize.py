@@ -285,7 +285,7 @@ def _is_under_way(
     opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path
 ) -> bool:
     """Whether an earlier call was cut off in the final training of one of the candidates."""
-    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
+    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train, by_clock=epochs is None)[0] for one in candidates]
     return any(_can_go_on(opened, recipe, rows, member_folder(out, 0)) for recipe in recipes)
 
 
@@ -293,7 +293,7 @@ def _n_of_earlier_calls(
     opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path, n: int
 ) -> int:
     """Of the first ``n`` places those that hold a candidate's network, or a checkpoint of its training by the clock."""
-    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
+    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train, by_clock=epochs is None)[0] for one in candidates]
     return sum(
         any(
             _holds(folder, recipe, opened, rows.train) or _can_go_on(opened, recipe, rows, folder) for recipe in recipes
@@ -322,7 +322,11 @@ def _train_member(
         StudyError: it is neither there nor begun, and the budget is used up.
     """
     trial, folder = member.trial, member_folder(out, number)
-    recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train)
+    recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train, by_clock=pace is not None)
+    if recipe.augment > (own := member.recipe.augment):
+        watch.train.note(
+            f"augmentation {own:g} -> {recipe.augment:g}, since its patches are shown more often than a trial's"
+        )
     watch.plan(trial, recipe, n_train, folder)
     planned = recipe.n_views(n_train) if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
     done = from_first(

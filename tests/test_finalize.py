@@ -30,6 +30,7 @@ import pcam_automl.finalize as finalize_module
 import pcam_automl.finalizing.seconds as seconds_module
 import pcam_automl.search.budget as budget_module
 from pcam_automl import cli
+from pcam_automl.augment import augment_spec
 from pcam_automl.bundle import check_bundle_target, load_bundle
 from pcam_automl.commands.final_card import final_card, holdout_scores
 from pcam_automl.commands.report import study_commands
@@ -41,6 +42,7 @@ from pcam_automl.errors import DataError, Interrupted, StudyError, TrainingDiver
 from pcam_automl.files import locked
 from pcam_automl.finalize import FinalOptions, FinalWatch, final_recipe, finalize
 from pcam_automl.finalizing.choice import choose_trial, settle_ties
+from pcam_automl.finalizing.recipe import augmented_for, recipe_of_study
 from pcam_automl.finalizing.result import words_of
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.recipe import Recipe
@@ -88,6 +90,50 @@ def opened(made: Path, in_tmp: Path) -> OpenStudy:
     torch.set_num_threads(1)
     shutil.copytree(made, in_tmp / "studies")
     return open_study("pcam", None)
+
+
+def test_a_training_that_shows_every_patch_more_often_is_augmented_more() -> None:
+    recipe = Recipe(augment=0.5, shift_px=8.0, hue=0.04)
+    for epochs, strength in ((0.0, 0.5), (20.0, 0.5), (40.0, 0.75), (60.0, 1.0), (1e4, 1.0)):
+        longer = augmented_for(recipe, epochs)
+        spec, own = augment_spec(longer), augment_spec(recipe)
+        assert longer.augment == strength
+        assert spec.shift_px == pytest.approx(own.shift_px), "the centre decides the label"
+        assert spec.hue == pytest.approx(2 * strength * own.hue)
+        assert (spec.flips, spec.crop_size) == (own.flips, own.crop_size)
+        assert augmented_for(longer, 20.0) == longer
+    for own in (0.0, 0.9, 1.0):
+        assert augmented_for(Recipe(augment=own), 1e4).augment == (0.0 if own == 0.0 else 1.0)
+
+
+def test_only_a_final_training_by_the_clock_is_augmented_more_and_always_alike(
+    opened: OpenStudy,
+) -> None:
+    trial, rows = opened.study.trials[0], opened.split.order
+    own = json.loads(trial.user_attrs["recipe"])["augment"]
+    rate = trial.user_attrs["images_per_s"]
+
+    def strength(**options: Any) -> float:
+        return recipe_of_study(opened, trial, None, rows, **options)[0].augment
+
+    assert own > 0.0
+    assert strength(by_clock=True) == own, "there is no budget"
+    set_budget(opened.study, 1e9)  # 60 epochs are all that is planned
+    assert strength() == own
+    assert strength(by_clock=True) == min(1.0, 2 * own)
+    set_budget(opened.study, 20.0 * len(rows) / rate)
+    assert strength(by_clock=True) == own, "twelve epochs"
+    plan = {"total_s": 1000.0, "final_s": 45.0 * len(rows) / rate + 7.0, "predict_s": 7.0}
+    planned = replace(
+        opened, settings=opened.settings.model_copy(update={"plan": {**opened.settings.plan, "budget": plan}})
+    )
+    set_budget(opened.study, 1000.0)
+    assert recipe_of_study(planned, trial, None, rows, by_clock=True)[0].augment == pytest.approx(
+        1.625 * own, abs=0.006
+    )
+    named = replace(opened, space=opened.space.pinned({"augment": own}))
+    set_budget(opened.study, 1e9)
+    assert recipe_of_study(named, trial, None, rows, by_clock=True)[0].augment == own, "somebody named it"
 
 
 def finalize_and_die(at: int, inside: bool) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pcam_automl.errors import InputError
+from pcam_automl.models.convolution import RoutedConv2d
 from pcam_automl.training import compute as compute_module
 from pcam_automl.training.compute import (
     Compute,
@@ -226,3 +227,21 @@ def test_a_variant_that_moves_to_another_device_keeps_what_that_can_do(monkeypat
 def test_a_full_memory_is_known_by_its_words(words: str) -> None:
     assert is_out_of_memory(RuntimeError(f"error: {words}"))
     assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"))
+
+
+@pytest.mark.parametrize(
+    ("routed", "compiled", "kind"),
+    [(True, False, RoutedConv2d), (False, False, nn.Conv2d), (True, True, nn.Conv2d), (False, True, nn.Conv2d)],
+)
+def test_a_placed_network_has_the_convolutions_of_its_variant(
+    routed: bool, compiled: bool, kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever variant it was placed as before; a compiled one knows torch's own gradients alone."""
+    asked: list[bool] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, dynamic: asked.append(dynamic))
+    for before in (False, True):
+        network = Compute("cpu", routed=before).place(small())
+        placed = Compute("cpu", routed=routed, compiled=compiled).place(network)
+        assert placed is network
+        assert [type(layer) for layer in placed.modules() if isinstance(layer, nn.Conv2d)] == [kind]
+    assert asked == ([False, False] if compiled else [])
