@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from pcam_automl.finalizing.decision import Decision, decide
 from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
 from pcam_automl.finalizing.patches import RAW, finish_patches
-from pcam_automl.finalizing.recipe import final_recipe, recipe_of_study
+from pcam_automl.finalizing.recipe import final_recipe, recipe_by_clock, recipe_of_study, strengths_of
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options, words_of
 from pcam_automl.finalizing.seconds import averaging_within, confirm_seconds, members_that_fit, pace_of
 from pcam_automl.recipe import Recipe
@@ -281,11 +282,17 @@ def _can_go_on(opened: OpenStudy, recipe: Recipe, rows: FinalRows, folder: Path)
     return can_go_on(recipe, opened.store, rows.train, none, folder, weights=opened.weights, by_clock=True)
 
 
+def _recipes(opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows) -> list[Recipe]:
+    """What a final training of one of the candidates may be of."""
+    plain = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
+    return [recipe for one in plain for recipe in strengths_of(one)]
+
+
 def _is_under_way(
     opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path
 ) -> bool:
     """Whether an earlier call was cut off in the final training of one of the candidates."""
-    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train, by_clock=epochs is None)[0] for one in candidates]
+    recipes = _recipes(opened, candidates, epochs, rows)
     return any(_can_go_on(opened, recipe, rows, member_folder(out, 0)) for recipe in recipes)
 
 
@@ -293,7 +300,7 @@ def _n_of_earlier_calls(
     opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path, n: int
 ) -> int:
     """Of the first ``n`` places those that hold a candidate's network, or a checkpoint of its training by the clock."""
-    recipes = [recipe_of_study(opened, one.trial, epochs, rows.train, by_clock=epochs is None)[0] for one in candidates]
+    recipes = _recipes(opened, candidates, epochs, rows)
     return sum(
         any(
             _holds(folder, recipe, opened, rows.train) or _can_go_on(opened, recipe, rows, folder) for recipe in recipes
@@ -322,18 +329,30 @@ def _train_member(
         StudyError: it is neither there nor begun, and the budget is used up.
     """
     trial, folder = member.trial, member_folder(out, number)
-    recipe, n_train = recipe_of_study(opened, trial, epochs, rows.train, by_clock=pace is not None)
-    if recipe.augment > (own := member.recipe.augment):
+    plain, n_train = recipe_of_study(opened, trial, epochs, rows.train)
+    planned = plain.n_views(n_train) if pace is None else round(pace.n_expected())
+    by_clock = pace is not None
+
+    def chosen() -> tuple[Recipe, bool]:
+        variants = strengths_of(plain)
+        is_done = partial(_is_done, folder, opened=opened, rows=rows.train, planned=planned, by_clock=by_clock)
+        for one in variants:
+            if is_done(recipe=one, note=watch.train.note):
+                return one, True
+        if pace is None:
+            return plain, False
+        for one in variants:
+            if _can_go_on(opened, one, rows, folder):
+                return one, False
+        alone = len(decision.members) == 1  # several share the seconds
+        return (recipe_by_clock(opened, trial, plain, n_train, planned) if alone else plain), False
+
+    recipe, done = from_first(chosen)
+    watch.plan(trial, recipe, n_train, folder)
+    if not done and recipe.augment > (own := member.recipe.augment):
         watch.train.note(
             f"augmentation {own:g} -> {recipe.augment:g}, since its patches are shown more often than a trial's"
         )
-    watch.plan(trial, recipe, n_train, folder)
-    planned = recipe.n_views(n_train) if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
-    done = from_first(
-        lambda: _is_done(
-            folder, recipe, opened, rows.train, planned=planned, by_clock=pace is not None, note=watch.train.note
-        )
-    )
     if not done:
         begun = pace is not None and from_first(lambda: _can_go_on(opened, recipe, rows, folder))
         if used_up and not begun:

@@ -120,7 +120,7 @@ def train_to_bundle(
         began = time.perf_counter()
         rows = choose_rows(store, recipe, train_rows, score_rows)
         rungs = epoch_rungs(recipe, len(rows.train))
-        views = rungs[-1].views if pace is None else round(pace.images_per_s * max(0.0, pace.left_s()))
+        views = rungs[-1].views if pace is None else round(pace.n_expected())
         compute = from_first(lambda: _variant(recipe, device, speed, checkpoints, data_key(store, rows), views))
         compute = replace(compute, device=str(device))  # each rank has its own
         training = start_training(

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ from pcam_automl.errors import DataError, Interrupted, StudyError, TrainingDiver
 from pcam_automl.files import locked
 from pcam_automl.finalize import FinalOptions, FinalWatch, final_recipe, finalize
 from pcam_automl.finalizing.choice import choose_trial, settle_ties
-from pcam_automl.finalizing.recipe import augmented_for, recipe_of_study
+from pcam_automl.finalizing.recipe import augmented_for, recipe_by_clock, recipe_of_study
 from pcam_automl.finalizing.result import words_of
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.recipe import Recipe
@@ -106,34 +107,67 @@ def test_a_training_that_shows_every_patch_more_often_is_augmented_more() -> Non
         assert augmented_for(Recipe(augment=own), 1e4).augment == (0.0 if own == 0.0 else 1.0)
 
 
-def test_only_a_final_training_by_the_clock_is_augmented_more_and_always_alike(
-    opened: OpenStudy,
-) -> None:
+def test_a_final_training_by_the_clock_is_augmented_for_the_epochs_that_it_will_have(opened: OpenStudy) -> None:
     trial, rows = opened.study.trials[0], opened.split.order
-    own = json.loads(trial.user_attrs["recipe"])["augment"]
+    recipe, n = recipe_of_study(opened, trial, None, rows)
     rate = trial.user_attrs["images_per_s"]
+    long = 60.0 * n
 
-    def strength(**options: Any) -> float:
-        return recipe_of_study(opened, trial, None, rows, **options)[0].augment
+    def strength(opened: OpenStudy, views: float) -> float:
+        return recipe_by_clock(opened, trial, recipe, n, views).augment
 
-    assert own > 0.0
-    assert strength(by_clock=True) == own, "there is no budget"
-    set_budget(opened.study, 1e9)  # 60 epochs are all that is planned
-    assert strength() == own
-    assert strength(by_clock=True) == min(1.0, 2 * own)
-    set_budget(opened.study, 20.0 * len(rows) / rate)
-    assert strength(by_clock=True) == own, "twelve epochs"
-    plan = {"total_s": 1000.0, "final_s": 47.5 * len(rows) / rate + 7.0, "predict_s": 7.0}
-    planned = replace(
-        opened, settings=opened.settings.model_copy(update={"plan": {**opened.settings.plan, "budget": plan}})
-    )
+    assert recipe.augment > 0.0
+    assert strength(opened, long) == min(1.0, 2 * recipe.augment)
+    assert strength(opened, 35.0 * n) == recipe.augment, "by what is left, where nothing was planned"
+
+    def planned(short: bool, epochs: float) -> OpenStudy:
+        plan = {"total_s": 1000.0, "final_s": epochs * n / rate + 7.0, "predict_s": 7.0, "short": short}
+        return replace(
+            opened, settings=opened.settings.model_copy(update={"plan": {**opened.settings.plan, "budget": plan}})
+        )
+
     set_budget(opened.study, 1000.0)
-    assert recipe_of_study(planned, trial, None, rows, by_clock=True)[0].augment == pytest.approx(
-        1.5 * own, abs=0.006
+    assert strength(planned(True, 48.0), long) == pytest.approx(1.5 * recipe.augment)
+    assert strength(planned(True, 30.0), long) == recipe.augment, (
+        "more time is left than planned, which may be gone after a pause"
     )
-    named = replace(opened, space=opened.space.pinned({"augment": own}))
-    set_budget(opened.study, 1e9)
-    assert recipe_of_study(named, trial, None, rows, by_clock=True)[0].augment == own, "somebody named it"
+    assert strength(planned(False, 1.0), long) == min(1.0, 2 * recipe.augment), (
+        "of a search the winner's speed counts, not the start's"
+    )
+    for name in ("augment", "hue"):
+        named = replace(opened, space=opened.space.pinned({name: getattr(recipe, name)}))
+        assert strength(named, long) == recipe.augment, "somebody named it"
+
+
+def test_what_was_trained_or_begun_keeps_its_augmentation(opened: OpenStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever seconds are left then: by them alone another recipe would be trained anew."""
+    begun, own = list[Recipe](), json.loads(opened.study.trials[0].user_attrs["recipe"])["augment"]
+    whole = finalize_module.train_to_bundle
+
+    def train(recipe: Recipe, *args: Any, **options: Any) -> Any:
+        begun.append(recipe)
+        return whole(recipe, *args, **options)
+
+    monkeypatch.setattr(finalize_module, "train_to_bundle", train)
+    ends = iter((60.0, 20.0, 20.0))
+    monkeypatch.setattr(
+        finalize_module,
+        "pace_of",
+        lambda *_: Pace(time.monotonic() + next(ends), 1e5, 3, saved_every_s=0.0, most_views=96),
+    )
+    monkeypatch.setattr(Pace, "n_expected", lambda self: 6000.0 if self.left_s() > 30 else 96.0)
+    options = FinalOptions(confirm=0, seconds=60.0)
+
+    def cut_off(result: RungResult) -> None:
+        if result.rung == 1:  # the checkpoint of the part before is on the disk
+            raise Interrupted("stopped", 15)
+
+    with pytest.raises(Interrupted):
+        finalize(opened, options=options, device=CPU, watch=FinalWatch(train=TrainWatch(epoch=cut_off)))
+    finalize(opened, options=options, device=CPU)
+    assert [one.augment for one in begun] == [min(1.0, 2 * own)] * 2, "it goes on as it began"
+    finalize(opened, options=options, device=CPU)
+    assert len(begun) == 2, "it is there"
 
 
 def finalize_and_die(at: int, inside: bool) -> None:

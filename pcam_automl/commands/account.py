@@ -46,6 +46,7 @@ def say_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int,
             terminal.say(
                 f"  --trials {n_trials} are more than this budget has time for; a larger one, or --sampler tpe, searches"
             )
+        n = min(n, n_trials or n)
         terminal.say(
             f"  too little time to search in: {n} whole {'trial' if n == 1 else 'trials'}, and the rest for training {'it' if n == 1 else 'the better one'} longer"
             + (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,11 @@ LEAST_EPOCHS, MOST_EPOCHS = 3.0, 20.0
 """The final training sees four times the views of a whole trial, but at least 3 and at most 20 epochs."""
 PLAIN_EPOCHS, TWICE_EPOCHS = 35.0, 60.0
 """A final training by the clock of so many epochs is augmented as the trial was, and twice as much."""
+FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0)
+"""Times the trial's augmentation. Few, so that a training that goes on after an interruption, with other seconds left, finds its own."""
+MAGNITUDES = frozenset(
+    ("augment", "rotation_deg", "shift_px", "zoom", "brightness", "contrast", "saturation", "hue", "stain", "blur")
+)
 
 
 def final_recipe(
@@ -60,22 +66,30 @@ def n_final(opened: OpenStudy, trial: FrozenTrial, rows: np.ndarray) -> int:
 
 
 def recipe_of_study(
-    opened: OpenStudy, trial: FrozenTrial, epochs: float | None, rows: np.ndarray, *, by_clock: bool = False
+    opened: OpenStudy, trial: FrozenTrial, epochs: float | None, rows: np.ndarray
 ) -> tuple[Recipe, int]:
-    """The final recipe of one of the study's trials, and how many of ``rows`` it trains on.
-
-    ``by_clock``: its length is what a budget leaves, which nobody chose and no trial had; see :func:`augmented_for`.
-    """
+    """The final recipe of one of the study's trials, and how many of ``rows`` it trains on."""
     base, n_train = opened.space.base, n_final(opened, trial, rows)
     planned = opened.settings.cap_s is not None or base.get("epochs") is not None
     own_epochs = base.get("epochs") or opened.start.epochs
-    recipe = final_recipe(trial, n_train, epochs, planned=planned, own_epochs=own_epochs)
-    searched = (
-        json.loads(trial.user_attrs["recipe"])["schedule"] == "wsd"
-    )  # else its author chose epochs and augmentation together
-    if by_clock and searched and recipe.task == "patch" and not {"augment", "shift_px"} & base.keys():
-        recipe = augmented_for(recipe, _epochs_by_clock(opened, trial, n_train))
-    return recipe, n_train
+    return final_recipe(trial, n_train, epochs, planned=planned, own_epochs=own_epochs), n_train
+
+
+def recipe_by_clock(opened: OpenStudy, trial: FrozenTrial, recipe: Recipe, n_train: int, views: float) -> Recipe:
+    """The final recipe for a training whose length the clock decides: augmented for the epochs that it will have, where nobody has named
+    the augmentation or given a recipe with a schedule of its own.
+
+    Args:
+        opened: the study.
+        trial: of the recipe.
+        recipe: from :func:`recipe_of_study`.
+        n_train: patches that it trains on.
+        views: training images that the seconds left are enough for.
+    """
+    searched = json.loads(trial.user_attrs["recipe"])["schedule"] == "wsd"
+    if not searched or recipe.task != "patch" or MAGNITUDES & opened.space.base.keys():
+        return recipe
+    return augmented_for(recipe, min(_planned_epochs(opened, trial, n_train), views / n_train))
 
 
 def augmented_for(recipe: Recipe, epochs: float) -> Recipe:
@@ -85,8 +99,18 @@ def augmented_for(recipe: Recipe, epochs: float) -> Recipe:
     takes more: twice as much has a quarter to a third less error at 70 to 80 epochs, as much at 35 and more at 11 to 30 (docs/proof.md).
     The shift stays as it is, since the centre of a patch decides its label. Nothing is added where the trial had none.
     """
-    factor = min(max(1.0 + (epochs - PLAIN_EPOCHS) / (TWICE_EPOCHS - PLAIN_EPOCHS), 1.0), 2.0)
-    strength = max(recipe.augment, min(1.0, round(factor * recipe.augment, 2)))
+    factor = 1.0 + (epochs - PLAIN_EPOCHS) / (TWICE_EPOCHS - PLAIN_EPOCHS)
+    return _augmented_by(recipe, min(FACTORS, key=lambda one: abs(one - factor)))
+
+
+def strengths_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe as it is, and every other that :func:`augmented_for` may make of it: one of them is that of a training that was begun."""
+    found = [_augmented_by(recipe, factor) for factor in FACTORS]
+    return [one for place, one in enumerate(found) if one not in found[:place]]
+
+
+def _augmented_by(recipe: Recipe, factor: float) -> Recipe:
+    strength = max(recipe.augment, min(1.0, round(factor * recipe.augment, 4)))
     if strength == recipe.augment:
         return recipe
     shift_px = recipe.shift_px * recipe.augment / strength
@@ -95,16 +119,13 @@ def augmented_for(recipe: Recipe, epochs: float) -> Recipe:
     )
 
 
-def _epochs_by_clock(opened: OpenStudy, trial: FrozenTrial, n_train: int) -> float:
-    """Epochs that the budget's plan leaves the final training, by the trial's speed. By what the study remembers alone, and not by the
-    seconds that are left now: a training that goes on after an interruption must have the same recipe.
-    """
+def _planned_epochs(opened: OpenStudy, trial: FrozenTrial, n_train: int) -> float:
+    """Epochs that the budget's plan leaves the final training, by the trial's speed; infinite where nothing was planned for this budget."""
     total_s, planned = budget_of(opened.study), opened.settings.plan.get("budget")
     rate = float(trial.user_attrs.get("images_per_s") or 0.0)
-    if total_s is None:
-        return 0.0
-    if planned is not None and planned["total_s"] == total_s:
-        seconds = float(planned["final_s"]) - float(planned.get("predict_s", 0.0))
-    else:
-        seconds = final_seconds(total_s, rate, n_train)
-    return seconds * rate / n_train
+    if total_s is None or planned is None or planned["total_s"] != total_s:
+        return math.inf
+    predict_s = float(planned.get("predict_s", 0.0))
+    short = planned.get("short")
+    seconds = planned["final_s"] - predict_s if short else final_seconds(total_s - predict_s, rate, n_train)
+    return float(seconds) * rate / n_train

@@ -115,5 +115,5 @@ def pace_of(
         rates.append(rate := from_first(partial(images_per_s, opened, member, recipe, device)))
         predict_s += from_first(partial(_predict_seconds, opened, recipe, rows, rate, device, len(members)))
     left_s = (until - time.perf_counter() - predict_s) / (len(members) - number)
-    most_s = MOST_PACED_EPOCHS * len(rows.train) / rates[number]
-    return Pace(time.monotonic() + min(max(0.0, left_s), most_s), rates[number])
+    most_views = MOST_PACED_EPOCHS * len(rows.train)
+    return Pace(time.monotonic() + max(0.0, left_s), rates[number], most_views=most_views)

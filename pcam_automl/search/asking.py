@@ -196,11 +196,7 @@ def check_options(asked: Asked) -> None:
         raise DataError(f"--holdout must be in [0, {LARGEST_HOLDOUT}], got {asked.holdout}")
     if asked.views is not None and (named := {"views", "epochs"} & set(asked.pins or {})):
         raise RecipeError(f"--views {asked.views} and --set {', '.join(sorted(named))} both name the budget; keep one")
-    pins = check_pins(asked.pins or {})
-    if asked.rungs is not None and pins.get("patience") is not None:
-        raise RecipeError(
-            f"--rungs {asked.rungs} and --set patience exclude each other: with patience each epoch is a rung"
-        )
+    check_pins(asked.pins or {})
     if asked.artifacts is not None:
         parse_s3(asked.artifacts)
     if asked.grace_s is not None and asked.grace_s < LEAST_GRACE_S:

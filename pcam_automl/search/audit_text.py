@@ -23,6 +23,8 @@ def probe_audit(study: optuna.Study, settings: StudySettings) -> ProbeFidelity |
     return probe_fidelity(lineages, results, whole_step=settings.rungs[-1][0], maximise=maximise, seed=settings.seed)
 
 
+MOST_RUNGS = 4
+"""That ``--rungs`` takes."""
 AUDIT_HEADER = ("rung", "views", "scored", "went on", "tau", "tau of all", "regret of pruning", "verdict")
 
 
@@ -75,6 +77,8 @@ def advice(audit: Audit, settings: StudySettings) -> str:
     if advised is not None:
         now, then = (" -> ".join(f"{views:,}" for views, _ in rungs) for rungs in (settings.rungs, advised))
         kept = {views for views, _ in settings.rungs}
+        if len(settings.rungs) > MOST_RUNGS:  # an epoch each
+            return f"a larger first rung: {then} views instead of {now}"
         has = f"--rungs {len(advised)} has it" if advised[0][0] in kept else "--rungs 1 prunes nothing"
         return f"a larger first rung: {then} views instead of {now}; a new --study with {has}"
     if not misleading:

@@ -43,6 +43,8 @@ CAP, SHORT_CAP = 2.0, 1.4
 BRACKET = 9
 """With three rungs and eta = 3, of nine lineages three reach the second rung and one the last."""
 N_BRACKETS = 3
+BESIDE_STEPS = 1.5
+"""Times its training steps' seconds a whole trial takes, with decay branches, scores and what lies between."""
 BRANCHES = 1.03
 """Times the views of a bracket's rungs: the decay branches that are trained again."""
 ROW_S = 2.0
@@ -117,9 +119,9 @@ class BudgetPlan:
         if not self.short:
             n_started = self.n_workers * _n_lineages(self.free_s, whole_s, mean_s, self.n_full)
             return replace(self, whole_s=whole_s, n_started=min(n_started, self.n_trials or n_started))
-        n_short = min(n_short, self.n_trials or n_short)
+        n_asked = min(n_short, self.n_trials or n_short)  # more may be asked for later
         rest_s = self.total_s - self.predict_s
-        free_s = min(SHORT_SHARE * rest_s, whole_s + (n_short - 1) * self.cap_s + n_short * ROW_S)
+        free_s = min(SHORT_SHARE * rest_s, whole_s + (n_asked - 1) * self.cap_s + n_asked * ROW_S)
         search_s = _latest_short_s(rest_s, self.used_s, free_s)
         final_s = self.total_s - search_s
         return replace(self, whole_s=whole_s, search_s=search_s, final_s=final_s, free_s=free_s, n_started=n_short)
@@ -157,13 +159,8 @@ def plan_budget(
     confirm_s, train_s = CONFIRM_SHARE * rest_s, final_seconds(rest_s, images_per_s, n_final)
     search_s, final_s = rest_s - confirm_s - train_s, train_s + predict_s
     free_s = max(search_s - used_s, 0.2 * search_s)
-    n_trials_a_worker = math.inf if n_trials is None else math.ceil(n_trials / n_workers)
-    n_brackets = min(N_BRACKETS, (n_trials_a_worker - 1) / BRACKET)
-
-    def trial_of(n_brackets: float) -> float:
-        return min(max(free_s / (n_brackets * bracket_cost(n_rungs)[0] + 1.0), LEAST_TRIAL_S), MOST_TRIAL_S)
-
-    n_started = n_workers * _n_lineages(free_s, trial_of(N_BRACKETS), n_rungs=n_rungs)
+    trial_s = min(max(free_s / _whole_trials(n_rungs, None), LEAST_TRIAL_S), MOST_TRIAL_S)
+    n_started = n_workers * _n_lineages(free_s, trial_s, n_rungs=n_rungs)
     has_all_it_can_use = train_s < FINAL_SHARE * rest_s
     if may_be_short and n_started < FEW and not has_all_it_can_use:
         trial_s = max(SHORT_TRIAL_SHARE * rest_s, LEAST_TRIAL_S)
@@ -171,7 +168,8 @@ def plan_budget(
             total_s, 0.0, 0.0, total_s, trial_s, N_SHORT, 0.0, trial_s, True, used_s, predict_s, n_workers, n_trials
         )
         return plan.with_trial(trial_s)
-    trial_s = trial_of(n_brackets)
+    each = None if n_trials is None else math.ceil(n_trials / n_workers)
+    trial_s = min(max(free_s / _whole_trials(n_rungs, each), LEAST_TRIAL_S), MOST_TRIAL_S)
     parts = (total_s, search_s, confirm_s, final_s, trial_s, n_started, free_s, trial_s)
     return BudgetPlan(*parts, False, used_s, predict_s, n_workers, n_trials, n_rungs).with_trial(trial_s)
 
@@ -256,6 +254,17 @@ def too_late(total_s: float, used_s: float, predict_s: float = 0.0) -> str | Non
 def _latest_short_s(total_s: float, used_s: float, free_s: float = math.inf) -> float:
     """Until when a short search lasts whose trials have ``free_s`` at most, behind the start-up."""
     return min(used_s, (1.0 - SHORT_SHARE) * total_s) + min(SHORT_SHARE * total_s, free_s)
+
+
+def _whole_trials(n_rungs: int, n_trials: int | None) -> float:
+    """Training seconds of so many whole trials are a worker's part of the search: what ``N_BRACKETS`` brackets and trial 0 take. Where
+    few trials are asked for less: the first two run through, and the last begins only while a whole one would fit.
+    """
+    cost = bracket_cost(n_rungs)[0]
+    most = max(N_BRACKETS * cost, N_BRACKETS * bracket_cost(N_RUNGS)[0]) + 1.0
+    if n_trials is None:
+        return most
+    return min(most, BESIDE_STEPS * (min(n_trials, 3) + max(0, n_trials - 3) * cost / BRACKET))
 
 
 def bracket_cost(n_rungs: int) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from pcam_automl.data.domains import Domains, with_domains, write_domains
 from pcam_automl.data.packs import PackCall, find_pack
 from pcam_automl.data.splits import Split, make_split, write_split
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import StudyError
+from pcam_automl.errors import RecipeError, StudyError
 from pcam_automl.files import write_json
 from pcam_automl.goals import AUC, Goal, goal_of
 from pcam_automl.interrupt import signals_held
@@ -185,6 +185,10 @@ def _decide(
     space = without_shrinking(space, start) if asked.space is None else space
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
+    if asked.rungs is not None and common.patience is not None:
+        raise RecipeError(
+            f"--rungs {asked.rungs} goes with trials whose length is planned; here patience {common.patience} ends them, and each epoch is a rung"
+        )
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
     plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)

@@ -55,9 +55,9 @@ from pcam_automl.training.speed import SpeedBook, network_shape
 from pcam_automl.training.start import Rows, choose_rows, start_training
 from pcam_automl.versions import versions
 
-SLOT_LOST = "slot lost"
 LONG_TRIAL_S = 300.0
-"""Of training: from then on a trial's variant is chosen by the thorough probe, which takes seconds, and `torch.compile` is thought of."""
+"""Of training: from then on a trial's variant is chosen by the thorough probe, which takes seconds. Not compiled: most end at a rung."""
+SLOT_LOST = "slot lost"
 """Reason of a row whose worker slept between the claim and the row."""
 
 
@@ -363,7 +363,7 @@ class Objective:
         views = scaled(self.opened.rungs, self._share(recipe))[-1].views
         if views / self._speed.images_per_s(recipe, self.device) < LONG_TRIAL_S:
             return quick
-        return self.opened.speed_book.compute_for(recipe, self.device, views=views)
+        return self.opened.speed_book.compute_for(recipe, self.device)
 
     def _latency_ms(self, training: Training, recipe: Recipe, compute: Compute) -> float:
         """Timed once for networks of one shape: a fifth of a second each was a twentieth of trials of four seconds."""

@@ -32,7 +32,7 @@ from pcam_automl.search.silence import Patrol, Silent, Watchman, heartbeat_secon
 from pcam_automl.search.slots import Slot, Slots, owner_of_this_process
 from pcam_automl.search.start import FIRST, enqueued_for
 from pcam_automl.search.storage import engine_of, rdb_of
-from pcam_automl.search.turns import NEVER_ENDS, Limits, held_elsewhere, n_expected_of, next_turn, prescribed
+from pcam_automl.search.turns import NEVER_ENDS, Limits, Turn, held_elsewhere, n_expected_of, next_turn, prescribed
 
 MOST_FAILED_ENTRIES = 3
 """Errors of one slot's prescribed recipe, whatever search they were in."""
@@ -148,11 +148,9 @@ def _run_trials(
             _plan_anew(objective, limits.clock, best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
-        if turn == "claimed elsewhere" and (held := held_elsewhere(slots, limits, owner)):
+        if _waits_at(turn, limits) and (held := held_elsewhere(slots, limits, owner)):
             if not waited:
-                objective.watch.note(
-                    f"other workers hold the last {held} trials; waiting for them, in case they are lost"
-                )
+                objective.watch.note(f"other workers hold the last {held} trial{'s' * (held > 1)}; waiting for them")
             waited = True
             time.sleep(WAIT_S)
             trials = study.get_trials(deepcopy=False)
@@ -189,6 +187,15 @@ def _run_trials(
             raise objective.interrupted
         in_a_row = [*in_a_row, trial] if failed_by_itself(trial) else []
         check_failures(trials, limits.n_trials, earlier, in_a_row)
+
+
+def _waits_at(turn: Turn | str, limits: Limits) -> bool:
+    """Whether trials that others hold are waited for: where they are the last of the total, in case they are lost; and at a budget's end
+    by who shall have them all, as long as they may go on.
+    """
+    if turn == "claimed elsewhere":
+        return True
+    return turn == "budget" and limits.waits == "all" and limits.clock is not None and not limits.clock.is_over
 
 
 def _plan_anew(objective: Objective, clock: BudgetClock, best: FrozenTrial | None) -> None:

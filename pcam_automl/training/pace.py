@@ -6,6 +6,7 @@ part's rates are those of its place in the schedule. So a machine that slows dow
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Pace:
         ends_at: by ``time.monotonic``.
         images_per_s: expected training speed; the first part's views follow from it.
         n_parts: how often the speed is looked at.
+        most_views: training images at most, however much time is left.
         saved_every_s: after a part a checkpoint is left if the last one is so old; each costs a fifth of a second of training.
     """
 
@@ -41,9 +43,14 @@ class Pace:
     images_per_s: float
     n_parts: int = N_PARTS
     saved_every_s: float = 20.0
+    most_views: float = math.inf
 
     def left_s(self) -> float:
         return self.ends_at - time.monotonic()
+
+    def n_expected(self) -> float:
+        """Training images that the time left is enough for."""
+        return min(self.most_views, self.images_per_s * max(0.0, self.left_s()))
 
 
 def fit_paced(
@@ -80,7 +87,8 @@ def fit_paced(
     for part in range(resumed, pace.n_parts):
         began, first = time.perf_counter(), training.views
         n_left = pace.n_parts - part
-        n_views = from_first(partial(part_views, rate, pace.left_s(), n_left, recipe.batch_size))
+        most = (pace.most_views - training.views) / n_left
+        n_views = from_first(partial(part_views, rate, pace.left_s(), n_left, recipe.batch_size, most))
 
         def rates_of(view: int, part: int = part, first: int = first, n_views: int = n_views) -> Rates:
             place = (part + (view - first) / n_views) / pace.n_parts
@@ -111,7 +119,7 @@ def fit_paced(
     writer.flush()
 
 
-def part_views(images_per_s: float, left_s: float, n_left: int, batch_size: int) -> int:
-    """Views of the next part: an equal share of what the time that is left allows, in whole batches."""
-    share = max(0.0, images_per_s * left_s / n_left)
+def part_views(images_per_s: float, left_s: float, n_left: int, batch_size: int, most: float = math.inf) -> int:
+    """Views of the next part: an equal share of what the time that is left allows, at most ``most``, in whole batches."""
+    share = max(0.0, min(most, images_per_s * left_s / n_left))
     return max(LEAST_STEPS, round(share / batch_size)) * batch_size

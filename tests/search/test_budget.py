@@ -16,12 +16,12 @@ from optuna.trial import TrialState, create_trial
 import pcam_automl.search.budget as budget_module
 from pcam_automl.errors import OutOfTime
 from pcam_automl.search.budget import (
+    BESIDE_STEPS,
     BRANCHES,
     CONFIRM_SHARE,
     FEW,
     FINAL_SHARE,
     FIRST_SHARE,
-    MOST_TRIAL_S,
     N_SHORT,
     ROW_S,
     SHORT_SHARE,
@@ -87,7 +87,7 @@ def test_a_search_of_few_trials_from_scratch_is_cut_down_for_the_final_training(
         assert plan == whole
         return
     for n in (1, N_SHORT):
-        plan = plan_budget(total_s, used_s=used_s, may_be_short=True, n_trials=n).with_trial(whole_s)
+        plan = plan_budget(total_s, used_s=used_s, may_be_short=True).with_trial(whole_s, n_short=n)
         assert plan.search_s + plan.final_s == pytest.approx(total_s)
         assert (plan.n_started, plan.confirm_s) == (n, 0.0)
         wanted_s = min(SHORT_SHARE * total_s, whole_s + (n - 1) * plan.cap_s)
@@ -149,16 +149,30 @@ def test_trials_that_are_asked_for_are_planned_with() -> None:
     assert by_time.n_started > 20
     five = plan_budget(7200.0, used_s=20.0, n_trials=5)
     assert five.n_started == 5
-    assert five.trial_s == pytest.approx(min(MOST_TRIAL_S, five.free_s / (1 + bracket_cost(3)[0] * 4 / 9)))
-    assert five.trial_s > 2 * by_time.trial_s
+    assert five.trial_s == pytest.approx(five.free_s / (BESIDE_STEPS * (3 + 2 * bracket_cost(3)[0] / 9)))
+    assert five.trial_s > 1.3 * by_time.trial_s
     assert five.with_trial(five.trial_s).n_started == 5
     one = plan_budget(1000.0, used_s=20.0, n_trials=1)
-    assert (one.n_started, one.trial_s) == (1, one.free_s)
+    assert (one.n_started, one.trial_s) == (1, pytest.approx(one.free_s / BESIDE_STEPS))
     assert plan_budget(7200.0, used_s=20.0, n_trials=1000) == replace(by_time, n_trials=1000)
     side_by_side = plan_budget(7200.0, used_s=20.0, n_trials=10, n_workers=2)
     assert (side_by_side.n_started, side_by_side.trial_s) == (10, five.trial_s)
-    short = plan_budget(180.0, used_s=12.0, may_be_short=True, n_trials=1).with_trial(10.0)
-    assert (short.short, short.n_started) == (True, 1)
+    short, two = (plan_budget(180.0, used_s=12.0, may_be_short=True, n_trials=n).with_trial(10.0) for n in (1, 2))
+    assert (short.short, short.n_started) == (True, N_SHORT), "a second one may be asked for later"
+    assert short.search_s < two.search_s
+
+
+@pytest.mark.parametrize("n_rungs", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_trials", [1, 2, 3, 5, 10, 20])
+def test_as_many_trials_fit_as_are_asked_for(n_rungs: int, n_trials: int) -> None:
+    """A whole trial takes half as long again as its steps, two run through, and the last begins only while a whole one would fit."""
+    plan = plan_budget(7200.0, used_s=20.0, n_trials=n_trials, n_rungs=n_rungs)
+    whole_s, cost = BESIDE_STEPS * plan.trial_s, bracket_cost(n_rungs)[0] / 9
+    spent_s, begun = 0.0, 0
+    while begun < n_trials and plan.free_s - spent_s >= 0.999 * whole_s:
+        spent_s += whole_s * (1.0 if begun < 2 else cost)
+        begun += 1
+    assert begun >= min(n_trials, 10), "or as many as there is time for"
 
 
 def test_a_bracket_costs_what_its_rungs_do() -> None:
@@ -168,6 +182,9 @@ def test_a_bracket_costs_what_its_rungs_do() -> None:
     with_two, with_three = (plan_budget(7200.0, used_s=20.0, n_rungs=n) for n in (2, 3))
     assert with_two.n_rungs == 2
     assert with_two.trial_s < with_three.trial_s, "each of so many costs more of a whole one"
+    assert plan_budget(7200.0, used_s=20.0, n_rungs=4).trial_s == with_three.trial_s, (
+        "the first two are whole ones all the same"
+    )
 
 
 def test_what_the_prediction_needs_is_not_the_first_trial_s() -> None:

@@ -79,6 +79,15 @@ def test_what_compiling_took_is_no_speed_of_the_steps_after_it(clock: Clock) -> 
     assert max(views) - min(views) <= 20, "all later parts are of one length"
 
 
+def test_a_paced_training_sees_no_more_than_its_most_views_also_after_a_pause(clock: Clock) -> None:
+    fake = Fake(clock, lambda now: 0.01)
+    assert Pace(100.0, 100.0, most_views=500).n_expected() == 500
+    list(fit_paced(fake, np.arange(200), Pace(1e6, images_per_s=100.0, most_views=4000)))  # type: ignore[arg-type]
+    assert fake.views == pytest.approx(4000, abs=100)
+    assert part_views(100.0, 1e6, 2, 10, most=50.0) == 50
+    assert part_views(100.0, 1e6, 2, 10, most=-5.0) == 20, "the schedule ends in a few steps"
+
+
 def test_a_paced_training_runs_through_the_whole_schedule(clock: Clock) -> None:
     fake = Fake(clock, lambda now: 0.01 if now < 50 else 0.03)
     list(fit_paced(fake, np.arange(200), Pace(100.0, images_per_s=100.0)))  # type: ignore[arg-type]
