@@ -98,7 +98,10 @@ class StreamedPatches:
             if staging is None or len(staging) < len(rows):
                 staging = self._new_staging(len(rows))
             held = staging[: len(rows)]
-            torch.index_select(self.tensor, 0, torch.from_numpy(rows), out=held)
+            if self._stream is None:  # torch would start threads of its own beside those that train
+                np.take(self.tensor.numpy(), rows, axis=0, out=held.numpy())
+            else:
+                torch.index_select(self.tensor, 0, torch.from_numpy(rows), out=held)
             batch, in_use = self._copied(held)
         finally:  # also where memory is short: a buffer that is not put back is one for ever
             self._staging.append((staging, in_use))
