@@ -313,7 +313,10 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     both, _ = study_commands("s", None, settings, study.trials, 360.0, total=5)
     assert sorted(shlex.split(both)) == sorted([*words, "--trials", "5"])
     other = ("search", "--data", easy_raw, "--trials", 1, "--study", "t", "--weights", "none")
-    assert "here patience 1 ends them, and each epoch is a rung" in run(*other, "--rungs", 2, "--set", "patience=1")[2]
+    assert (
+        "here patience 1 ends them, and each epoch is a rung"
+        in run(*other, "--rungs", 2, "--set", "patience=1", "--set", "schedule=constant")[2]
+    )
     few = run(*other, "--rungs", 4, "--set", "epochs=0.1")[2]
     assert "views of a whole trial are too few for 4 rungs; give --views 64 or more" in few
 

@@ -150,7 +150,8 @@ def _run_trials(
         turn = next_turn(opened, slots, trials, limits, owner)
         if _waits_at(turn, limits) and (held := held_elsewhere(slots, limits, owner)):
             if not waited:
-                objective.watch.note(f"other workers hold the last {held} trial{'s' * (held > 1)}; waiting for them")
+                held_trials, lost = (f"{held} trials", "they are") if held > 1 else ("trial", "it is")
+                objective.watch.note(f"waiting for other workers' last {held_trials}, in case {lost} lost")
             waited = True
             time.sleep(WAIT_S)
             trials = study.get_trials(deepcopy=False)

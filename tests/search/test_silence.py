@@ -219,7 +219,7 @@ def test_the_last_trial_of_a_vanished_host_is_waited_for_and_taken_over(opened: 
     assert [trial.user_attrs["lineage"] for trial in trials].count(str(gone)) == 2, "its lineage went on"
     assert n_finished_of(opened.study) == 2
     assert slots.counts() == {"claimed": 0, "done": 2, "open": 0}
-    assert any(note.startswith("other workers hold the last 1 trials") for note in notes)
+    assert any(note == "waiting for other workers' last trial, in case it is lost" for note in notes)
     assert any(note.startswith(f"no sign of life of trial {gone}") for note in notes)
 
 
