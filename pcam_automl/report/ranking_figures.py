@@ -45,7 +45,9 @@ def ranking_blocks(ranking: Ranking | None, names: Mapping[int, str]) -> Iterato
         return
     yield forest_figure(ranking, names)
     against = (
-        f"It does not beat trials {first_few([str(n) for n in ranking.unbeaten], 10)}. " if ranking.unbeaten else ""
+        f"It does not beat trial{'s' * (len(ranking.unbeaten) > 1)} {first_few([str(n) for n in ranking.unbeaten], 10)}. "
+        if ranking.unbeaten
+        else ""
     )
     notes = f" ({first_few(ranking.notes)})" if ranking.notes else ""
     yield Text(

@@ -93,8 +93,16 @@ def _fidelity(content: ReportContent, trials: list[FrozenTrial]) -> Iterator[Blo
     for rung in audit.misleading:
         yield Text(f"Warning: after {rung.step:,} views the scores mislead; {rung.why}.")
     if any(rung.n_pairs for rung in audit.rungs):
-        caption = f"Kendall's tau-b with 95 % intervals; {'; '.join(audit_notes(audit))}. Advice: {advice(audit, content.study_settings)}."
-        yield Table(AUDIT_HEADER, tuple(audit_rows(audit)), caption, n_left=2, folded=True)
+        said = advice(audit, content.study_settings)
+        yield Text(f"{said[:1].upper()}{said[1:]}.")
+        yield Table(
+            AUDIT_HEADER,
+            tuple(audit_rows(audit)),
+            "Does the order at a rung hold at the next? Kendall's tau-b, with 95 % intervals",
+            n_left=2,
+            folded=True,
+        )
+        yield Text(" ".join(f"{note[:1].upper()}{note[1:]}." for note in audit_notes(audit)))
     if (probe := probe_audit(cast(optuna.Study, content.study), content.study_settings)) is not None:
         yield Text(f"{str(probe)[:1].upper()}{str(probe)[1:]}.")
 

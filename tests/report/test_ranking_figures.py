@@ -8,11 +8,12 @@ import numpy as np
 from planted_study import STEPS, probs_of, rung_values, scored_trial, settings_of, study_with, trials_of
 
 from pcam_automl.data.store import open_store
-from pcam_automl.report.blocks import Picture, Text
+from pcam_automl.report.blocks import Picture, Table, Text
 from pcam_automl.report.content import ReportContent
 from pcam_automl.report.ranking_figures import fidelity_figure, forest_figure, ranking_blocks
 from pcam_automl.report.search_figures import search_section
 from pcam_automl.search.audit import audit_trials, rung_table
+from pcam_automl.search.audit_text import AUDIT_HEADER
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.ranking import Ranking, rank_study
 
@@ -32,6 +33,10 @@ def test_search_section_shows_intervals_and_rungs_and_warns(easy_pack: Path, tmp
     texts = [block.text for block in blocks if isinstance(block, Text)]
     assert any(text.startswith("Trial 0 has the highest AUC of 3 complete trials") for text in texts)
     assert any(text.startswith("Warning: after 100 views the scores mislead") for text in texts)
+    assert any("A larger first rung: 300 -> 900 views" in text for text in texts)
+    (table,) = [block for block in blocks if isinstance(block, Table) and block.header == AUDIT_HEADER]
+    assert [row[0] for row in table.rows] == ["1 -> 2", "2 -> 3"]
+    assert table.rows[0][-1] == "misleads"
 
 
 def test_without_ranking_or_settings_a_sentence_stands_there() -> None:
