@@ -2,7 +2,7 @@
 
     python -m benchmarks.search.decisions                # rungs.csv; writes results/search_decisions.json
     python -m benchmarks.search.decisions --seeds 4      # a first look
-    python -m benchmarks.search.decisions --systems gp   # the default beside it; left out above, it takes as long as all others
+    python -m benchmarks.search.decisions --systems gp   # the default beside it; left out above, it takes some minutes
 
 A cell is (system, budget, seed): one worker searches until the budget's seconds are spent, with the package's own sampler, pruner,
 audit and thaw rule, and hands over the fully trained recipe with the best validation AUC; what counts is its AUC on held-out
@@ -94,7 +94,7 @@ SYSTEMS = {
 
 
 SLOW_OR_NEEDY = ("gp", "cmaes")
-"""Left out unless named: a GP takes an hour, CMA-ES the package cmaes."""
+"""Left out unless named: a GP takes minutes more, CMA-ES the package cmaes."""
 
 
 @dataclass(frozen=True)
