@@ -314,7 +314,7 @@ def test_the_commands_of_a_study_make_its_like(run: Any, easy_raw: Path) -> None
     assert sorted(shlex.split(both)) == sorted([*words, "--trials", "5"])
     other = ("search", "--data", easy_raw, "--trials", 1, "--study", "t", "--weights", "none")
     assert (
-        "here patience 1 ends them, and each epoch is a rung"
+        "patience of 1 ends them, and each epoch is a rung"
         in run(*other, "--rungs", 2, "--set", "patience=1", "--set", "schedule=constant")[2]
     )
     few = run(*other, "--rungs", 4, "--set", "epochs=0.1")[2]

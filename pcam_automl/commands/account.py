@@ -44,7 +44,7 @@ def say_budget(clock: BudgetClock, planned: dict[str, Any] | None, n_rungs: int,
         n = clock.short.n_trials
         if n_trials is not None and n_trials > n:
             terminal.say(
-                f"  --trials {n_trials} are more than this budget has time for; a larger one, or --sampler tpe, searches"
+                f"  --trials {n_trials} are more than this budget has time for; another --study with a larger one, or with --sampler tpe, searches"
             )
         n = min(n, n_trials or n)
         terminal.say(

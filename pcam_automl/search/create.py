@@ -179,16 +179,17 @@ def _decide(
     space = _load_asked_space(asked)
     path = find_data(asked.data)
     space, weights = with_weights(around_recipe(space, asked), asked, say)  # after what needs no network
-    data = _data_of(path, asked, folder, say, pack_call)
     start = start_recipe(asked.recipe or DEFAULT_RECIPE, bool(space.base["pretrained"]))
+    patience = space.base.get("patience", start.patience)
+    if asked.rungs is not None and patience is not None:
+        raise RecipeError(
+            f"--rungs {asked.rungs} goes with trials whose length is planned; the recipe's patience of {patience} ends them, and each epoch is a rung"
+        )
+    data = _data_of(path, asked, folder, say, pack_call)
     space, start = _within_patches(space, start, data.store, say)
     space = without_shrinking(space, start) if asked.space is None else space
     common = build_recipe(merge_fields(start.model_dump(), recipe_fields(space)), where="recipe")
     space = without_stage_fields(space, common, asked, say)
-    if asked.rungs is not None and common.patience is not None:
-        raise RecipeError(
-            f"--rungs {asked.rungs} goes with trials whose length is planned; here patience {common.patience} ends them, and each epoch is a rung"
-        )
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
     plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)
