@@ -9,9 +9,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +26,18 @@ from pcam_automl.errors import DataError, InputError, StudyError, TrainingDiverg
 from pcam_automl.files import check_can_write
 from pcam_automl.finalizing.choice import choose_trial, chosen_trial, settle_ties
 from pcam_automl.finalizing.decision import Decision, decide
+from pcam_automl.finalizing.earlier import (
+    earlier_recipe,
+    goes_on,
+    is_begun,
+    is_under_way,
+    much_longer,
+    n_of_earlier_calls,
+)
 from pcam_automl.finalizing.kept_back import FinalRows, final_rows
 from pcam_automl.finalizing.maps import finish_maps
 from pcam_automl.finalizing.patches import RAW, finish_patches
-from pcam_automl.finalizing.recipe import final_recipe, recipe_by_clock, recipe_of_study, strengths_of
+from pcam_automl.finalizing.recipe import final_recipe, recipe_by_clock, recipe_of_study
 from pcam_automl.finalizing.result import FinalOptions, FinalResult, FinalWatch, check_options, words_of
 from pcam_automl.finalizing.seconds import averaging_within, confirm_seconds, members_that_fit, pace_of
 from pcam_automl.recipe import Recipe
@@ -45,19 +51,12 @@ from pcam_automl.search.study import OpenStudy
 from pcam_automl.search.whose_folder import ID_KEY
 from pcam_automl.submission import check_threshold
 from pcam_automl.terminal import duration
-from pcam_automl.train import can_go_on, check_ranks, checkpoints_beside, train_to_bundle
-from pcam_automl.training.checkpoint import newest_checkpoint
+from pcam_automl.train import check_ranks, checkpoints_beside, train_to_bundle
 from pcam_automl.training.engine import Training
 from pcam_automl.training.pace import Pace
 from pcam_automl.training.ranks import from_first, part, ranks
-from pcam_automl.training.start import choose_rows, data_key
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "final_recipe", "finalize"]
-
-LONG_ENOUGH = 0.8
-"""Of the training images that would fit the seconds now: a network that has seen so many is not trained again."""
-MUCH_SHORTER = 0.2
-"""Of the training images of the network that is there: by the clock none is replaced by one that would see fewer."""
 
 
 class Assisted(Exception):
@@ -150,7 +149,7 @@ def finalize(
     check_can_write(out)  # before minutes of confirmations
     used_up = options.seconds is not None and options.seconds <= 0 and epochs is None
     n_members = options.ensemble
-    if used_up and not from_first(lambda: any(_is_begun(out, number) for number in range(n_members))):
+    if used_up and not from_first(lambda: any(is_begun(out, number) for number in range(n_members))):
         raise _used_up(opened)
     if used_up:
         watch.train.note(
@@ -237,7 +236,7 @@ def _decided(
         )
         return Decision((chosen,), (1.0,))
     limited = options.seconds is not None and epochs is None
-    if goes_on := limited and _is_under_way(opened, candidates, epochs, rows, out):
+    if goes_on := limited and is_under_way(opened, candidates, epochs, rows, out):
         watch.train.note(
             "an earlier call was cut off in its final training: no other trial is confirmed before that is done"
         )
@@ -257,7 +256,7 @@ def _decided(
     most_members = options.ensemble
     if most_members > 1 and options.seconds is not None:
         left_s = options.seconds - (time.perf_counter() - began)
-        begun = _n_of_earlier_calls(opened, candidates, epochs, rows, out, most_members)
+        begun = n_of_earlier_calls(opened, candidates, epochs, rows, out, most_members)
         fit = members_that_fit(opened, candidates, epochs, rows, device, left_s)
         most_members = max(1, min(most_members, begun + fit))
         if most_members < options.ensemble:
@@ -273,39 +272,6 @@ def _decided(
         value_of=value_of_goal(opened.settings.goal, np.asarray(opened.store.domain)),
         maximise=opened.settings.goal.maximize,
         timed=not opened.settings.deterministic and not was_short(opened.study, opened.settings.plan.get("budget")),
-    )
-
-
-def _can_go_on(opened: OpenStudy, recipe: Recipe, rows: FinalRows, folder: Path) -> bool:
-    """Whether an earlier call left a checkpoint of just this final training by the clock."""
-    none = rows.train[:0]
-    return can_go_on(recipe, opened.store, rows.train, none, folder, weights=opened.weights, by_clock=True)
-
-
-def _recipes(opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows) -> list[Recipe]:
-    """What a final training of one of the candidates may be of."""
-    plain = [recipe_of_study(opened, one.trial, epochs, rows.train)[0] for one in candidates]
-    return [recipe for one in plain for recipe in strengths_of(one)]
-
-
-def _is_under_way(
-    opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path
-) -> bool:
-    """Whether an earlier call was cut off in the final training of one of the candidates."""
-    recipes = _recipes(opened, candidates, epochs, rows)
-    return any(_can_go_on(opened, recipe, rows, member_folder(out, 0)) for recipe in recipes)
-
-
-def _n_of_earlier_calls(
-    opened: OpenStudy, candidates: list[Candidate], epochs: float | None, rows: FinalRows, out: Path, n: int
-) -> int:
-    """Of the first ``n`` places those that hold a candidate's network, or a checkpoint of its training by the clock."""
-    recipes = _recipes(opened, candidates, epochs, rows)
-    return sum(
-        any(
-            _holds(folder, recipe, opened, rows.train) or _can_go_on(opened, recipe, rows, folder) for recipe in recipes
-        )
-        for folder in (member_folder(out, number) for number in range(n))
     )
 
 
@@ -331,34 +297,32 @@ def _train_member(
     trial, folder = member.trial, member_folder(out, number)
     plain, n_train = recipe_of_study(opened, trial, epochs, rows.train)
     planned = plain.n_views(n_train) if pace is None else round(pace.n_expected())
-    by_clock = pace is not None
 
-    def chosen() -> tuple[Recipe, bool]:
-        variants = strengths_of(plain)
-        is_done = partial(_is_done, folder, opened=opened, rows=rows.train, planned=planned, by_clock=by_clock)
-        for one in variants:
-            if is_done(recipe=one, note=watch.train.note):
-                return one, True
-        if pace is None:
-            return plain, False
-        for one in variants:
-            if _can_go_on(opened, one, rows, folder):
-                return one, False
+    def settled() -> tuple[Recipe, bool]:
+        found = earlier_recipe(
+            opened, plain, rows, folder, planned=planned, by_clock=pace is not None, note=watch.train.note
+        )
+        if found is not None:
+            return found
         alone = len(decision.members) == 1  # several share the seconds
-        return (recipe_by_clock(opened, trial, plain, n_train, planned) if alone else plain), False
+        return (recipe_by_clock(opened, trial, plain, n_train, planned) if pace is not None and alone else plain), False
 
-    recipe, done = from_first(chosen)
+    recipe, done = from_first(settled)
     watch.plan(trial, recipe, n_train, folder)
     if not done and recipe.augment > (own := member.recipe.augment):
         watch.train.note(
             f"augmentation {own:g} -> {recipe.augment:g}, since its patches are shown more often than a trial's"
         )
     if not done:
-        begun = pace is not None and from_first(lambda: _can_go_on(opened, recipe, rows, folder))
+        begun = pace is not None and from_first(lambda: goes_on(opened, recipe, rows, folder))
         if used_up and not begun:
             raise _used_up(opened)
-        held = from_first(lambda: _much_longer(folder, opened, planned)) if pace is not None and not begun else 0
-        if held:
+        held = 0 if begun else from_first(lambda: much_longer(folder, opened, planned))
+        if held and pace is None:
+            watch.train.note(
+                f"{folder} held a network that has seen {held:,} images; this one will have seen {planned:,} and takes its place"
+            )
+        elif held:
             raise StudyError(
                 f"{folder} holds a network of this study that has seen {held:,} images, and what is left of the budget is enough for "
                 f"{planned:,} of another; give finalize --epochs E, --no-budget or another --out"
@@ -410,25 +374,6 @@ def _train_member(
         _calibrate(folder, decision.calibrations[number])
 
 
-def _is_begun(out: Path, number: int) -> bool:
-    """Whether a network, or a checkpoint of its training, lies where that one of the final networks belongs."""
-    folder = member_folder(out, number)
-    return (folder / CARD).is_file() or newest_checkpoint(checkpoints_beside(folder)) is not None
-
-
-def _much_longer(folder: Path, opened: OpenStudy, planned: int) -> int:
-    """Training images that the study's own network there has seen, where ``planned`` are but a small share of them; else 0."""
-    if not (folder / CARD).is_file():
-        return 0
-    known = load_bundle(folder).provenance
-    if (study_id := known.get("study_id")) is not None:
-        own = study_id == opened.study.user_attrs.get(ID_KEY)
-    else:  # of before 2026-11-30
-        own = (known.get("study"), known.get("split_hash")) == (opened.name, opened.split.hash)
-    seen = int(known.get("views_seen", 0))
-    return seen if own and planned < MUCH_SHORTER * seen else 0
-
-
 def _used_up(opened: OpenStudy) -> StudyError:
     return StudyError(
         f"study {opened.name!r} has used up its budget of {duration(budget_of(opened.study) or 0.0)}; give finalize --epochs E, or --no-budget"
@@ -454,49 +399,3 @@ def _settle_members(out: Path, decision: Decision) -> None:
             shutil.rmtree(folder)
     if n > 1:
         write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})
-
-
-def _holds(model: Path, recipe: Recipe, opened: OpenStudy, rows: np.ndarray) -> bool:
-    """Whether the bundle there is of this recipe, from these weights, trained on these patches of this pack."""
-    if not (model / CARD).is_file():
-        return False
-    bundle = load_bundle(model)
-    trained_on = data_key(opened.store, choose_rows(opened.store, recipe, rows, rows[:0]))
-    held = (bundle.provenance.get("data_key"), bundle.provenance.get("weights"))
-    return bundle.recipe == recipe and held == (trained_on, str(opened.weights))
-
-
-def _is_done(
-    model: Path,
-    recipe: Recipe,
-    opened: OpenStudy,
-    rows: np.ndarray,
-    *,
-    planned: int,
-    by_clock: bool,
-    note: Callable[[str], None],
-) -> bool:
-    """Whether the folder already holds this recipe, from these weights, trained on these patches of this pack, and for long enough.
-
-    A study made anew under an old one's name may have the same recipe and another holdout; a larger budget, or none, the same
-    recipe and rows, and a longer training.
-
-    Args:
-        model: the bundle's folder.
-        recipe: to be trained.
-        opened: the study.
-        rows: to train on.
-        planned: training images that it would see.
-        by_clock: whether seconds decide how many.
-        note: told why a bundle is not enough.
-    """
-    if not _holds(model, recipe, opened, rows):
-        return False
-    known = load_bundle(model).provenance
-    seen, was_by_clock = int(known.get("views_seen", 0)), known.get("by_clock", by_clock)
-    if (not by_clock and not was_by_clock) or seen >= LONG_ENOUGH * planned:
-        return True
-    note(
-        f"{model} was trained on {seen:,} images by an earlier command, {planned:,} are planned now: it is trained anew"
-    )
-    return False

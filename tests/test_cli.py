@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -368,6 +369,14 @@ def test_holdout_is_scored_by_finalize(run: Any, easy_raw: Path) -> None:
     assert f"AUC on {final['auc_on']}" in page
     assert run("report", "--model", Path(final["out"]), "--data", easy_raw, "--out", "r2")[0] == 0
     assert f"AUC on {final['auc_on']}" in Path("r2/report.html").read_text()
+    page = Path(final["out"]) / "report.html"
+    page.write_text("of before")
+    assert "is of the network that was here before" not in run("finalize", "--epochs", 4, "--no-report")[2]
+    shorter = run("finalize", "--epochs", 0.5, "--no-report")[2]
+    assert re.search(
+        r"held a network that has seen \d+ images; this one will have seen \d+ and takes its place", shorter
+    )
+    assert f"{page} is of the network that was here before" in shorter
 
 
 def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any, easy_raw: Path) -> None:

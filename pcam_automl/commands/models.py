@@ -14,7 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from pcam_automl import terminal
-from pcam_automl.bundle import check_bundle_target
+from pcam_automl.bundle import CARD, check_bundle_target
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.account import say_account
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
@@ -136,7 +136,7 @@ def finalize_study(
     """Confirm the best trials, retrain the chosen one, write the bundle and the submission."""
     options = options or FinalOptions()
     chosen = check_pick(pick, which)
-    go_on = "checkpoints are stored; the same command goes on from the last of them"
+    go_on = "the same command goes on from the last checkpoint, if there is one yet"
     with stop_signal(go_on) as stop, storage_faults(storage_url(url)), contextlib.ExitStack() as at_end:
         with terminal.counting("packing") as call:
             asked = Asked(data=data)
@@ -182,6 +182,8 @@ def finalize_study(
                 if out is None
                 else _report_again(final.out / "model", opened.store.root),
             )
+        else:
+            _say_old_report(final.out)
         ledger.note()  # what is said next counts it
         if paced:
             _say_spent(opened)
@@ -189,6 +191,13 @@ def finalize_study(
         terminal.say(note)
     print_final(final, as_json)
     return final
+
+
+def _say_old_report(out: Path) -> None:
+    """Where a report lies beside a network that was made after it."""
+    page = out / "report.html"
+    if page.is_file() and page.stat().st_mtime < (out / "model" / CARD).stat().st_mtime:
+        terminal.say(f"{page} is of the network that was here before; without --no-report a new one is written")
 
 
 def _seconds_left(opened: OpenStudy, with_report: bool) -> float | None:
