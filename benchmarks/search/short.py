@@ -32,7 +32,7 @@ from pcam_automl.calibration import probs_at
 from pcam_automl.configs_folder import find_config
 from pcam_automl.counter import key_of
 from pcam_automl.data.packs import find_pack
-from pcam_automl.data.splits import make_split
+from pcam_automl.data.splits import make_split, slides_aside
 from pcam_automl.errors import InputError
 from pcam_automl.metrics import auc, log_loss
 from pcam_automl.models.weights import Weights
@@ -49,9 +49,17 @@ RESULTS = HERE / "short.jsonl"
 
 
 def measure(
-    data: str, fold: int, views: int, pins: dict[str, Any], weights: str = "none", networks: int = 1
+    data: str,
+    fold: int,
+    views: int,
+    pins: dict[str, Any],
+    weights: str = "none",
+    networks: int = 1,
+    keep_back: float = 0.0,
 ) -> dict[str, Any]:
     """Train so many networks of so many views each, judge the average of their logits; the line for the results.
+
+    ``keep_back`` of the training patches, in whole slides, are left out, as ``finalize --keep-back`` does.
 
     Raises:
         InputError: a wrong field, or ``PCAM_WEIGHTS_DIR`` is wanted and not set.
@@ -62,7 +70,10 @@ def measure(
     split = make_split(store, seed=0)
     base = load_recipe(find_config("recipes", "default")).model_dump()
     recipe = build_recipe(merge_fields(base, {"pretrained": start.pretrained, "epochs": None, "views": views, **pins}))
-    rows = choose_rows(store, recipe, split.train_order(fold), split.score_rows(fold, len(split.order)))
+    order = split.train_order(fold)
+    if keep_back:
+        order = order[~np.isin(order, np.sort(order)[slides_aside(store, np.sort(order), keep_back, seed=split.seed)])]
+    rows = choose_rows(store, recipe, order, split.score_rows(fold, len(split.order)))
     began, logits, losses = time.perf_counter(), [], []
     for number in range(networks):
         training = start_training(
@@ -89,6 +100,7 @@ def measure(
         "set": pins,
         "weights": weights,
         "networks": networks,
+        **({"keep_back": keep_back} if keep_back else {}),
         "auc": float(auc(label, probs)),
         "log_loss": float(log_loss(label, probs)),
         "train_loss": statistics.fmean(losses),
@@ -105,6 +117,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     for line in lines:
         what = ", ".join(f"{k}={v}" for k, v in sorted(line["set"].items()))
         what += f" x {line['networks']}" if line["networks"] > 1 else ""
+        what += f", without {line['keep_back']:.0%}" if line.get("keep_back") else ""
         by_what[line["data"], line["weights"], line["views"], what, line["date"]][line["fold"]] = line
     head = f"{'data':<12} {'weights':<7} {'views':>7}  {'set':<60} {'date':<10} {'error':>8} {'log-loss':>9} {'seconds':>7}"
     text = [f"{head}   folds: error"]
@@ -128,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--networks", type=int, default=1, help="the logits of so many, each of its own seed, are averaged"
     )
+    parser.add_argument("--keep-back", type=float, default=0.0, help="share of the training slides left out")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
@@ -140,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         pins = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-        line = measure(args.data, args.fold, args.views, pins, args.weights, args.networks)
+        line = measure(args.data, args.fold, args.views, pins, args.weights, args.networks, args.keep_back)
     except InputError as fault:
         print(fault, file=sys.stderr)
         return 2

@@ -96,7 +96,7 @@ def augmented_for(recipe: Recipe, epochs: float) -> Recipe:
     """The recipe with up to twice the augmentation, at most full strength, for a training that shows every patch so often.
 
     A search's trials are of twenty epochs at most, and choose what is best for these. Of colour, turns, zoom and blur a longer training
-    takes more: twice as much has a quarter to a third less error at 70 to 80 epochs, as much at 35 and more at 11 to 30 (docs/proof.md).
+    takes more: twice as much has a quarter to a third less error at 70 to 80 epochs, as much at 35 and more at 11 to 30 (docs/experiments.md).
     The shift stays as it is, since the centre of a patch decides its label. Nothing is added where the trial had none.
     """
     factor = 1.0 + (epochs - PLAIN_EPOCHS) / (TWICE_EPOCHS - PLAIN_EPOCHS)

@@ -33,7 +33,7 @@ LEAST_BATCH = 32
 LEAST_STEPS = 200
 """Of a whole trial of the default recipe. Half the batch, so twice the steps, took a quarter to two thirds off the error of trainings from
 scratch of 13,000 to 26,000 views and of fine-tunings of 1,300 to 4,000 at 96 px, for a tenth less views a second
-(docs/proof.md)."""
+(docs/experiments.md)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
     the recipe itself shows, for which it costs nothing more, then at the same scale.
 
     What a training of minutes from scratch lacks is views, not detail: 96 px of colon96 shown at 64 had a quarter to six tenths of the
-    error of 96 px as they are in equal seconds (docs/proof.md). Pretrained networks know larger objects, and are not shown smaller ones.
+    error of 96 px as they are in equal seconds (docs/experiments.md). Pretrained networks know larger objects, and are not shown smaller ones.
 
     None where the largest is its own, is not searched, or is too slow, or where the sampler would fill in values that the recipe
     lacks: two such trials would not compare crops.
