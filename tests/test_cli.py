@@ -634,6 +634,8 @@ def test_where_slides_are_unknown_every_printed_auc_says_so(run: Any, in_tmp: Pa
     assert "no slides are known" in run("status")[1]
     loss = run(*search[:4], 1, *search[5:], "--objective", "log_loss", "--study", "loss")
     assert "no slides are known" in loss[1], loss[2]
+    said = run("finalize", "--study", "loss", "--confirm", 1, "--epochs", 0.5, "--no-report")[2]
+    assert re.search(r"trial 0: log-loss \d\.\d{4} in the search, \d\.\d{4} confirmed", said), said
     for n_confirmed in (2, 0):
         code, out, err = run("finalize", "--confirm", n_confirmed, "--epochs", 0.5, "--no-report", "--json")
         assert code == 0, err

@@ -8,6 +8,7 @@ from pcam_automl import terminal
 from pcam_automl.finalize import FinalResult
 from pcam_automl.finalizing.compare import Step
 from pcam_automl.finalizing.decision import Decision
+from pcam_automl.goals import Goal
 from pcam_automl.operating import Operating, threshold_text
 from pcam_automl.paired import Gain
 from pcam_automl.search.confirmations import Confirmation
@@ -21,17 +22,17 @@ def say_confirmed(one: Confirmation) -> None:
     terminal.say(f"trial {one.trial} on fold {one.fold}: AUC {one.auc:.4f}, {terminal.duration(one.seconds)}")
 
 
-def say_decision(decision: Decision) -> None:
+def say_decision(decision: Decision, goal: Goal) -> None:
     """Which trials are retrained and why; nothing where the search was taken by its word."""
     if not decision.confirmed:
         return
     for one in decision.confirmed:
         search = "none" if one.search is None else f"{one.search:.4f}"
         drop = "" if one.drop is None else f", a drop of {one.drop:.4f}"
-        terminal.say(f"  trial {one.trial}: the search's score {search}, confirmed {one.mean:.4f}{drop}")
+        terminal.say(f"  trial {one.trial}: {goal.short} {search} in the search, {one.mean:.4f} confirmed{drop}")
     best = decision.confirmed[0]
     drop = "" if decision.drop is None else f"; the mean drop is {decision.drop:.4f}"
-    terminal.say(f"confirmed best: trial {best.trial}, {best.mean:.4f}{drop}")
+    terminal.say(f"confirmed best: trial {best.trial}, {goal.short} {best.mean:.4f}{drop}")
     if decision.tie is not None:
         terminal.say(f"trial {decision.members[0].trial.number} is taken: {decision.tie}")
     if decision.blend is not None:

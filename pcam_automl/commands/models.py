@@ -94,7 +94,7 @@ def _final_watch(opened: OpenStudy, stop: Callable[[], None], ledger: Ledger, *,
 
         def decided(decision: Decision) -> None:
             ledger.confirmed()
-            say_decision(decision)
+            say_decision(decision, opened.settings.goal)
 
         yield FinalWatch(
             replace(train, begins=begins, epoch=epoch),
