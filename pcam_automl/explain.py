@@ -167,7 +167,7 @@ def _token_layer(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tupl
     if not names or math.isqrt(n_tokens) ** 2 != n_tokens:
         raise InputError(
             f"Grad-CAM needs a square map of tokens, {type(network).__name__} has {n_tokens}; "
-            "leave --explain out for this backbone"
+            "predict with this backbone without --explain"
         )
     return names[-1], n_prefix
 
@@ -180,7 +180,7 @@ def _trunk_layer(network: nn.Module, shapes: dict[str, tuple[int, ...]], least_m
     if not order:
         raise InputError(
             f"Grad-CAM needs a layer with a map of at least 2x2 cells, {type(network).__name__} has none at this input; "
-            "leave --explain out for this backbone, or train it at a larger crop_size or input_size"
+            "predict with this backbone without --explain, or train it at a larger crop_size or input_size"
         )
     fine = [name for name in order if sides[name] >= least_map]
     return fine[-1] if fine else order[-1]

@@ -43,7 +43,7 @@ def domain_folds(
         held = ", ".join(f"{names[code]} {negative}/{positive}" for code, (negative, positive) in enumerate(counts[:9]))
         raise DataError(
             f"--split domains needs 2 to {MOST_FOLDS} domains with {needed}, got {len(usable)} (negative/positive: "
-            f"{held or 'no domain is known'}); give --domains CSV, or take --split slides"
+            f"{held or 'no domain is known'}); give --domains CSV where the raw folder is packed, or take --split slides"
         )
     large = size[usable] >= LEAST_SHARE * len(domain)
     order = usable[np.lexsort((usable, np.where(large, size[usable], -size[usable]), ~large))]

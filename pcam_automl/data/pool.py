@@ -130,7 +130,9 @@ def run_tasks(tasks: Iterator[Task], job: Job, n_workers: int) -> Generator[Done
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in finished)
         except BrokenProcessPool:
-            raise DataError("a packing process was killed, perhaps for want of memory; try --workers 1") from None
+            raise DataError(
+                "a packing process was killed, perhaps for want of memory; free some and give the command again (behind `taskset -c 0` it packs in one process)"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -216,7 +216,7 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     if found and not names:
         raise DataError(
             f"none of the {len(wanted):,} ids of {csv} has an image among the {len(found):,} in test/; "
-            "give the --sample that lists these images, or remove it: all of test/ is predicted then"
+            "pack the folder with the list of these images (pcam-automl prepare RAW --out PACK --sample CSV), or remove that file: all of test/ is predicted then"
         )
     return names, [found[name] for name in names], missing, notes, [csv]
 

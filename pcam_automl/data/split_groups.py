@@ -104,7 +104,7 @@ def stratified_folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed:
     if n_groups < n_folds:
         raise DataError(
             f"{n_folds} folds need at least {n_folds} slides that share no patch, got {n_groups};"
-            " add slides, set less aside, or give no groups (validation is then optimistic)"
+            " add slides, set less aside, or pack without slides: no --groups, no train_groups.csv (validation is then optimistic)"
         )
     fold = np.zeros(len(group), np.int64)
     if n_folds == 1:
@@ -123,7 +123,7 @@ def stratified_folds(group: Ints, strata: Ints, label: Ints, n_folds: int, seed:
     value = lacking.index(True)
     raise DataError(
         f"each of {n_folds} folds must hold both labels, but label {value} lies in {len(np.unique(group[label == value]))}"
-        f" of {n_groups} slides only; add slides with both, or give no groups (validation is then optimistic)"
+        f" of {n_groups} slides only; add slides with both, or pack without slides: no --groups, no train_groups.csv (validation is then optimistic)"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.data.store import PatchStore
+from pcam_automl.errors import InputError
 from pcam_automl.explain import Explanation, explain_patches
 from pcam_automl.predict import Predictor
 from pcam_automl.recipe import CENTRE_PX, Recipe
@@ -44,18 +45,23 @@ def example_section(content: ReportContent, predictor: Predictor | None, progres
         why = "a dense network judges pixels; its probability maps say themselves where the tumour is."
         return Section("examples", title, (left_out(why),))
     blocks: list[Block] = []
+    sheets = chosen(scores, content.threshold)
+    maps: dict[str, list[Explanation]] = {}
     recipe = predictor.bundle.recipe if predictor is not None else None
-    explain = None
     if predictor is None or recipe is None:
         blocks.append(left_out("Grad-CAM, since no trained network was given to this report."))
     else:
-        blocks.append(Text(_how_to_read(recipe) + (_TRAINED_SINCE if content.scores_before else "")))
         explain = _explainer(predictor, store)
-    attended: list[Explanation] = []
-    for name, heading, note, places in chosen(scores, content.threshold):
-        progress(f"report: {heading.lower()}")
-        found = explain(scores.rows[places], scores.prob[places]) if explain else None
-        attended += found or []
+        try:
+            for name, heading, _, places in sheets:
+                progress(f"report: {heading.lower()}")
+                maps[name] = explain(scores.rows[places], scores.prob[places])
+            blocks.append(Text(_how_to_read(recipe) + (_TRAINED_SINCE if content.scores_before else "")))
+        except InputError as fault:  # a network without a map of positions: the patches are worth a look all the same
+            maps.clear()
+            blocks.append(left_out(f"{fault}."))
+    for name, heading, note, places in sheets:
+        found = maps.get(name)
         blocks.append(Text(heading, style="heading"))
         blocks.append(example_sheet(store, scores, places, found, content.threshold, name=name, note=note))
         blocks.append(example_table(store, scores, places, found, content.threshold))

@@ -191,8 +191,8 @@ def too_many_to_predict(total_s: float, predict_s: float, n_patches: int) -> str
         return None
     return (
         f"--budget {total_s:g}s: predicting {n_patches:,} patches in one view each takes about {predict_s:.0f} s here, which leaves too little "
-        f"to search and train in; give --budget {math.ceil(predict_s / FINAL_SHARE / 30)}m or more, or search with --timeout instead "
-        "and finalize with --no-submission"
+        f"to search and train in; give --budget {math.ceil(predict_s / FINAL_SHARE / 30)}m or more, or --trials N instead "
+        "(--timeout ends that, too) and finalize --no-submission"
     )
 
 

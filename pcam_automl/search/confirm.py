@@ -62,7 +62,7 @@ def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
     """The first ``n`` folds that did not validate the search and on which the study's objective has a value.
 
     A fold may be a whole domain, and hold one label only; of a rare domain it may hold too few patches for a worst one. Where no fold
-    can tell a worst domain nothing can be confirmed: none is given. Of a dense task every fold will do.
+    can tell a worst domain nothing can be confirmed: none is given.
 
     Args:
         opened: the study; its split.
@@ -77,7 +77,9 @@ def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
     of_domains = opened.settings.goal.name == "worst_domain_auc"
     if of_domains and not usable:
         return ()
-    held = "two domains that can be scored" if of_domains else "both labels"
+    held = (
+        "two domains that can be scored" if of_domains else "tumour" if opened.start.task == "dense" else "both labels"
+    )
     why = "" if usable == others else f" and not all others hold {held}"
     if n > len(usable):
         raise StudyError(
@@ -88,10 +90,12 @@ def confirm_folds(opened: OpenStudy, n: int) -> tuple[int, ...]:
 
 
 def has_value_on(opened: OpenStudy, rows: np.ndarray) -> bool:
-    """Whether the study's objective has a value on these store rows: both labels; of a worst domain two that can be scored."""
-    if opened.start.task == "dense":
-        return len(rows) > 0
+    """Whether the study's objective has a value on these store rows: both labels; of a worst domain two that can be scored;
+    of a dense task tumour in any mask.
+    """
     label = np.asarray(opened.store.label)[rows]
+    if opened.start.task == "dense":
+        return bool((label == 1).any())
     if opened.settings.goal.name == "worst_domain_auc":
         return len(scorable_domains(label, np.asarray(opened.store.domain)[rows])) >= 2
     return len(np.unique(label)) == 2

@@ -54,7 +54,9 @@ def choose_domains(
         return None
     if not estimate:
         verb = "need" if len(needs) > 1 else "needs"
-        say(f"{' and '.join(needs)} {verb} domains, the data name none (--domains CSV would): they are estimated")
+        say(
+            f"{' and '.join(needs)} {verb} domains, the data name none (--domains CSV, given where the raw folder is packed, would): they are estimated"
+        )
     domains = estimate_domains(store, seed=seed)
     say(domains.line())
     return domains
@@ -112,7 +114,7 @@ def check_domains(store: PatchStore, rows: np.ndarray, recipe: Recipe) -> list[s
         raise DataError(
             f"--objective worst_domain_auc needs at least 2 domains with {LEAST_OF_A_LABEL} {what} of either label among the "
             f"{len(rows)} that a rung is scored on, got (positive and negative) {held or 'no domain'}; give --domains CSV with "
-            "more domains, more slides of the rare one, another --seed, or --objective auc"
+            "more domains where the raw folder is packed, more slides of the rare one, another --seed, or --objective auc"
         )
     unseen = [name for name, n in counts.items() if min(n) < LEAST_OF_A_LABEL]
     if not unseen:

@@ -16,11 +16,13 @@ import pytest
 from report_content import RECIPE, bundle_of, epochs_of, full_content, scores_of, study_of
 
 from pcam_automl.data.store import open_store
-from pcam_automl.errors import DataError
+from pcam_automl.errors import DataError, InputError
 from pcam_automl.metrics import accuracy, auc, auc_interval, confusion, log_loss
 from pcam_automl.predict import build_predictor
+from pcam_automl.report import examples
 from pcam_automl.report.blocks import Picture, Section, Table, Text
 from pcam_automl.report.content import RateCurve, ReportContent
+from pcam_automl.report.examples import example_section
 from pcam_automl.report.page import MARKER, Written, build_sections, summary, write_report
 from pcam_automl.training.compute import Compute
 
@@ -209,3 +211,15 @@ def test_maps_of_a_trials_scores_are_said_to_be_of_a_network_trained_since(easy_
         sections = build_sections(replace(content, scores_before=before), predictor=predictor)
         texts = " ".join(b.text for s in sections for b in s.blocks if isinstance(b, Text))
         assert ("has since trained on them" in texts) == before
+
+
+def test_a_network_without_a_map_of_positions_still_shows_its_patches(
+    easy_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise InputError("Grad-CAM needs a square map of tokens, Odd has 7")
+
+    monkeypatch.setattr(examples, "explain_patches", refuses)
+    section = example_section(full_content(easy_pack), build_predictor(bundle_of(), Compute("cpu")), lambda _: None)
+    assert left_out_of([section])["examples"] == ["Left out: Grad-CAM needs a square map of tokens, Odd has 7."]
+    assert pictures_of([section]) == {"most_wrong", "most_right", "random"}

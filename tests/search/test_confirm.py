@@ -157,11 +157,11 @@ def test_seeds_are_fresh_for_each_lineage_and_fold() -> None:
     assert fresh_recipe(recipe, 0, "0", 1) == fresh_recipe(recipe, 0, "0", 1)
 
 
-def study_over(split: Split, goal: str = "auc", **columns: np.ndarray) -> OpenStudy:
+def study_over(split: Split, goal: str = "auc", start: Recipe = Recipe(), **columns: np.ndarray) -> OpenStudy:
     """As much of a study as a choice of folds reads."""
     store, settings = SimpleNamespace(source={}, **columns), SimpleNamespace(goal=goal_of(goal))
     words = {"split": split, "store": store, "settings": settings}
-    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=Recipe()))
+    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=start))
 
 
 def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_label(
@@ -174,6 +174,17 @@ def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_
         confirm_folds(whole, 5)
     label[split.fold == 1] = 0
     assert confirm_folds(whole, 2) == (2, 3)
+
+
+def test_maps_are_confirmed_on_folds_that_hold_tumour(split: Split, easy_pack: Path) -> None:
+    """A fold of empty masks would end `finalize` with advice for other commands."""
+    label = np.asarray(open_store(easy_pack).label).copy()
+    dense = Recipe(task="dense", tile_size=32, backbone="test_resnet", decoder="unet")
+    label[split.fold == 1] = 0
+    label[split.fold == 2] = 1
+    assert confirm_folds(study_over(split, start=dense, label=label), 3) == (2, 3, 4)
+    with pytest.raises(StudyError, match=r"at most 3, got 4: .*not all others hold tumour"):
+        confirm_folds(study_over(split, start=dense, label=label), 4)
 
 
 def test_a_worst_domain_is_confirmed_only_where_two_domains_can_be_scored(split: Split, easy_pack: Path) -> None:

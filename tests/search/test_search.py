@@ -915,6 +915,8 @@ def test_stages_fix_their_rates_for_a_search_too(tmp_path: Path, asked: Asked) -
 
 def test_a_dense_study_searches_and_finalizes(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "set", n_patches=100, n_slides=10, seed=5)
+    with (tmp_path / "set" / "sample_submission.csv").open("a") as sample:
+        sample.write("f" * 40 + ",0\n")  # no image: a dense study writes maps of those that there are
     asked = Asked(
         data=tmp_path / "set",
         recipe="unet_timm",
@@ -930,6 +932,7 @@ def test_a_dense_study_searches_and_finalizes(tmp_path: Path) -> None:
     assert (recipe["task"], recipe["decoder"], recipe["tile_size"]) == ("dense", "unet", 32)
     final = finalize(opened, epochs=0.2, device=CPU)
     assert final.maps is not None
+    assert opened.store.missing_test_ids == ("f" * 40,)
     test = opened.store.test_rows()
     assert len(list(final.maps.glob("*.png"))) == len(test)
     assert final.on_test == {}  # a Kaggle folder keeps the truth of its test patches to itself
