@@ -36,3 +36,13 @@ def _first(field: str) -> str:
 def usable_cores() -> int:
     """Cores that this process may run on, by its affinity mask; a quota of a container is not counted."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_of(device: str | None, cpu: str | None) -> tuple[str | None, str | None]:
+    """What a measured speed is of: the device's name, and of a CPU, whose device's name tells no model, its own, too.
+
+    Args:
+        device: as `training.compute.device_name` says it: ``NVIDIA H100``, ``x86_64 CPU, 2 threads``; None where it is not known.
+        cpu: as `training.compute.cpu_name` says it.
+    """
+    return device, cpu if device is not None and " CPU, " in device else None

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def finalize(
         raise Assisted
     averaging = None
     if options.seconds is not None and epochs is None and not dense:
-        averaging = averaging_within(opened, decision, rows, device, watch.train.note)
+        averaging = "none" if decision.one_view else averaging_within(opened, decision, rows, device, watch.train.note)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:
@@ -263,7 +264,8 @@ def _decided(
             watch.train.note(
                 f"--ensemble {options.ensemble}: the time that is left is enough for {most_members} final training{'s' * (most_members > 1)}"
             )
-    return decide(
+    decided = partial(
+        decide,
         candidates,
         confirmations,
         opened.store,
@@ -273,6 +275,10 @@ def _decided(
         maximise=opened.settings.goal.maximize,
         timed=not opened.settings.deterministic and not was_short(opened.study, opened.settings.plan.get("budget")),
     )
+    decision = decided()
+    if limited and decision.oof is not None and averaging_within(opened, decision, rows, device, watch.train.note):
+        return decided(one_view=True)  # its temperature and figures are of what is handed over
+    return decision
 
 
 def _train_member(

@@ -241,7 +241,7 @@ def _variant(
         theirs = (state["recipe"], state.get("data"), state["compute"]["device"])
         if theirs == (recipe.hash, of_data, str(device)) and is_of(state.get("device_name"), device):
             left = views if state.get("by_clock") else max(0, views - state["views"])
-            return speed.for_the_rest(recipe, device, Compute(**state["compute"]), left)
+            return speed.for_the_rest(recipe, device, Compute(**state["compute"]).moved_to(device), left)
     return speed.compute_for(recipe, device, views=views)
 
 

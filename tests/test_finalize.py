@@ -246,6 +246,18 @@ def test_the_recipe_is_the_trials_for_the_whole_data(opened: OpenStudy) -> None:
     assert final_recipe(trial, 4, None).epochs == 20.0
 
 
+def test_a_backbone_is_frozen_for_the_share_that_the_trial_had_frozen(opened: OpenStudy) -> None:
+    """Its frozen phase is a share of the first rung, whose place a final training of one cycle does not have."""
+    trial = choose_trial(opened.study, "best")
+    recipe = json.loads(trial.user_attrs["recipe"]) | {"frozen": 0.3}
+    trial.user_attrs |= {"recipe": json.dumps(recipe), "rung_plan": [(100, 60), (300, 60), (900, 60)]}
+    assert final_recipe(trial, 10_000, None).frozen == pytest.approx(0.0333)
+    trial.user_attrs["rung_plan"] = [(900, 60)]
+    assert final_recipe(trial, 10_000, None).frozen == 0.3
+    trial.user_attrs |= {"recipe": json.dumps(recipe | {"schedule": "one_cycle"}), "rung_plan": [(100, 60), (900, 60)]}
+    assert final_recipe(trial, 10_000, None, own_epochs=4.0).frozen == 0.3, "a schedule of its own"
+
+
 def test_a_schedule_of_its_own_keeps_its_epochs(opened: OpenStudy) -> None:
     trial = choose_trial(opened.study, "best")
     recipe = json.loads(trial.user_attrs["recipe"]) | {"schedule": "constant", "subsample": 0.5}
@@ -422,6 +434,22 @@ def test_where_eight_views_take_too_much_of_a_budget_each_patch_is_shown_once(
     monkeypatch.undo()
     again = finalize(opened, device=CPU, options=options)
     assert json.loads((again.out / "submission.json").read_text())["test_time_views"] == 8
+
+
+def test_figures_of_confirmations_are_of_the_views_that_the_test_patches_get(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_budget(opened.study, 60.0)
+    monkeypatch.setattr(budget_module, "MOST_PREDICT_SHARE", 1e-9)
+    options = FinalOptions(confirm=1, seconds=20.0, keep_back=0.0)
+    made = finalize(opened, device=CPU, options=options)
+    assert made.decision is not None
+    (confirmed,) = opened.folder.glob("confirmations/*/fold*/confirmation.json")
+    figures = json.loads(confirmed.read_text())
+    assert made.auc == figures["auc"] != figures["auc_views"]
+    card = json.loads((made.out / "submission.json").read_text())
+    assert card["test_time_views"] == 1
+    assert card["auc_on"].endswith(", in one view each")
 
 
 def test_a_final_training_that_diverges_names_the_way_out_and_leaves_nothing_to_go_on_from(

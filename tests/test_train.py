@@ -11,6 +11,7 @@ import pytest
 import torch
 from easy_set import TINY
 
+from pcam_automl import train as train_module
 from pcam_automl.bundle import ModelBundle
 from pcam_automl.data.pack import pack
 from pcam_automl.data.sources import open_source
@@ -20,7 +21,8 @@ from pcam_automl.errors import DataError, Interrupted
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
 from pcam_automl.train import TrainWatch, train_to_bundle, training_split
-from pcam_automl.training.compute import Compute
+from pcam_automl.training import compute as compute_module
+from pcam_automl.training.compute import Compute, device_name
 from pcam_automl.training.dense import always_negative_accuracy
 from pcam_automl.training.scoring import inference_precision
 from pcam_automl.training.speed import SpeedBook
@@ -166,3 +168,15 @@ def test_a_share_needs_no_folds_of_what_it_leaves(easy_pack: Path) -> None:
     assert fold is None
     assert not set(few.group[train_rows]) & set(few.group[score_rows])
     assert set(few.label[score_rows]) == set(few.label[train_rows]) == {0, 1}
+
+
+def test_a_training_that_moved_to_a_cpu_without_bf16_goes_on_in_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe, cpu = Recipe(backbone="test_resnet", epochs=1.0), torch.device("cpu")
+    compute = Compute("cpu", "bf16", True, 0.5).to_json()
+    state = {"recipe": recipe.hash, "data": "d", "compute": compute, "device_name": device_name(cpu), "views": 10}
+    monkeypatch.setattr(train_module, "newest_checkpoint", lambda folder: (0, {}, state))
+    monkeypatch.setattr(compute_module, "has_precision", lambda device, precision: precision == "fp32")
+    found = train_module._variant(recipe, cpu, SpeedBook(tmp_path / "speed.json"), tmp_path, "d", 100)
+    assert (found.precision, found.channels_last) == ("fp32", True)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.calibration import Calibration, calibrate, logits_of, probs_at
+from pcam_automl.cpu import machine_of
 from pcam_automl.data.split_groups import slides_caveat
 from pcam_automl.data.store import PatchStore
 from pcam_automl.finalizing.blending import Blend, choose_blend
@@ -38,6 +39,7 @@ class Decision:
             with it.
         weights: one each, positive, summing to 1.
         confirmed: every confirmed lineage, the best first; empty where none was.
+        one_view: whether ``oof`` and the temperatures are of the plain view alone, as the test patches are then predicted.
         tie: why another than the best confirmed one is taken; None where it is not, or the blend does without it.
         blend: what the greedy selection found; None where no ensemble was asked for or possible.
         calibrations: of each member on its own; None where nothing was predicted out of fold.
@@ -57,6 +59,7 @@ class Decision:
     oof_auc: float | None = None
     oof_auc_95: tuple[float, float] | None = None
     tie: str | None = None
+    one_view: bool = False
 
     @property
     def drop(self) -> float | None:
@@ -87,6 +90,7 @@ def decide(
     value_of: ValueOf = auc_of,
     maximise: bool = True,
     timed: bool = True,
+    one_view: bool = False,
 ) -> Decision:
     """The best confirmed lineage or the cheapest that ties with it, or a blend of several if it helps; the search's best where nothing was
     confirmed.
@@ -100,6 +104,7 @@ def decide(
         value_of: figure that the study's value is.
         maximise: whether a larger one is better.
         timed: whether measured speed may settle a tie; in a deterministic study no measurement decides.
+        one_view: whether the networks will predict by the plain view alone, not by their recipes' views.
     """
     confirmed = tuple(ranked(confirmations, value_of=value_of, maximise=maximise)) if confirmations else ()
     by_name = {candidate.lineage: candidate for candidate in candidates}
@@ -108,7 +113,7 @@ def decide(
     settled = timed and value_of is auc_of
     first, tie = _cheapest_tied(confirmed, confirmations, store) if settled else (confirmed[0], None)
     winner = by_name[first.lineage]
-    predicted = _out_of_fold(confirmations, [one.lineage for one in confirmed])
+    predicted = _out_of_fold(confirmations, [one.lineage for one in confirmed], one_view)
     if winner.lineage not in predicted:
         return Decision((winner,), (1.0,), confirmed, tie=tie)
     rows, label, on = _shared(predicted[winner.lineage])
@@ -137,6 +142,7 @@ def decide(
         oof_auc=auc(label, blend.logits),
         oof_auc_95=auc_interval(label, blend.logits, group),
         tie=tie if single in chosen else None,
+        one_view=one_view,
     )
 
 
@@ -160,13 +166,19 @@ def _cheapest_tied(
         and np.array_equal(scores.rows, first.rows)
         and np.array_equal(scores.label, first.label)  # pixels of the same images may be others
     ]
+
+    def machine(one: Confirmed) -> tuple[str | None, str | None]:
+        return machine_of(held[one.lineage].device, held[one.lineage].cpu)
+
     ranks = rank(
         first.label,
         np.stack([scores.prob for _, scores in alike]),
         clusters_of_rows(store, first.rows),
         numbers=[one.trial for one, _ in alike],
         values=[one.mean for one, _ in alike],
-        images_per_s=[held[one.lineage].images_per_s or None for one, _ in alike],
+        images_per_s=[
+            held[one.lineage].images_per_s or None if machine(one) == machine(best) else None for one, _ in alike
+        ],
     )
     number, why = choose_cheapest_tied(ranks)
     if number in (best.trial, ranks[0].number):  # of equal values the search's better one is the best
@@ -174,10 +186,12 @@ def _cheapest_tied(
     return next(one for one, _ in alike if one.trial == number), why
 
 
-def _out_of_fold(confirmations: Sequence[Confirmation], lineages: Sequence[str]) -> dict[str, list[Scores]]:
+def _out_of_fold(
+    confirmations: Sequence[Confirmation], lineages: Sequence[str], one_view: bool
+) -> dict[str, list[Scores]]:
     """Lineage to its scores on each complete fold; without those that diverged somewhere, and without dense ones."""
     folds = complete_folds(confirmations)
-    held = {(one.lineage, one.fold): one.scores for one in confirmations}
+    held = {(one.lineage, one.fold): one.scores and (one.one_view if one_view else one.scores) for one in confirmations}
     found = {}
     for lineage in lineages:
         parts = [scores for fold in folds if (scores := held[lineage, fold]) is not None]

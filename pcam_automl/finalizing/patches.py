@@ -111,7 +111,7 @@ def finish_patches(
         judge, networks = open_judge(out, device, averaging=averaging)  # with its temperature
         end = replace(end, judge=judge, networks=networks)
     figures, scores, steps = _on_held(end, trial, decision, rows, compare)
-    if scores is not None and len(networks[0].views) < bundle.recipe.n_test_views:
+    if (scores is not None or decision.one_view) and len(networks[0].views) < bundle.recipe.n_test_views:
         figures = {**figures, "auc_on": f"{figures['auc_on']}, in one view each"}
     figures |= _more_figures(opened, scores or decision.oof)
     operating = _operating(decision, scores)

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.trial import FrozenTrial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.calibration import probs_at
 from pcam_automl.counter import key_of
+from pcam_automl.cpu import machine_of
 from pcam_automl.errors import StudyError, TrainingDiverged
 from pcam_automl.files import locked, sha256_of_json
 from pcam_automl.heap import return_freed_memory
@@ -34,11 +36,11 @@ from pcam_automl.search.confirmations import (
     read_confirmation,
     write_confirmation,
 )
-from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD, scaled, trial_seconds
+from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD, scaled
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
-from pcam_automl.training.compute import device_name
-from pcam_automl.training.engine import Rung, Training
-from pcam_automl.training.fit import fit, total_views
+from pcam_automl.training.compute import cpu_name, device_name
+from pcam_automl.training.engine import Rung, RungResult, Training
+from pcam_automl.training.fit import best_result, fit
 from pcam_automl.training.scoring import Views, logits_of_rows
 from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 
@@ -113,18 +115,35 @@ def n_scored(views: int) -> int:
 def images_per_s(opened: OpenStudy, candidate: Candidate, recipe: Recipe, device: torch.device) -> float:
     """Training images a second: what the trial had, where it ran on such a device, else by a measured step."""
     attrs = candidate.trial.user_attrs
-    rate = attrs.get("images_per_s") if attrs.get("device") == device_name(device) else None
+    own = machine_of(device_name(device), cpu_name())
+    here = machine_of(attrs.get("device"), attrs.get("cpu", cpu_name())) == own  # an early release's row names none
+    rate = attrs.get("images_per_s") if here else None
     return float(rate) if rate else opened.speed_book.images_per_s(recipe, device)
 
 
-def expected_seconds(recipe: Recipe, rungs: tuple[Rung, ...], n: int, images_per_s: float) -> float:
+def expected_seconds(rungs: tuple[Rung, ...], n: int, images_per_s: float) -> float:
     """Of a confirmation: its training and the views of the patches that it is scored on."""
-    return trial_seconds(recipe, rungs, 0, images_per_s) + OVERHEAD * n * N_VIEWS / EVAL_SPEEDUP / images_per_s
+    return OVERHEAD * (rungs[-1].views + n * N_VIEWS / EVAL_SPEEDUP) / images_per_s
 
 
 def fresh_recipe(recipe: Recipe, study_seed: int, lineage: str, fold: int) -> Recipe:
     """The recipe with a seed that only this lineage has on this fold: other weights at the start, other views."""
     return recipe.model_copy(update={"seed": key_of(study_seed, "confirm", lineage, fold) % 2**31})
+
+
+def length_of(recipe: Recipe, trial: FrozenTrial) -> Recipe:
+    """The recipe, with the epochs up to the weights that the trial kept in place of an early end, which would choose them once more by the
+    very patches that shall confirm it.
+    """
+    if recipe.patience is None:
+        return recipe
+    return recipe.model_copy(update={"patience": None, "epochs": kept_epochs(recipe, trial), "views": None})
+
+
+def kept_epochs(recipe: Recipe, trial: FrozenTrial) -> float:
+    """Passes over its patches up to the weights that a trial with an early end kept."""
+    kept = best_result([RungResult(**rung) for rung in trial.user_attrs["rungs"]], recipe)
+    return round(kept.views / kept.subset, 4)
 
 
 def confirm(
@@ -231,7 +250,8 @@ class _Runner:
 
     def _job(self, candidate: Candidate, fold: int) -> _Job:
         opened = self.opened
-        recipe = fresh_recipe(candidate.recipe, opened.settings.seed, candidate.lineage, fold)
+        recipe = length_of(candidate.recipe, candidate.trial)
+        recipe = fresh_recipe(recipe, opened.settings.seed, candidate.lineage, fold)
         split = opened.split
         rows = choose_rows(opened.store, recipe, split.train_order(fold), self._scored(fold))
         planned = opened.rungs
@@ -262,20 +282,20 @@ class _Runner:
 
     def _expected(self, candidate: Candidate, job: _Job) -> float:
         rate = images_per_s(self.opened, candidate, job.recipe, self.device)
-        return expected_seconds(job.recipe, job.rungs, len(job.rows.score), rate)
+        return expected_seconds(job.rungs, len(job.rows.score), rate)
 
     def _train(self, job: _Job) -> tuple[Confirmation, bool]:
         """The confirmation, and whether its seconds are those of a whole training: neither cut short nor gone on with."""
         began = time.perf_counter()
         training = self._start(job)
-        self.watch.begins(job.candidate, job.fold, training, total_views(job.recipe, job.rungs))
+        self.watch.begins(job.candidate, job.fold, training, job.rungs[-1].views)
         figures: dict[str, Any]
         try:
             for _ in fit(
                 training,
                 job.rows.train,
                 job.rungs,
-                scored=job.recipe.patience is not None,  # an early end needs scores; else the last rung's are enough
+                scored=False,  # below, by the last weights: nothing is chosen here
                 checkpoints=job.checkpoints,
                 note=self.watch.note,
                 stop=self.watch.stop,
@@ -301,6 +321,8 @@ class _Runner:
             views=views,
             seconds=round(time.perf_counter() - began, 3),
             images_per_s=round(rate, 1),
+            device=device_name(self.device),
+            cpu=cpu_name(),
             **figures,
         )
         return confirmation, whole

@@ -64,6 +64,8 @@ class Confirmation:
         seconds: wall clock.
         images_per_s: of the training steps.
         diverged: why there is no score; None where there is one.
+        device: on which it trained, None of one that an earlier release stored.
+        cpu: of that machine.
         one_view: what ``auc`` is of.
         scores: what ``auc_views`` is of.
     """
@@ -81,6 +83,8 @@ class Confirmation:
     seconds: float
     images_per_s: float
     diverged: str | None = None
+    device: str | None = None
+    cpu: str | None = None
     one_view: Scores | None = None
     scores: Scores | None = None
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from pcam_automl.cpu import machine_of
 from pcam_automl.errors import StudyError
 from pcam_automl.goals import Goal
 from pcam_automl.search.lineages import current_rows
@@ -118,12 +119,17 @@ def tradeoff_of(trials: Sequence[FrozenTrial], goal: Goal, cost: str = LATENCY) 
     known = [t for t in rows if cost in t.user_attrs]
     device = None
     if cost == LATENCY and known:
-        device = collections.Counter(str(t.user_attrs.get("device")) for t in known).most_common(1)[0][0]
-        known = [t for t in known if str(t.user_attrs.get("device")) == device]
+        device = collections.Counter(map(_machine, known)).most_common(1)[0][0]
+        known = [t for t in known if _machine(t) == device]
     values = np.array([t.value for t in known], np.float64)
     costs = np.array([t.user_attrs[cost] for t in known], np.float64)
     front, knee = pareto_front(values, costs, maximize=goal.maximize), knee_of(values, costs, maximize=goal.maximize)
     return Tradeoff(tuple(known), values, costs, front, knee, device, len(rows) - len(known))
+
+
+def _machine(trial: FrozenTrial) -> str:
+    device, cpu = machine_of(trial.user_attrs.get("device"), trial.user_attrs.get("cpu"))
+    return f"{device}, {cpu}" if cpu else str(device)
 
 
 def pick_knee(trials: Sequence[FrozenTrial], goal: Goal) -> Picked:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl.config import StudySettings
+from pcam_automl.cpu import machine_of
 from pcam_automl.data.store import PatchStore, open_store
 from pcam_automl.errors import DataError, first_few
 from pcam_automl.intervals import auc_bounds, auc_difference_bounds, standard_error
@@ -394,5 +395,5 @@ def _views(row: FrozenTrial) -> int:
     return int(json.loads(row.user_attrs.get("recipe", "{}")).get("views") or 0)
 
 
-def _device(row: FrozenTrial) -> Any:
-    return row.user_attrs.get("device")
+def _device(row: FrozenTrial) -> tuple[str | None, str | None]:
+    return machine_of(row.user_attrs.get("device"), row.user_attrs.get("cpu"))

@@ -2,7 +2,7 @@
 
 With the ``wsd`` schedule (warm-up, stable, decay) a rung at ``views`` trains at the stable rate up to ``(1 - decay) * views``
 and is scored at the end of a decay branch that reaches ``views``; the branch is then dropped and the next rung goes on from
-the stable state. So every rung's score is that of a finished training of its length. With ``one_cycle`` and ``constant``
+the stable state. Where nothing is scored only the last rung has one. So every rung's score is that of a finished training of its length. With ``one_cycle`` and ``constant``
 there is one curve over the last rung's views, and the rungs are the points at which it is scored.
 """
 
@@ -38,7 +38,7 @@ Stop = Callable[[], None]
 
 
 def total_views(recipe: Recipe, rungs: Sequence[Rung]) -> int:
-    """Views that all rungs take together, decay branches that are dropped included: what a progress bar counts."""
+    """Views that all scored rungs take together, decay branches that are dropped included: what a progress bar counts."""
     if recipe.schedule != "wsd":
         return rungs[-1].views
     return rungs[-1].views + sum(rung.views - stable_views(recipe, rung) for rung in rungs[:-1])
@@ -75,7 +75,7 @@ def fit(
         training: the recipe at its start.
         train_rows: (n,) store rows in nested order; a rung uses a prefix.
         rungs: views and subset sizes, both never falling.
-        scored: whether there are rows to score on.
+        scored: whether rungs are scored, which takes rows to score on.
         checkpoints: where each rung leaves ``<number>/``; None keeps nothing.
         keep_final: also checkpoint the last rung (finalize); a search needs it only up to the one before.
         marks: views at which the stable phase of a single rung leaves checkpoints, too, ascending.
@@ -150,9 +150,10 @@ def _rung(
         done = done.then(training.train(stream, training.views, at, rates_of, stop, progress))
         if at < stable:
             marks[1](at)
-    kept = training.snapshot() if wsd and (not last or keep_final) else None
+    branches = wsd and (scored or last)  # of a rung that nobody scores it would only be dropped
+    kept = training.snapshot() if branches and (not last or keep_final) else None
     ema_updates = training.average.n_updates if training.average else 0
-    if wsd and stable < rung.views:
+    if branches and stable < rung.views:
         done = done.then(training.train(stream, stable, rung.views, branch_rates, stop, progress))
     result = _result(training, rung, index, done, rates_of(max(stable - 1, 0)), scored, began, stop)
 

@@ -87,7 +87,7 @@ class SpeedBook:
         except (OSError, ValueError):  # absent or cut off: only measurements are lost, and they are made again
             return
         if isinstance(known, dict):
-            self._known = known | self._known
+            self._known |= known  # what this one measured is in the file, too, unless another measured it better since
 
     def compute_for(self, recipe: Recipe, device: torch.device, *, views: int | None = None) -> Compute:
         """The variant to train the recipe with; ``step_s`` is for :meth:`probe_batch` images.

@@ -230,6 +230,30 @@ def test_the_confirmed_best_wins_and_its_probabilities_are_calibrated() -> None:
     assert made.blend is None
 
 
+def test_where_one_view_is_predicted_it_is_one_view_that_is_calibrated() -> None:
+    label, (views, plain) = predictions(800, (1.0, 2.0))
+    (found,) = [confirmation(0, views, label, np.arange(800))]
+    found = replace(found, one_view=Scores(np.arange(800), label, plain, "fold 1"))
+    made = decide(candidates(1), [found], Slides(800), one_view=True)  # type: ignore[arg-type]
+    assert made.one_view
+    assert made.oof is not None
+    assert made.calibration is not None
+    assert made.oof_auc == pytest.approx(auc(label, plain))
+    assert np.allclose(made.oof.prob, probs_at(logits_of(plain), made.calibration.temperature))
+
+
+def test_of_confirmed_trials_that_tie_speed_counts_on_one_machine_only() -> None:
+    label, (prob,) = predictions(800, (1.0,))
+    pair = [confirmation(k, prob, label, np.arange(800)) for k in (0, 1)]
+    device = "x86_64 CPU, 2 threads"
+    slow, quick = (
+        replace(one, images_per_s=rate, device=device, cpu="a") for one, rate in zip(pair, (100.0, 300.0), strict=True)
+    )
+    for cpu, expected in (("a", "1"), ("b", "0")):
+        made = decide(candidates(2), [slow, replace(quick, cpu=cpu)], Slides(800))  # type: ignore[arg-type]
+        assert made.members[0].lineage == expected
+
+
 def test_members_are_those_that_help_the_confirmed_best_first() -> None:
     label, probs = predictions(2000, (2.0, 1.9, 30.0))
     found = [confirmation(k, prob, label, np.arange(2000)) for k, prob in enumerate(probs)]

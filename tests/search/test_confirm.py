@@ -26,7 +26,15 @@ from pcam_automl.metrics import auc
 from pcam_automl.recipe import Recipe
 from pcam_automl.search import confirm as confirm_module
 from pcam_automl.search.budget import set_budget
-from pcam_automl.search.confirm import ConfirmWatch, confirm, confirm_folds, expected_seconds, fresh_recipe, n_scored
+from pcam_automl.search.confirm import (
+    ConfirmWatch,
+    confirm,
+    confirm_folds,
+    expected_seconds,
+    fresh_recipe,
+    images_per_s,
+    n_scored,
+)
 from pcam_automl.search.confirmations import (
     CARD,
     Candidate,
@@ -39,6 +47,7 @@ from pcam_automl.search.confirmations import (
 )
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.plan import OVERHEAD
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.worker import run_worker
@@ -157,11 +166,11 @@ def test_seeds_are_fresh_for_each_lineage_and_fold() -> None:
     assert fresh_recipe(recipe, 0, "0", 1) == fresh_recipe(recipe, 0, "0", 1)
 
 
-def study_over(split: Split, goal: str = "auc", start: Recipe = Recipe(), **columns: np.ndarray) -> OpenStudy:
+def study_over(split: Split, goal: str = "auc", start: Recipe | None = None, **columns: np.ndarray) -> OpenStudy:
     """As much of a study as a choice of folds reads."""
     store, settings = SimpleNamespace(source={}, **columns), SimpleNamespace(goal=goal_of(goal))
     words = {"split": split, "store": store, "settings": settings}
-    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=start))
+    return cast(OpenStudy, SimpleNamespace(**words, rungs=(Rung(90, 90),), start=start or Recipe()))
 
 
 def test_folds_never_hold_the_one_that_validated_the_search_nor_one_of_a_single_label(
@@ -305,6 +314,43 @@ def test_the_next_confirmation_is_expected_at_the_pace_of_the_last_one(
     assert ["the next would take about 600 s" in note for note in notes] == [True] * (2 - n_done)
 
 
+def test_an_early_end_chooses_no_epoch_by_the_fold_that_confirms(
+    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial kept its second epoch: as many are trained, whatever they would be scored."""
+    in_a_folder("patience", monkeypatch)
+    (candidate,) = top_candidates(opened.study, 1)
+    attrs = candidate.trial.user_attrs
+    recipe = json.loads(attrs["recipe"]) | {"schedule": "constant", "patience": 1, "monitor": "auc"}
+    recipe |= {"views": None, "epochs": 9.0}
+    rungs = [
+        {**attrs["rungs"][0], "rung": n, "views": 60 * (n + 1), "subset": 60, "auc": auc}
+        for n, auc in enumerate((0.6, 0.9, 0.8))
+    ]
+    attrs = {**attrs, "recipe": json.dumps(recipe), "rungs": rungs}
+    early = Candidate(candidate.lineage, optuna.create_trial(value=0.9, user_attrs=attrs))
+    scored: list[int] = []
+    score = Training.score
+
+    def counted(training: Training, *args: Any) -> Any:
+        scored.append(training.views)
+        return score(training, *args)
+
+    monkeypatch.setattr(Training, "score", counted)
+    (one,) = confirm(opened, [early], folds=(1,), device=CPU)
+    assert one.views == 2 * one.n_train
+    assert scored == [one.views], "once, at its end"
+
+
+def test_a_speed_is_taken_over_from_a_machine_of_the_same_kind_only(opened: OpenStudy) -> None:
+    (candidate,) = top_candidates(opened.study, 1)
+    own = candidate.trial.user_attrs
+    for changes, takes in (({}, True), ({"cpu": "another"}, False), ({"device": "NVIDIA H200"}, False)):
+        trial = optuna.create_trial(value=0.9, user_attrs={**own, "images_per_s": 12345.5, **changes})
+        found = images_per_s(opened, Candidate("0", trial), candidate.recipe, CPU)
+        assert (found == 12345.5) is takes
+
+
 def test_of_trials_that_did_not_complete_those_that_diverged_are_none() -> None:
     study = optuna.create_study(direction="maximize")
     set_budget(study, 60.0)
@@ -318,11 +364,10 @@ def test_of_trials_that_did_not_complete_those_that_diverged_are_none() -> None:
 
 
 def test_a_confirmation_takes_longer_with_more_to_score_and_a_slower_network() -> None:
-    recipe, rungs = Recipe(views=900, schedule="wsd"), (Rung(100, 100), Rung(900, 500))
-    assert expected_seconds(recipe, rungs, 1000, 50.0) == pytest.approx(
-        2 * expected_seconds(recipe, rungs, 1000, 100.0)
-    )
-    assert expected_seconds(recipe, rungs, 1000, 50.0) > expected_seconds(recipe, rungs, 500, 50.0)
+    rungs = (Rung(100, 100), Rung(900, 500))
+    assert expected_seconds(rungs, 1000, 50.0) == pytest.approx(2 * expected_seconds(rungs, 1000, 100.0))
+    assert expected_seconds(rungs, 1000, 50.0) > expected_seconds(rungs, 500, 50.0)
+    assert expected_seconds(rungs, 0, 50.0) == pytest.approx(OVERHEAD * 900 / 50.0), "its rungs are not scored"
     assert n_scored(90) == 500
     assert n_scored(90_000) == 25_000
 

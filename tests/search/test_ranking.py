@@ -220,6 +220,13 @@ def test_a_cheaper_trial_of_equal_scores_is_picked_and_finalize_takes_it(store: 
     assert found.picked == 1
     fixed = settings_of(store).model_copy(update={"deterministic": True})
     assert rank_study(study_with(trials), fixed, tmp_path, store=store).picked == 0, "no measurement decides there"
+    other_cpu = [
+        scored_trial(store, tmp_path, 0, prob, device="x86_64 CPU, 2 threads", cpu="slow"),
+        scored_trial(store, tmp_path, 1, prob, images_per_s=300.0, device="x86_64 CPU, 2 threads", cpu="quick"),
+    ]
+    found = ranking_of(store, tmp_path, other_cpu)
+    assert found.picked == 0, "the device's name tells no model"
+    assert any("device" in note for note in found.notes)
     other_device = scored_trial(store, tmp_path, 1, prob, images_per_s=300.0, device="cuda")
     found = ranking_of(store, tmp_path, [trials[0], other_device])
     assert found.picked == 0

@@ -308,6 +308,17 @@ def test_dropping_a_decay_branch_leaves_the_stable_training_untouched(data: Trai
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.averaged_state().items())
 
 
+def test_rungs_that_nobody_scores_have_no_decay_branch_and_end_in_the_same_weights(data: TrainingData) -> None:
+    rungs, ended, views = (Rung(64, 60), Rung(192, 60), Rung(320, 60)), [], []
+    for scored in (True, False):
+        training, seen = start(replace_recipe(dropout=0.2), data), list[int]()
+        list(fit(training, data.train_rows, rungs, scored=scored, progress=seen.append))
+        ended.append(training)
+        views.append(sum(seen))
+    assert views == [total_views(RECIPE, rungs), 320]
+    assert same(*ended)
+
+
 def next_stable(data: TrainingData, rungs: tuple[Rung, ...]) -> dict[str, torch.Tensor]:
     """The state after the first rung's branch was dropped: what the generator leaves once it is asked to go on."""
     training = start(replace_recipe(dropout=0.0), data)

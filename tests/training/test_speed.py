@@ -182,6 +182,14 @@ def test_a_thorough_book_measures_what_was_measured_quickly(calls: list[str], tm
     assert len(calls) == 2
 
 
+def test_a_book_puts_no_older_measurement_back_over_a_newer_one(calls: list[str], tmp_path: Path) -> None:
+    quick = SpeedBook(tmp_path / "speed.json", quick=True)
+    quick.compute_for(RECIPE, CPU)
+    SpeedBook(tmp_path / "speed.json").compute_for(RECIPE, CPU)
+    quick.compute_for(RECIPE.model_copy(update={"batch_size": 64}), CPU)
+    assert SpeedBook(tmp_path / "speed.json").knows(RECIPE, CPU), "measured thoroughly meanwhile"
+
+
 def test_a_micro_batch_of_a_moment_without_memory_is_looked_at_again(
     calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
