@@ -33,6 +33,7 @@ import pcam_automl.search.budget as budget_module
 from pcam_automl import cli
 from pcam_automl.augment import augment_spec
 from pcam_automl.bundle import check_bundle_target, load_bundle
+from pcam_automl.calibration import logits_of
 from pcam_automl.commands.final_card import final_card, holdout_scores
 from pcam_automl.commands.report import study_commands
 from pcam_automl.commands.status import final_of
@@ -49,7 +50,7 @@ from pcam_automl.metrics import auc, log_loss
 from pcam_automl.recipe import Recipe
 from pcam_automl.scores import Scores
 from pcam_automl.search.budget import set_budget
-from pcam_automl.search.confirmations import Confirmation
+from pcam_automl.search.confirmations import Confirmation, read_confirmation
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
@@ -444,9 +445,16 @@ def test_figures_of_confirmations_are_of_the_views_that_the_test_patches_get(
     options = FinalOptions(confirm=1, seconds=20.0, keep_back=0.0)
     made = finalize(opened, device=CPU, options=options)
     assert made.decision is not None
-    (confirmed,) = opened.folder.glob("confirmations/*/fold*/confirmation.json")
-    figures = json.loads(confirmed.read_text())
-    assert made.auc == figures["auc"] != figures["auc_views"]
+    (folder,) = opened.folder.glob("confirmations/*/fold*")
+    confirmed, fitted = read_confirmation(folder, opened.store), made.decision.calibration
+    assert confirmed is not None
+    assert confirmed.one_view is not None
+    assert confirmed.scores is not None
+    assert made.decision.oof is not None
+    assert fitted is not None
+    judged = logits_of(made.decision.oof.prob) * fitted.temperature
+    assert np.allclose(judged, logits_of(confirmed.one_view.prob), atol=1e-4)
+    assert not np.allclose(judged, logits_of(confirmed.scores.prob), atol=1e-4)
     card = json.loads((made.out / "submission.json").read_text())
     assert card["test_time_views"] == 1
     assert card["auc_on"].endswith(", in one view each")

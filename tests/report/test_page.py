@@ -222,4 +222,4 @@ def test_a_network_without_a_map_of_positions_still_shows_its_patches(
     monkeypatch.setattr(examples, "explain_patches", refuses)
     section = example_section(full_content(easy_pack), build_predictor(bundle_of(), Compute("cpu")), lambda _: None)
     assert left_out_of([section])["examples"] == ["Left out: Grad-CAM needs a square map of tokens, Odd has 7."]
-    assert pictures_of([section]) == {"most_wrong", "most_right", "random"}
+    assert pictures_of([section]) == {"most_wrong.png", "most_right.png", "random.png"}
