@@ -247,18 +247,6 @@ def test_the_recipe_is_the_trials_for_the_whole_data(opened: OpenStudy) -> None:
     assert final_recipe(trial, 4, None).epochs == 20.0
 
 
-def test_a_backbone_is_frozen_for_the_share_that_the_trial_had_frozen(opened: OpenStudy) -> None:
-    """Its frozen phase is a share of the first rung, whose place a final training of one cycle does not have."""
-    trial = choose_trial(opened.study, "best")
-    recipe = json.loads(trial.user_attrs["recipe"]) | {"frozen": 0.3}
-    trial.user_attrs |= {"recipe": json.dumps(recipe), "rung_plan": [(100, 60), (300, 60), (900, 60)]}
-    assert final_recipe(trial, 10_000, None).frozen == pytest.approx(0.0333)
-    trial.user_attrs["rung_plan"] = [(900, 60)]
-    assert final_recipe(trial, 10_000, None).frozen == 0.3
-    trial.user_attrs |= {"recipe": json.dumps(recipe | {"schedule": "one_cycle"}), "rung_plan": [(100, 60), (900, 60)]}
-    assert final_recipe(trial, 10_000, None, own_epochs=4.0).frozen == 0.3, "a schedule of its own"
-
-
 def test_a_schedule_of_its_own_keeps_its_epochs(opened: OpenStudy) -> None:
     trial = choose_trial(opened.study, "best")
     recipe = json.loads(trial.user_attrs["recipe"]) | {"schedule": "constant", "subsample": 0.5}

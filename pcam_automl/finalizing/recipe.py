@@ -12,8 +12,9 @@ from optuna.trial import FrozenTrial
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.recipe_files import merge_fields
 from pcam_automl.search.budget import budget_of, final_seconds
-from pcam_automl.search.confirm import kept_epochs
 from pcam_automl.search.study import OpenStudy
+from pcam_automl.training.engine import RungResult
+from pcam_automl.training.fit import best_result
 from pcam_automl.training.start import choose_rows
 
 VIEWS_FACTOR = 4
@@ -45,23 +46,17 @@ def final_recipe(
     changes: dict[str, Any] = {"subsample": 1.0, "patience": None}
     if searched.schedule == "wsd":
         changes["schedule"] = "one_cycle"
-        changes["frozen"] = round(searched.frozen * _first_rung_share(trial), 4)
     if epochs is None:
         seen = searched.n_views(n_train) / n_train
         if searched.patience is not None:
-            epochs = kept_epochs(searched, trial)
+            kept = best_result([RungResult(**rung) for rung in trial.user_attrs["rungs"]], searched)
+            epochs = kept.views / kept.subset
         elif searched.schedule == "wsd" or (planned and own_epochs is None):
             epochs = min(max(VIEWS_FACTOR * seen, LEAST_EPOCHS), MOST_EPOCHS)
         else:
             epochs = own_epochs if planned and own_epochs is not None else seen
     fields = merge_fields(searched.model_dump(), {**changes, "epochs": round(epochs, 4)})
     return build_recipe(fields, where="finalize")
-
-
-def _first_rung_share(trial: FrozenTrial) -> float:
-    """Of a trial's training images; of its first rung the frozen phase is a share, where its schedule is ``wsd``."""
-    plan = trial.user_attrs.get("rung_plan")
-    return float(plan[0][0] / plan[-1][0]) if plan else 1.0
 
 
 def n_final(opened: OpenStudy, trial: FrozenTrial, rows: np.ndarray) -> int:

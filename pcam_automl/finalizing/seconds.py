@@ -107,15 +107,13 @@ def pace_of(
     opened: OpenStudy, members: Sequence[Candidate], number: int, rows: FinalRows, until: float, device: torch.device
 ) -> Pace:
     """When the final training of ``members[number]`` ends, so that those after it and the predictions of all networks, which come last, are
-    over by ``until``, by ``time.perf_counter``. No network has more than ``MOST_PACED_EPOCHS``, nor, where its trial ended early, more than
-    the epochs that this one kept.
+    over by ``until``, by ``time.perf_counter``. No network has more than ``MOST_PACED_EPOCHS``.
     """
-    rates, most, predict_s = [], [], 0.0
+    rates, predict_s = [], 0.0
     for member in members:
-        recipe, n_train = recipe_of_study(opened, member.trial, None, rows.train)
-        ended_early = member.recipe.patience is not None
-        most.append(recipe.n_views(n_train) if ended_early else MOST_PACED_EPOCHS * len(rows.train))
+        recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
         rates.append(rate := from_first(partial(images_per_s, opened, member, recipe, device)))
         predict_s += from_first(partial(_predict_seconds, opened, recipe, rows, rate, device, len(members)))
     left_s = (until - time.perf_counter() - predict_s) / (len(members) - number)
-    return Pace(time.monotonic() + max(0.0, left_s), rates[number], most_views=most[number])
+    most_views = MOST_PACED_EPOCHS * len(rows.train)
+    return Pace(time.monotonic() + max(0.0, left_s), rates[number], most_views=most_views)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from optuna.trial import FrozenTrial
 
 from pcam_automl.batches import Patches, open_masks, open_patches
 from pcam_automl.calibration import probs_at
@@ -39,8 +38,8 @@ from pcam_automl.search.confirmations import (
 from pcam_automl.search.plan import EVAL_SPEEDUP, OVERHEAD, scaled
 from pcam_automl.search.study import VALIDATION_FOLD, OpenStudy
 from pcam_automl.training.compute import cpu_name, device_name
-from pcam_automl.training.engine import Rung, RungResult, Training
-from pcam_automl.training.fit import best_result, fit
+from pcam_automl.training.engine import Rung, Training
+from pcam_automl.training.fit import fit
 from pcam_automl.training.scoring import Views, logits_of_rows
 from pcam_automl.training.start import Rows, choose_rows, data_key, start_training
 
@@ -129,21 +128,6 @@ def expected_seconds(rungs: tuple[Rung, ...], n: int, images_per_s: float) -> fl
 def fresh_recipe(recipe: Recipe, study_seed: int, lineage: str, fold: int) -> Recipe:
     """The recipe with a seed that only this lineage has on this fold: other weights at the start, other views."""
     return recipe.model_copy(update={"seed": key_of(study_seed, "confirm", lineage, fold) % 2**31})
-
-
-def length_of(recipe: Recipe, trial: FrozenTrial) -> Recipe:
-    """The recipe, with the epochs up to the weights that the trial kept in place of an early end, which would choose them once more by the
-    very patches that shall confirm it.
-    """
-    if recipe.patience is None:
-        return recipe
-    return recipe.model_copy(update={"patience": None, "epochs": kept_epochs(recipe, trial), "views": None})
-
-
-def kept_epochs(recipe: Recipe, trial: FrozenTrial) -> float:
-    """Passes over its patches up to the weights that a trial with an early end kept."""
-    kept = best_result([RungResult(**rung) for rung in trial.user_attrs["rungs"]], recipe)
-    return round(kept.views / kept.subset, 4)
 
 
 def confirm(
@@ -250,8 +234,7 @@ class _Runner:
 
     def _job(self, candidate: Candidate, fold: int) -> _Job:
         opened = self.opened
-        recipe = length_of(candidate.recipe, candidate.trial)
-        recipe = fresh_recipe(recipe, opened.settings.seed, candidate.lineage, fold)
+        recipe = fresh_recipe(candidate.recipe, opened.settings.seed, candidate.lineage, fold)
         split = opened.split
         rows = choose_rows(opened.store, recipe, split.train_order(fold), self._scored(fold))
         planned = opened.rungs
@@ -295,7 +278,7 @@ class _Runner:
                 training,
                 job.rows.train,
                 job.rungs,
-                scored=False,  # below, by the last weights: nothing is chosen here
+                scored=job.recipe.patience is not None,  # an early end needs scores; else the last rung's are enough
                 checkpoints=job.checkpoints,
                 note=self.watch.note,
                 stop=self.watch.stop,

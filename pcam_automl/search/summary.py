@@ -19,7 +19,7 @@ from pcam_automl.search.reading import FIGURES, auc_of, best_of, errors_of
 LEAST_FOR_IMPORTANCE = 4
 READ_ATTRS = ("reason", "seconds", "lineage")
 """The trials' user attributes that a summary is made of,"""
-READ_OF_COMPLETE = ("recipe", "images_per_s", "device", "slot", FIGURES)
+READ_OF_COMPLETE = ("recipe", "images_per_s", "device", "cpu", "slot", FIGURES)
 """and those of complete trials."""
 
 

@@ -75,14 +75,6 @@ def test_a_final_training_has_no_endless_epochs_and_no_seconds_that_are_gone(ope
     assert pace_of(opened, [candidate()], 0, rows, now - 5.0, CPU).left_s() == pytest.approx(0.0, abs=1.0)
 
 
-def test_a_final_training_has_no_more_epochs_than_an_early_end_left_its_trial(opened: Any, rows: FinalRows) -> None:
-    """The final recipe has two, and nothing would end a longer training where it begins to overfit."""
-    ended = SimpleNamespace(trial=None, recipe=Recipe(epochs=9.0, schedule="constant", patience=2))
-    until = time.perf_counter() + 1e6
-    assert pace_of(opened, [ended, candidate()], 0, rows, until, CPU).most_views == 2 * N_TRAIN
-    assert pace_of(opened, [ended, candidate()], 1, rows, until, CPU).most_views == MOST_PACED_EPOCHS * N_TRAIN
-
-
 def test_confirmations_have_their_part_or_what_sixty_epochs_leave_up_to_half(opened: Any, rows: FinalRows) -> None:
     needed_s = 1.2 * 60 * N_TRAIN / RATE  # of 60 epochs
     for rest_s, expected in (

@@ -314,34 +314,6 @@ def test_the_next_confirmation_is_expected_at_the_pace_of_the_last_one(
     assert ["the next would take about 600 s" in note for note in notes] == [True] * (2 - n_done)
 
 
-def test_an_early_end_chooses_no_epoch_by_the_fold_that_confirms(
-    opened: OpenStudy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trial kept its second epoch: as many are trained, whatever they would be scored."""
-    in_a_folder("patience", monkeypatch)
-    (candidate,) = top_candidates(opened.study, 1)
-    attrs = candidate.trial.user_attrs
-    recipe = json.loads(attrs["recipe"]) | {"schedule": "constant", "patience": 1, "monitor": "auc"}
-    recipe |= {"views": None, "epochs": 9.0}
-    rungs = [
-        {**attrs["rungs"][0], "rung": n, "views": 60 * (n + 1), "subset": 60, "auc": auc}
-        for n, auc in enumerate((0.6, 0.9, 0.8))
-    ]
-    attrs = {**attrs, "recipe": json.dumps(recipe), "rungs": rungs}
-    early = Candidate(candidate.lineage, optuna.create_trial(value=0.9, user_attrs=attrs))
-    scored: list[int] = []
-    score = Training.score
-
-    def counted(training: Training, *args: Any) -> Any:
-        scored.append(training.views)
-        return score(training, *args)
-
-    monkeypatch.setattr(Training, "score", counted)
-    (one,) = confirm(opened, [early], folds=(1,), device=CPU)
-    assert one.views == 2 * one.n_train
-    assert scored == [one.views], "once, at its end"
-
-
 def test_a_speed_is_taken_over_from_a_machine_of_the_same_kind_only(opened: OpenStudy) -> None:
     (candidate,) = top_candidates(opened.study, 1)
     own = candidate.trial.user_attrs
