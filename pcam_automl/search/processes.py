@@ -153,9 +153,11 @@ class _Crew:
             for pipe in wait(list(self.pipes), timeout=0.2):
                 assert isinstance(pipe, Connection)
                 try:
-                    self._take(pipe.recv())
+                    said = pipe.recv()
                 except (EOFError, OSError):  # it has ended, perhaps in the middle of a word
                     self._ended(pipe, replaced=interrupted is None)
+                else:
+                    self._take(said)  # whose own faults, of a full disk behind the terminal, are no worker's death
             if interrupted is None:
                 try:
                     stop.check()
@@ -244,14 +246,17 @@ def _work(task: WorkerTask, number: int, device: str, pipe: Connection, pack: li
 
 def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: list[Tensor | None]) -> int:
     """The worker's trials; its exit code."""
-    speaking = threading.Lock()
+    speaking, alone = threading.Lock(), threading.Event()
 
     def tell(kind: Kind, *values: Any) -> None:
         with speaking:  # the thread that looks for lost workers speaks, too
-            pipe.send(Heard(number, kind, values))
+            try:
+                pipe.send(Heard(number, kind, values))
+            except OSError:  # killed: no fault of the running trial, which ends at its next step as by a signal
+                alone.set()
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    code, parent = 0, os.getppid()
+    code = 0
     with stop_signal("") as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process passes it on
         try:
@@ -261,7 +266,7 @@ def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: lis
             objective = Objective(
                 opened,
                 place,
-                stop=lambda: _check(stop, parent),
+                stop=lambda: _check(stop, alone),
                 watch=_watch(tell, opened.settings.goal),
                 pack=pack.pop(),
             )
@@ -287,8 +292,9 @@ def _run(task: WorkerTask, number: int, device: str, pipe: Connection, pack: lis
     return code
 
 
-def _check(stop: StopSignal, parent: int) -> None:
-    if os.getppid() != parent:  # nobody hears this one any more, and no signal will come
+def _check(stop: StopSignal, alone: threading.Event) -> None:
+    parent = multiprocessing.parent_process()
+    if alone.is_set() or (parent is not None and not parent.is_alive()):  # nobody hears, and no signal will come
         raise Interrupted("the search's first process is gone", signal.SIGTERM)
     stop.check()
 

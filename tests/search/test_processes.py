@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy as sa
 import torch
 from optuna.trial import Trial, TrialState
 from warm_processes import warm_context
@@ -26,7 +31,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.processes import Heard, WorkerTask, run_workers
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.settling import settle_lost
-from pcam_automl.search.slots import Slots
+from pcam_automl.search.slots import TABLE, Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
@@ -35,13 +40,17 @@ _WORK = processes._work
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def opened(easy_pack: Path, tmp_path: Path) -> OpenStudy:
+def created(pack: Path, folder: Path, views: int) -> OpenStudy:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
-    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", n_workers=2)
-    url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
+    asked = Asked(data=pack, weights="none", views=views, pins=pins, device="cpu", n_workers=2)
+    url = f"sqlite:///{folder / 'studies' / 's.db'}"
     return create_or_open_study("many", url, asked, say=lambda text: None)
+
+
+@pytest.fixture
+def opened(easy_pack: Path, tmp_path: Path) -> OpenStudy:
+    return created(easy_pack, tmp_path, 96)
 
 
 @pytest.fixture
@@ -232,6 +241,66 @@ def test_a_signal_ends_every_worker_after_its_step(opened: OpenStudy, warm: None
     assert TrialState.RUNNING not in {trial.state for trial in opened.study.trials}
     reasons = {t.user_attrs.get("reason") for t in opened.study.trials if t.state == TrialState.FAIL}
     assert reasons <= {"interrupted"}
+
+
+def check_gone_on_with(opened: OpenStudy) -> None:
+    """No row runs or has an error; every open slot names its lineage, which goes on from its last rung."""
+    trials = opened.study.get_trials()
+    assert TrialState.RUNNING not in {trial.state for trial in trials}
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert {trial.user_attrs["reason"] for trial in failed} == {"interrupted"}
+    lineages = {trial.user_attrs["lineage"] for trial in failed}
+    with engine_of(opened.study).connect() as connection:
+        rows = connection.execute(sa.select(TABLE).where(TABLE.c.state == "open")).mappings()
+        assert {row["lineage"] for row in rows} == lineages
+
+
+def test_a_worker_that_nobody_hears_any_more_gives_its_trial_back(easy_pack: Path, tmp_path: Path) -> None:
+    opened = created(easy_pack, tmp_path, 60_000)  # minutes: it does not end by itself
+    context = warm_context()
+    here, there = context.Pipe(duplex=False)
+    worker = context.Process(target=processes._work, args=(task_of(opened, 1), 0, "cpu", there, [None]))
+    worker.start()
+    there.close()
+    while here.recv().kind != "views":  # it trains
+        pass
+    here.close()
+    worker.join(60.0)
+    assert worker.exitcode == 128 + signal.SIGTERM
+    check_gone_on_with(opened)
+
+
+@pytest.mark.slow  # a command and two spawned workers
+def test_workers_whose_first_process_is_killed_give_their_trials_back(easy_pack: Path, tmp_path: Path) -> None:
+    opened = created(easy_pack, tmp_path, 60_000)
+    command = [sys.executable, "-m", "pcam_automl", "search", "--study", opened.name, "--storage", opened.url]
+    first = subprocess.Popen([*command, "--workers", "2", "--trials", "4"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    slots = Slots(engine_of(opened.study), opened.name)
+    until = time.monotonic() + 240
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        while not what():
+            assert time.monotonic() < until
+            time.sleep(0.2)
+
+    def n_running() -> int:
+        return [trial.state for trial in opened.study.get_trials(deepcopy=False)].count(TrialState.RUNNING)
+
+    wait_for(lambda: n_running() == 2 and slots.counts()["claimed"] == 2)
+    time.sleep(3.0)  # into the training
+    first.kill()
+    first.wait()
+    wait_for(lambda: n_running() == 0 and slots.counts()["claimed"] == 0)
+    check_gone_on_with(opened)
+
+
+def test_a_fault_of_what_is_shown_is_no_workers_death(opened: OpenStudy, warm: None) -> None:
+    def full(event: Heard) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with stop_signal("") as stop, stop.deferred(), pytest.raises(OSError, match="No space left"):
+        run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=full, settle=lambda: pytest.fail("none has died"))
 
 
 def test_a_workers_own_fault_is_raised_here(opened: OpenStudy, warm: None) -> None:
