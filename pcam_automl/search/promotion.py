@@ -37,14 +37,30 @@ def paused_of(lineages: Sequence[Lineage], steps: Sequence[int]) -> list[Paused]
         lineages: of the study.
         steps: what the rungs report at, ascending.
     """
+    rows = {lineage.name: _waiting(lineage) for lineage in lineages}
+    held = [one for one in lineages if (row := rows[one.name]) is not None and not has_diverged(row)]
+    return _between_rungs(held, steps)
+
+
+def interrupted_of(lineages: Sequence[Lineage], names: Collection[str], steps: Sequence[int]) -> list[Paused]:
+    """Of the lineages whose open slots wait for somebody to go on, those that have a rung behind them and one before them.
+
+    Args:
+        lineages: of the study.
+        names: of those with an open slot.
+        steps: what the rungs report at, ascending.
+    """
+    return _between_rungs([one for one in lineages if one.name in names and not one.is_running], steps)
+
+
+def _between_rungs(lineages: Sequence[Lineage], steps: Sequence[int]) -> list[Paused]:
     found = []
     for lineage in lineages:
         reached = [number for number, step in enumerate(steps) if step in lineage.values]
-        row = _waiting(lineage)
-        if row is None or not reached or reached[-1] == len(steps) - 1:
+        if not reached or reached[-1] == len(steps) - 1:
             continue
         value = lineage.values[steps[reached[-1]]]
-        if math.isfinite(value) and not has_diverged(row):
+        if math.isfinite(value):
             found.append(Paused(lineage, reached[-1], value))
     return found
 

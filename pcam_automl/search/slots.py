@@ -158,11 +158,18 @@ class Slots:
 
     def thaw(self, lineage: str, owner: str) -> Slot | None:
         """The slot of a paused lineage, for the caller to go on with; None if it is not done, or another was quicker."""
-        slot = next(iter(self._select(_C.lineage == lineage, _C.state == "done")), None)
+        return self._take(lineage, "done", "thawing", owner)
+
+    def go_on(self, lineage: str, owner: str) -> Slot | None:
+        """The slot of an interrupted lineage, for the caller to go on with; None if it is not open, or another was quicker."""
+        return self._take(lineage, "open", "claimed", owner)
+
+    def _take(self, lineage: str, held: State, taken: State, owner: str) -> Slot | None:
+        slot = next(iter(self._select(_C.lineage == lineage, _C.state == held)), None)
         if slot is None:
             return None
-        values = {"state": "thawing", "owner": owner, "attempts": _C.attempts + 1}
-        changed = self._update(slot.number, values, _C.state == "done", _C.attempts == slot.attempts)
+        values = {"state": taken, "owner": owner, "attempts": _C.attempts + 1}
+        changed = self._update(slot.number, values, _C.state == held, _C.attempts == slot.attempts)
         if not changed and not self._is_held(slot.number, owner):
             return None
         return self._read(slot.number)
@@ -271,6 +278,10 @@ class Slots:
     def going_on(self) -> set[str]:
         """Lineages that are being trained, or that an open slot waits for somebody to go on with."""
         return {slot.lineage for slot in self._select(_C.state != "done") if slot.lineage is not None}
+
+    def interrupted(self) -> set[str]:
+        """Lineages that an open slot waits for somebody to go on with."""
+        return {slot.lineage for slot in self._select(_C.state == "open") if slot.lineage is not None}
 
     def claimed(self) -> list[Slot]:
         """The claimed and the thawing slots, by number."""

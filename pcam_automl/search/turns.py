@@ -14,7 +14,15 @@ from pcam_automl.defaults import MAX_RETRIES
 from pcam_automl.search.budget import BRACKET, N_BRACKETS, BudgetClock, typical_trial_s
 from pcam_automl.search.lineages import FINISHED, Lineage, has_diverged, lineages_of, sign_of
 from pcam_automl.search.paused_folders import DEFAULT_QUOTA_BYTES, is_held
-from pcam_automl.search.promotion import by_promise, paused_of, promotable, rung_ratio, seconds_to_next_rung
+from pcam_automl.search.promotion import (
+    Paused,
+    by_promise,
+    interrupted_of,
+    paused_of,
+    promotable,
+    rung_ratio,
+    seconds_to_next_rung,
+)
 from pcam_automl.search.reading import n_finished_in
 from pcam_automl.search.slots import Slot, Slots, owner_alive
 from pcam_automl.search.study import OpenStudy
@@ -68,7 +76,7 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
 
     Without a budget: the next slot of the total. With one: a paused lineage that is by now among the best third of its rung;
     else, while a whole trial would still fit (of a short search 0.4 of one), an interrupted or a new one; else the most promising
-    paused lineage whose next rung fits.
+    interrupted lineage whose next rung fits; else the most promising paused one.
     """
     clock = limits.clock
     if clock is None:
@@ -77,13 +85,14 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
     lineages, sign = lineages_of(trials), sign_of(opened.study)
     steps = [views for views, _ in opened.settings.rungs]
     elsewhere = frozenset() if opened.mirror is None else opened.mirror.lineages()
-    waiting = [
-        one
-        for one in paused_of(lineages, steps)
-        if one.lineage.name in elsewhere or is_held(opened.checkpoints, one.lineage.name)
-    ]
     decay, left_s = branch_share(opened.start), clock.left_s()
-    fitting = [one for one in waiting if limits.thaws and seconds_to_next_rung(one, steps, decay) <= left_s]
+
+    def fits_in_time(one: Paused) -> bool:
+        name = one.lineage.name
+        held = name in elsewhere or is_held(opened.checkpoints, name)
+        return held and seconds_to_next_rung(one, steps, decay) <= left_s
+
+    fitting = [one for one in paused_of(lineages, steps) if limits.thaws and fits_in_time(one)]
     for one in promotable(fitting, lineages, steps, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn
@@ -100,6 +109,10 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         slot = slots.claim(n_trials, owner)
         if slot is not None:
             return Turn(slot)
+    else:
+        for one in by_promise(interrupted_of(lineages, slots.interrupted(), steps), sign=sign):
+            if fits_in_time(one) and (slot := slots.go_on(one.lineage.name, owner)) is not None:
+                return Turn(slot)
     for one in by_promise(fitting, sign=sign):
         if (turn := _thawed(slots, one.lineage, owner)) is not None:
             return turn

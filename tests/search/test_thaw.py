@@ -182,6 +182,43 @@ def test_the_best_of_a_third_goes_on_before_anything_new_and_the_rest_when_nothi
     assert total.thawed_from == best, "no new one is wanted"
 
 
+@pytest.mark.parametrize("reason", ["interrupted", "worker lost"])
+def test_an_interrupted_trial_goes_on_where_its_next_rung_fits_though_no_whole_trial_does(
+    tmp_path: Path, asked: Asked, reason: str
+) -> None:
+    opened, slots, rows = paused_study(tmp_path, asked, [0.9, 0.55, 0.6, 0.8])
+    steps, decay = [views for views, _ in opened.settings.rungs], branch_share(opened.start)
+    one_more = 2.0 * rung_ratio(steps, 0, decay) + 0.1
+    held = slots.claim(99, "gone")
+    assert held is not None
+    slots.started(held, 4, "4")
+    slots.reopen(held, keep_lineage=True)
+    cut = optuna.trial.create_trial(
+        state=TrialState.FAIL,
+        intermediate_values={steps[0]: 0.5},
+        user_attrs={**rows[3].user_attrs, "lineage": "4", "reason": reason},
+    )
+    cut.number = 4
+    rows.append(cut)
+
+    def turn(left: float) -> Turn | str:
+        return next_turn(opened, slots, rows, Limits(99, clock=told(left)), "me")
+
+    assert turn(one_more - 0.2) == "budget"
+    paused = turn(one_more)
+    assert isinstance(paused, Turn)
+    assert paused.thawed_from == 3, "nothing is left of the interrupted one: it would need a whole trial's time"
+    slots.leave_paused(paused.slot)
+    (opened.checkpoints / "4" / "0").mkdir(parents=True)
+    (opened.checkpoints / "4" / "0" / "state.json").touch()
+    found = turn(one_more)
+    assert isinstance(found, Turn)
+    assert (found.slot.number, found.slot.lineage, found.slot.attempts, found.thawed_from) == (4, "4", 2, None)
+    assert slots.go_on("4", "another") is None, "it is being gone on with"
+    assert isinstance(other := turn(one_more), Turn)
+    assert other.thawed_from == 3
+
+
 def paused_like(row: Any, number: int, value: float) -> Any:
     step = next(iter(row.intermediate_values))
     made = optuna.trial.create_trial(
