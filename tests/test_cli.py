@@ -687,7 +687,8 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
         for name, values in (("x", images), ("y", label.reshape(-1, 1, 1, 1).astype(np.uint8))):
             with h5py.File(f"{prefix}_{name}.h5", "w") as file:
                 file[name] = values
-        rows = [(i, f"{part}_slide{i // 8}") for i in range(n)]
+        # Eight of the test patches come from a slide of the training part, which PCam's own files never do.
+        rows = [(i, f"{'train' if part == 'test' and i < 8 else part}_slide{i // 8}") for i in range(n)]
         write_table(Path(f"{prefix}_meta.csv"), "row,wsi", rows)
     search = ("search", "--data", raw, "--trials", 1, "--space", "tiny.yaml", "--weights", "none", "--views", 480)
     code, _, err = run(*search)
@@ -701,6 +702,8 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
     assert f"test AUC {found['auc']:.4f}" in err
     assert found["n"] == 20
     assert found["auc"] > 0.9
+    assert found["caveat"] == ", of which 8 are of slides that were trained on: too high"
+    assert "the 20 test patches whose labels the data hold, of which 8 are of slides" in err
 
 
 def test_json_of_a_search_that_finalizes_is_one_object(

@@ -108,5 +108,5 @@ def maps_on_test(card: dict[str, Any]) -> MapFigures | None:
     """The same of the test images that came with masks."""
     if not (test := card.get("test")):
         return None
-    on = f"every pixel of the {test['n']:,} test images that came with masks"
+    on = f"every pixel of the {test['n']:,} test images that came with masks{card.get('test_caveat', '')}"
     return MapFigures(on, test["dice"], test["accuracy"], test["always_negative_accuracy"], test["auc"])

@@ -145,7 +145,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
     _check_time(opened, clock)
     try:
         if len(devices) > 1:
-            end = run_many(opened, opened.url, devices, limits, stop=stop, finished=ledger.note)
+            end = run_many(opened, opened.url, devices, limits, stop=stop, noted=ledger.note)
         else:
             device = use_device(asked.device, deterministic=opened.settings.deterministic)
             with terminal.Bars() as bars:

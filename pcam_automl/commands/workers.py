@@ -119,13 +119,13 @@ def run_many(
     limits: Limits,
     *,
     stop: StopSignal,
-    finished: Callable[[], None] = lambda: None,
+    noted: Callable[[], None] = lambda: None,
 ) -> SearchEnd:
-    """Run the workers under one table of them and a bar for the study; ``finished`` is called after each trial."""
+    """Run the workers under one table of them and a bar for the study; ``noted`` is called as trials begin, score and end."""
     # What is asked agrees with the study by now; a worker needs only where the data are.
     task = WorkerTask(opened.name, url, Asked(data=opened.store.root), limits, len(devices))
     with Board(devices, len(opened.settings.rungs), opened.settings.goal.short) as board:
-        show = _WorkersShow(board, opened, limits, finished)
+        show = _WorkersShow(board, opened, limits, noted)
         slots = Slots(engine_of(opened.study), opened.name)
 
         def settle() -> str:
@@ -192,8 +192,8 @@ class StudyBar:
 class _WorkersShow:
     """One line a finished trial, above the table of the workers and the study's bar."""
 
-    def __init__(self, board: Board, opened: OpenStudy, limits: Limits, finished: Callable[[], None]) -> None:
-        self.board, self.finished, self.goal = board, finished, opened.settings.goal
+    def __init__(self, board: Board, opened: OpenStudy, limits: Limits, noted: Callable[[], None]) -> None:
+        self.board, self.noted, self.goal = board, noted, opened.settings.goal
         self.total = StudyBar(board, limits, n_finished_of(opened.study))
 
     def heard(self, said: Heard) -> None:
@@ -201,6 +201,8 @@ class _WorkersShow:
 
         self.total.tick()
         row, values = self.board.rows[said.worker], said.values
+        if said.kind in ("begins", "rung", "finished"):
+            self.noted()  # what a budget has spent until here, should this process be killed
         if said.kind == "begins":
             row.begins(*values)
         elif said.kind == "views":
@@ -212,6 +214,5 @@ class _WorkersShow:
         elif said.kind == "finished":
             trial, n_finished, best = values
             self.total.set(n_finished)
-            self.finished()
             row.text = "between two trials"
             terminal.say(finished_line(trial, best, self.goal))

@@ -34,6 +34,30 @@ def slides_caveat(group: NDArray[Any]) -> str:
     return f", {n:,} of which have no known slide, which may have been trained on: likely too high"
 
 
+def trained_caveat(
+    group: NDArray[Any], digest: NDArray[np.uint8], judged: NDArray[np.integer], trained: NDArray[np.integer]
+) -> str:
+    """What to say behind a figure on patches that may have been trained on; empty where no slide and no copy of theirs was.
+
+    Args:
+        group: (N,) slide codes of all patches, -1 unknown.
+        digest: (N, 16) of their pixels, zeros where a file was faulty.
+        judged: (n,) rows of the figure.
+        trained: (m,) rows that were trained on.
+    """
+    group, digest = np.asarray(group), np.ascontiguousarray(digest)
+    slides = np.unique(group[trained])
+    of_slides = np.isin(group[judged], slides[slides >= 0])
+    pixels = digest.view("V16").reshape(-1)
+    copies = np.isin(pixels[judged], pixels[trained]) & digest[judged].any(axis=1)
+    found = [
+        f"{int(seen.sum()):,} are {what}"
+        for seen, what in ((of_slides, "of slides that were trained on"), (copies, "copies of what was trained on"))
+        if seen.any()
+    ]
+    return f", of which {' and '.join(found)}: too high" if found else ""
+
+
 def joined_groups(slide: Ints, digest: NDArray[np.uint8]) -> tuple[Ints, list[str]]:
     """A code for each patch, equal where slides or pixels tie patches together, and what to tell the user.
 

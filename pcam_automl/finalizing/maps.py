@@ -12,7 +12,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from pcam_automl.bundle import load_bundle
-from pcam_automl.data.split_groups import slides_caveat
+from pcam_automl.data.split_groups import slides_caveat, trained_caveat
 from pcam_automl.errors import DataError
 from pcam_automl.files import write_json
 from pcam_automl.finalizing.decision import Decision
@@ -51,6 +51,7 @@ def finish_maps(
     maps: Path | None = None
     notes: list[str] = []
     on_test: dict[str, float | int | None] = {}
+    caveat = ""
     if len(test):
         maps = out / "maps"
         watch.predicting(len(test), "test")
@@ -61,6 +62,9 @@ def finish_maps(
         )
         on_test, unscored = figures_on_test(predictor, store, stop=watch.train.stop)
         notes = [*notes, *unscored]
+        with_masks = test[(np.asarray(store.label)[test] >= 0) & ~np.isin(test, list(store.faults))]
+        if on_test and (caveat := trained_caveat(store.group, store.digest, with_masks, rows.train)):
+            notes.append(f"figures on the {on_test['n']:,} test images with masks{caveat}")
     if len(held):
         watch.predicting(len(held), rows.name)
         try:
@@ -88,6 +92,7 @@ def finish_maps(
         "n_test": len(test),
         "n_held": 0 if scores is None else len(held),
         "test": on_test or None,
+        "test_caveat": caveat,
     }
     write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
     return FinalResult(

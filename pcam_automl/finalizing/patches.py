@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 from pcam_automl.batches import Patches, open_patches
 from pcam_automl.bundle import CARD, ModelBundle, load_bundle, write_calibration
 from pcam_automl.calibration import calibrate, changes, probs_at
-from pcam_automl.data.split_groups import slides_caveat
+from pcam_automl.data.split_groups import slides_caveat, trained_caveat
 from pcam_automl.data.store import Flag, PatchStore
 from pcam_automl.ensemble import member_folder, open_judge
 from pcam_automl.errors import first_few
@@ -142,13 +142,13 @@ def finish_patches(
         probs = probs_at(end.logits(test, "test"), judge.temperature)
         # nothing to see: the share of positives
         probs[_unreadable(store, test)] = float((store.label[opened.split.order] == 1).mean())
-        if known := _on_labelled_test(store, test, probs):
+        if known := _on_labelled_test(store, test, probs, rows.train):
             provenance["labelled_test"] = known
             low, high = known["auc_95"]
             notes = (
                 *notes,
                 f"test AUC {known['auc']:.4f} (95 % {low:.4f} to {high:.4f}) on the {known['n']:,} test patches whose labels the data hold"
-                + known["slides"],
+                + known["caveat"],
             )
         written = write_submission(out, store.ids[test].tolist(), probs, provenance, threshold=threshold)
     else:
@@ -184,17 +184,20 @@ def _more_figures(opened: OpenStudy, judged: Scores | None) -> dict[str, Any]:
     return {"log_loss": log_loss(judged.label, judged.prob), "domain_aucs": named if len(named) > 1 else {}}
 
 
-def _on_labelled_test(store: PatchStore, test: np.ndarray, probs: np.ndarray) -> dict[str, Any] | None:
+def _on_labelled_test(
+    store: PatchStore, test: np.ndarray, probs: np.ndarray, trained: np.ndarray
+) -> dict[str, Any] | None:
     """AUC on the test patches whose labels came with the data (PCam's HDF5 files have them); None without both labels."""
-    known = store.label[test] >= 0
+    known = np.asarray(store.label)[test] >= 0
     label = np.asarray(store.label)[test][known].astype(np.int64)
     if len(np.unique(label)) < 2:
         return None
     group = np.asarray(store.group)[test][known].astype(np.int64)
     interval = list(auc_interval(label, probs[known], group))
     official = store.source.get("kind") == "h5"  # PCam's own split keeps slides apart, whether they are named or not
-    slides = "" if official else slides_caveat(group)
-    return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval, "slides": slides}
+    caveat = "" if official else slides_caveat(group)
+    caveat += trained_caveat(store.group, store.digest, test[known], trained)
+    return {"n": len(label), "auc": auc(label, probs[known]), "auc_95": interval, "caveat": caveat}
 
 
 def _on_held(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pcam_automl.data.split_groups import slides_caveat
+from pcam_automl.data.split_groups import slides_caveat, trained_caveat
 from pcam_automl.data.splits import HOLDOUT, UNUSED, Split, load_split, make_split, write_split
 from pcam_automl.data.store import TEST, TRAIN, VALID, Flag, PatchStore
 from pcam_automl.errors import DataError
@@ -344,3 +344,17 @@ def test_what_is_said_of_unknown_slides_counts_them() -> None:
     assert slides_caveat(np.array([-1, -1])).startswith(", whose slides are unknown")
     assert slides_caveat(np.array([2, -1, 5, -1])).startswith(", 2 of which have no known slide")
     assert slides_caveat(np.zeros(0, np.int64)) == ""
+
+
+def test_a_figure_on_what_was_trained_on_says_so() -> None:
+    group = np.array([0, 0, 1, 2, -1, -1, -1])
+    digest = np.arange(1, 8, dtype=np.uint8)[:, None].repeat(16, axis=1)
+    digest[[4, 6]] = 0  # faulty files are no copies of each other
+    judged, trained = np.array([1, 3, 4, 5]), np.array([0, 2, 6])
+    assert trained_caveat(group, digest, judged, trained) == ", of which 1 are of slides that were trained on: too high"
+    assert trained_caveat(group, digest, judged[1:], trained) == "", "patches of unknown slides are of no slide"
+    digest[5] = digest[2]
+    assert trained_caveat(group, digest, judged, trained) == (
+        ", of which 1 are of slides that were trained on and 1 are copies of what was trained on: too high"
+    )
+    assert trained_caveat(group, digest, judged, np.zeros(0, np.int64)) == ""

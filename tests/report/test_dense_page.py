@@ -107,6 +107,10 @@ def test_test_images_with_masks_have_their_own_figures(easy_pack: Path) -> None:
     words = words_of([score_section(replace(dense_content(easy_pack), test_maps=maps))])
     assert any("the 7 test images that came with masks" in text for text in words)
     assert maps_on_test({"test": None}) is None
+    caveat = ", of which 2 are of slides that were trained on: too high"
+    told = maps_on_test({"test": figures, "test_caveat": caveat})
+    assert told is not None
+    assert told.on.endswith("the 7 test images that came with masks" + caveat)
 
 
 def test_intervals_of_slides_are_over_images_and_the_number_is_of_images(easy_pack: Path) -> None:

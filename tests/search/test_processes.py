@@ -22,7 +22,7 @@ import torch
 from optuna.trial import Trial, TrialState
 from warm_processes import warm_context
 
-from pcam_automl.commands.workers import settled_text
+from pcam_automl.commands.workers import _WorkersShow, settled_text
 from pcam_automl.errors import DataError, Interrupted, SearchFailed, StudyError
 from pcam_automl.interrupt import stop_signal
 from pcam_automl.search import processes
@@ -35,6 +35,7 @@ from pcam_automl.search.slots import TABLE, Slots
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy
 from pcam_automl.search.turns import Limits
+from pcam_automl.workers_board import Board
 
 _WORK = processes._work
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -301,6 +302,19 @@ def test_a_fault_of_what_is_shown_is_no_workers_death(opened: OpenStudy, warm: N
 
     with stop_signal("") as stop, stop.deferred(), pytest.raises(OSError, match="No space left"):
         run_workers(task_of(opened, 2), ["cpu"], stop=stop, heard=full, settle=lambda: pytest.fail("none has died"))
+
+
+def test_what_a_budget_has_spent_is_noted_before_the_first_trial_ends(opened: OpenStudy) -> None:
+    noted: list[str] = []
+    with Board(["cpu"], 3, "AUC") as board:
+        show = _WorkersShow(board, opened, Limits(3), lambda: noted.append(said.kind))
+        for said in (
+            Heard(0, "begins", (0, "test_resnet", 96)),
+            Heard(0, "views", (48,)),
+            Heard(0, "rung", (0, 0.7, 1, 99.0)),
+        ):
+            show.heard(said)
+    assert noted == ["begins", "rung"]
 
 
 def test_a_workers_own_fault_is_raised_here(opened: OpenStudy, warm: None) -> None:
