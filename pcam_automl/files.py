@@ -1,7 +1,7 @@
 """Whole-file writes, checksums and locks. Knows nothing of patches, models or studies.
 
 Everything the package writes goes through :func:`written_whole` or :func:`folder_written_whole`:
-fill a neighbour named ``.<name>.<pid>-<thread>.partial``, fsync it, rename it over the target. A folder being filled holds a
+fill a neighbour named ``.<name>.<pid>-<token>-<thread>.partial``, fsync it, rename it over the target. A folder being filled holds a
 locked file ``.writing``: what a killed process left is known by its free lock and removed by the next writer beside it.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -23,11 +24,14 @@ from pcam_automl.errors import DataError, WriteError
 
 _CHUNK_BYTES = 1 << 20
 _WRITING = ".writing"
-_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?:-\d+)?\.(?P<kind>partial|old)", re.DOTALL)
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?:-[0-9a-f]+)*\.(?P<kind>partial|old)", re.DOTALL)
+_TOKEN = secrets.token_hex(4)
+"""Of this process: containers that share a folder have processes of equal numbers."""
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _own(target: Path, kind: str, thread: str = "") -> Path:
+    """A neighbour of ``target`` whose name no other process gives."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{_TOKEN}{thread}.{kind}")
 
 
 def _fsync(path: Path) -> None:
@@ -61,7 +65,7 @@ def check_can_write(folder: Path) -> None:
         WriteError: it cannot be made, or takes none.
     """
     folder = Path(folder)
-    probe = folder / f".{os.getpid()}-{threading.get_native_id()}.probe"
+    probe = folder / f".{os.getpid()}-{_TOKEN}-{threading.get_native_id()}.probe"
     with write_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -95,7 +99,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     # A thread's own: two that answer requests may fetch the same file.
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_native_id()}.partial")
+    partial = _own(target, "partial", f"-{threading.get_native_id()}")
     with write_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -115,10 +119,10 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
     removed first. The name ``.writing`` in the folder is taken.
 
     Raises:
-        DataError: the disk is full, the folder is read-only, or another process is writing ``target`` under our pid.
+        DataError: the disk is full, the folder is read-only, or another thread is writing ``target``.
     """
     target = Path(target)
-    partial = _partial(target)
+    partial = _own(target, "partial")
     with write_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(target)
@@ -142,7 +146,7 @@ def folder_written_whole(target: Path) -> Iterator[Path]:
 def _put_in_place(partial: Path, target: Path) -> None:
     """Rename a finished folder to ``target``; an older one is moved aside first, for no rename replaces a full folder."""
     if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        old = _own(target, "old")
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         partial.rename(target)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pcam_automl import files
 from pcam_automl.errors import DataError, WriteError
 from pcam_automl.files import (
     check_can_write,
@@ -88,7 +89,7 @@ def test_a_living_writers_folder_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "ready\n"
-        half = tmp_path / f".box.{other.pid}.partial"
+        (half,) = tmp_path.glob(f".box.{other.pid}-*.partial")
         with folder_written_whole(tmp_path / "box") as partial:
             (partial / "x").write_text("1")
         assert (half / "deep" / "half").is_file()
@@ -98,7 +99,7 @@ def test_a_living_writers_folder_is_left_alone(tmp_path: Path) -> None:
     assert names_in(tmp_path / "box") == ["deep"]
 
 
-def test_a_second_writer_under_the_same_pid_is_refused(tmp_path: Path) -> None:
+def test_a_second_writer_of_the_same_process_is_refused(tmp_path: Path) -> None:
     with folder_written_whole(tmp_path / "box") as partial:
         (partial / "x").write_text("1")
         with (
@@ -107,6 +108,21 @@ def test_a_second_writer_under_the_same_pid_is_refused(tmp_path: Path) -> None:
         ):
             pass
     assert names_in(tmp_path / "box") == ["x"]
+
+
+def test_processes_of_equal_numbers_write_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two containers that share a folder."""
+    with written_whole(tmp_path / "one") as mine, folder_written_whole(tmp_path / "box") as my_box:
+        monkeypatch.setattr(files, "_TOKEN", "another")
+        with written_whole(tmp_path / "one") as theirs, folder_written_whole(tmp_path / "box") as their_box:
+            assert mine != theirs
+            mine.write_text("mine")
+            theirs.write_text("theirs")
+            (their_box / "x").write_text("theirs")
+        assert (tmp_path / "one").read_text() == "theirs"
+        (my_box / "x").write_text("mine")
+    assert names_in(tmp_path) == ["box", "one"]
+    assert (tmp_path / "one").read_text() == (tmp_path / "box" / "x").read_text() == "mine"
 
 
 def dead_pid() -> int:

@@ -144,7 +144,7 @@ CheckpointQuota = Annotated[
     str,
     typer.Option(
         "--checkpoint-quota",
-        help="What paused trials' checkpoints may take; the least promising go first.",
+        help="What paused trials' checkpoints may take on this disk; the least promising go first.",
         metavar="SIZE",
     ),
 ]

@@ -120,10 +120,8 @@ class Mirror:
                     continue
                 file = self.folder / "trials" / number / name
                 if not file.exists():
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    partial = file.with_name(f".{name}.partial")
-                    self.client.download_file(self.bucket, key, str(partial))
-                    partial.replace(file)
+                    with written_whole(file) as partial:
+                        self.client.download_file(self.bucket, key, str(partial))
                     n += 1
         return n
 

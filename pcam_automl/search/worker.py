@@ -172,7 +172,7 @@ def _run_trials(
         n_finished += _settle_slot(claim, turn.slot, trial, objective)
         keep_on_disk(slots.engine)
         trials = study.get_trials(deepcopy=False)
-        gone = keep_within(
+        keep_within(  # on this machine's disk: what a bucket holds can go on here or elsewhere
             opened.checkpoints,
             trials,
             [views for views, _ in opened.settings.rungs],
@@ -181,8 +181,6 @@ def _run_trials(
             settle=objective.writer.flush,
             keep=slots.going_on,
         )
-        for lineage in gone:
-            forget(opened.mirror, opened.checkpoints, lineage)
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted

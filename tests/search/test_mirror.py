@@ -22,6 +22,7 @@ from pcam_automl.search import pictures as pictures_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.mirror import Mirror, open_mirror, parse_s3
 from pcam_automl.search.objective import Objective, Watch
+from pcam_automl.search.paused_folders import is_held
 from pcam_automl.search.pictures import Pictures, mirrors_of, pictures_of
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.study import Asked, open_study
@@ -184,6 +185,23 @@ def test_a_trial_goes_on_on_a_machine_that_never_saw_it(client: Any, easy_pack: 
     assert again.mirror is not None
     assert again.mirror.pull_trials() == 1
     assert list((opened.folder / "trials" / str(resumed.number)).iterdir()) != []
+
+
+def test_a_full_quota_of_the_disk_leaves_what_the_bucket_holds(client: Any, easy_pack: Path, tmp_path: Path) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    pins = {"backbone": "test_resnet", "crop_size": 32, "batch_size": 16}
+    asked = Asked(data=easy_pack, weights="none", views=96, pins=pins, device="cpu", artifacts=f"s3://{BUCKET}/team")
+    opened = create_or_open_study("full", f"sqlite:///{tmp_path / 'studies' / 's.db'}", asked, say=lambda text: None)
+    run_worker(Objective(opened, torch.device("cpu")), Limits(6, quota_bytes=0))
+    pruned = {t.user_attrs["lineage"] for t in opened.study.get_trials() if t.state == TrialState.PRUNED}
+    assert pruned
+    assert list(opened.checkpoints.iterdir()) == []
+    assert isinstance(opened.mirror, Mirror)
+    assert opened.mirror.lineages() == pruned
+    one = min(pruned)
+    opened.mirror.pull_checkpoint(one)
+    assert is_held(opened.checkpoints, one), "here again, should it go on"
 
 
 def test_pictures_of_one_machine_are_in_the_dashboard_of_another(client: Any, easy_pack: Path, tmp_path: Path) -> None:
