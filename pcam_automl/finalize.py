@@ -145,6 +145,7 @@ def finalize(
         limited=options.seconds is not None,
         note=watch.train.note,
     )
+    rows = replace(rows, compares=options.compare and not dense)
     rows = replace(rows, test=opened.store.test_rows()) if options.submission else rows
     out = (out or opened.folder / "final").resolve()
     check_can_write(out)  # before minutes of confirmations

@@ -23,12 +23,14 @@ class FinalRows:
         held: (m,) ascending, of no slide of ``train``: the holdout, else what was kept back; empty where neither.
         kept_back: whether ``held`` was kept back and is no holdout: the search may have trained on it, the final networks have not.
         test: (t,) that are predicted for the submission; empty where none is to be written.
+        compares: whether ``held`` shall say what each ingredient was worth, which predicts it some times more.
     """
 
     train: np.ndarray
     held: np.ndarray
     kept_back: bool
     test: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    compares: bool = False
 
     @property
     def name(self) -> str:

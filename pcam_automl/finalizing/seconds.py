@@ -46,7 +46,8 @@ def confirm_seconds(
         return None
     rate = images_per_s(opened, chosen, chosen.recipe, device)
     needed_s = final_seconds(math.inf, rate, len(rows.train))
-    rest_s = max(0.0, seconds - _predict_seconds(opened, chosen.recipe, rows, rate, device))
+    predict_s = _predict_seconds(opened, chosen.recipe, rows, rate, device)
+    rest_s = max(0.0, seconds - predict_s - _compare_seconds(opened, chosen.recipe, rows, device))
     return max(CONFIRM_PART * rest_s, min(0.5 * rest_s, rest_s - needed_s))
 
 
@@ -59,13 +60,14 @@ def members_that_fit(
     left_s: float,
 ) -> int:
     """As many final trainings of the candidates, and predictions of the test patches, as fit the seconds left."""
-    slowest = 0.0
+    slowest, compare_s = 0.0, 0.0
     for candidate in candidates:
         recipe, n_train = recipe_of_study(opened, candidate.trial, epochs, rows.train)
         rate = images_per_s(opened, candidate, recipe, device)
         steps_s = OVERHEAD * recipe.n_views(n_train) / rate
         slowest = max(slowest, steps_s + _predict_seconds(opened, recipe, rows, rate, device))
-    return max(0, int(left_s / slowest))
+        compare_s = max(compare_s, _compare_seconds(opened, recipe, rows, device, len(candidates)))
+    return max(0, int((left_s - compare_s) / slowest))
 
 
 def _predict_seconds(
@@ -77,6 +79,18 @@ def _predict_seconds(
     if recipe.task == "dense":
         return prediction_seconds(8 * (len(rows.test) + len(rows.held)), rate)
     return _test_views(opened, recipe, rows, device, n_members) * _seconds_a_view(opened, recipe, rows, device)
+
+
+def _compare_seconds(
+    opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device, n_members: int = 1
+) -> float:
+    """Of the first network on the held patches once more: in one view with its last weights and with their average, and beside others in
+    all of its views, which alone are those of the prediction.
+    """
+    if not rows.compares or not len(rows.held):
+        return 0.0
+    n_views = 2 + (_test_views(opened, recipe, rows, device, n_members) if n_members > 1 else 0)
+    return n_views * OVERHEAD * len(rows.held) / opened.speed_book.judged_per_s(recipe, device)
 
 
 def _seconds_a_view(opened: OpenStudy, recipe: Recipe, rows: FinalRows, device: torch.device) -> float:
@@ -110,10 +124,12 @@ def pace_of(
     over by ``until``, by ``time.perf_counter``. No network has more than ``MOST_PACED_EPOCHS``.
     """
     rates, predict_s = [], 0.0
-    for member in members:
+    for place, member in enumerate(members):
         recipe, _ = recipe_of_study(opened, member.trial, None, rows.train)
         rates.append(rate := from_first(partial(images_per_s, opened, member, recipe, device)))
         predict_s += from_first(partial(_predict_seconds, opened, recipe, rows, rate, device, len(members)))
+        if place == 0:
+            predict_s += from_first(partial(_compare_seconds, opened, recipe, rows, device, len(members)))
     left_s = (until - time.perf_counter() - predict_s) / (len(members) - number)
     most_views = MOST_PACED_EPOCHS * len(rows.train)
     return Pace(time.monotonic() + max(0.0, left_s), rates[number], most_views=most_views)

@@ -65,8 +65,13 @@ class WilcoxonOverSlides(BasePruner):
         if math.isnan(own):
             return True
         sign = sign_of(study)
-        best, theirs = _best_other(study.get_trials(deepcopy=False), trial, step, sign)
+        trials = study.get_trials(deepcopy=False)
+        best, theirs = _best_other(trials, trial, step, sign)
         losses = _losses(trial.user_attrs, step)
+        if losses is None:  # the rung lay in a checkpoint: an interrupted row of the lineage has noted them
+            mine = lineage_of(trial)
+            noted = (_losses(row.user_attrs, step) for row in reversed(trials) if lineage_of(row) == mine)
+            losses = next((one for one in noted if one is not None), None)
         if theirs is None or losses is None or len(losses) < LEAST_PARTS or sign * own >= sign * best:
             return False
         return worse_p(losses, theirs) < self.p_threshold

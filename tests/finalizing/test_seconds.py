@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -66,6 +67,21 @@ def test_of_several_networks_all_are_predicted_behind_the_last_training(
         now[0] += pace.left_s()
     assert lasted == pytest.approx([(300.0 - n * PREDICT_S) / n] * n), "all are of one length"
     assert until - now[0] == pytest.approx(n * PREDICT_S)
+
+
+@pytest.mark.parametrize(("n", "compare_s"), [(1, 2 * 0.5), (2, (2 + 8) * 0.5)])
+def test_a_comparison_on_the_held_patches_has_its_seconds(
+    opened: Any, rows: FinalRows, n: int, compare_s: float
+) -> None:
+    """One network is predicted twice more in one view, beside another one in all its views, too."""
+    compared, members = replace(rows, compares=True), [candidate()] * n
+    until = time.perf_counter() + 300.0
+    plain_s, left_s = (pace_of(opened, members, 0, one, until, CPU).left_s() for one in (rows, compared))
+    assert plain_s - left_s == pytest.approx(compare_s / n, abs=0.1)
+    each_s = OVERHEAD * 2 * N_TRAIN / RATE + PREDICT_S
+    for more_s, fit in ((0.9 * compare_s, n - 1), (1.1 * compare_s, n)):
+        assert members_that_fit(cast(Any, opened), members, None, compared, CPU, n * each_s + more_s) == fit
+    assert confirm_seconds(opened, members[0], compared, 101.0 + PREDICT_S, CPU) == pytest.approx(CONFIRM_PART * 100.0)
 
 
 def test_a_final_training_has_no_endless_epochs_and_no_seconds_that_are_gone(opened: Any, rows: FinalRows) -> None:

@@ -76,6 +76,18 @@ def test_own_lineage_other_rungs_and_the_first_trial_do_not_end_it() -> None:
     assert not pruned(study_of(), 0.1, WORSE)
 
 
+def test_a_rung_that_a_checkpoint_held_is_judged_by_what_the_interrupted_row_noted() -> None:
+    for losses, ends in ((WORSE, True), (MIXED, False)):
+        study = study_of((0.9, BEST))
+        attrs = trial_attrs("own", losses)
+        cut = create_trial(state=TrialState.FAIL, intermediate_values={100: 0.8}, user_attrs=attrs)
+        study.add_trial(cut)
+        resumed = study.ask()
+        resumed.set_user_attr("lineage", "own")
+        resumed.report(0.8, 100)
+        assert resumed.should_prune() == ends
+
+
 def test_fully_trained_trial_is_never_pruned_and_nan_always() -> None:
     assert not pruned(study_of((0.9, BEST)), 0.1, WORSE, step=900)
     assert pruned(study_of((0.9, BEST)), math.nan, WORSE)
