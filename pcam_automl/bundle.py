@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pcam_automl import __version__
 from pcam_automl.calibration import Calibration
 from pcam_automl.errors import BundleError, DataError, RecipeError
-from pcam_automl.files import folder_written_whole, sha256_of_file, write_json
+from pcam_automl.files import check_replaceable, folder_written_whole, sha256_of_file, write_json
 from pcam_automl.models.factory import Normalisation, build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, build_recipe
@@ -73,9 +73,7 @@ def check_bundle_target(folder: Path, *, option: str = "--out") -> None:
     Raises:
         DataError: it is a file, a mount point, or a folder that is not empty and has no ``bundle.json``.
     """
-    if folder.is_mount():
-        fault = "is a mount point, whose place nothing can take"
-        raise DataError(f"{option} {folder} {fault}; name a folder inside it")
+    check_replaceable(folder, option)
     if folder.is_dir():
         if (folder / CARD).is_file() or not any(folder.iterdir()):
             return

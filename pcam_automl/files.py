@@ -78,6 +78,26 @@ def check_can_write(folder: Path) -> None:
         probe.unlink()
 
 
+def check_replaceable(folder: Path, option: str = "--out") -> None:
+    """Refuse, before the work, a folder whose place no other can take.
+
+    Raises:
+        DataError: it is a mount point, or where the command runs: a terminal would be left in a folder that is gone.
+    """
+    for found, what in (
+        (folder.is_mount(), "a mount point"),
+        (folder.resolve() == Path.cwd(), "the folder you are in"),
+    ):
+        if found:
+            raise DataError(f"{option} {folder} is {what}, whose place nothing can take; name a folder inside it")
+
+
+def own_name(folder: Path) -> Path:
+    """The folder as it was named, but for ``~``, a link, ``.`` and ``..``, in whose place nothing can be put: what these name."""
+    folder = folder.expanduser() if folder.parts[:1] == ("~",) else folder
+    return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
+
+
 @contextmanager
 def write_faults(target: Path) -> Iterator[None]:
     """Turn "disk full" and "read-only" inside the block into a one-line :class:`WriteError` naming ``target``."""

@@ -173,7 +173,10 @@ def finalize(
         raise Assisted
     averaging = None
     if options.seconds is not None and epochs is None and not dense:
-        averaging = "none" if decision.one_view else averaging_within(opened, decision, rows, device, watch.train.note)
+        if decision.one_view:
+            averaging = "none"
+        elif decision.oof is None:  # else it was asked when that was predicted, in as many views as are handed over
+            averaging = averaging_within(opened, decision, rows, device, watch.train.note)
     _settle_members(out, decision)
     first = decision.members[0].trial
     if dense:

@@ -424,6 +424,7 @@ def test_a_search_of_the_log_loss_over_domains_is_finalized_at_its_knee(run: Any
         (("prepare", "nowhere", "--out", "p"), ("nowhere",)),
         (("dashboard", "--port", 99999), ("--port must be in [1, 65535], got 99999",)),
         (("synth", "s", "--patches", 3), ("patches",)),
+        (("synth", "."), ("is the folder you are in", "name a folder inside it")),
         (("score", "nofile.csv", "--labels", "nolabels.csv"), ("nolabels.csv",)),
         (("check-submission", "nofile.csv", "--sample", "nosample.csv"), ("nosample.csv",)),
         (("report", "--groups", "g.csv"), ("--groups goes with --model",)),

@@ -19,6 +19,7 @@ from pcam_automl.files import (
     check_can_write,
     folder_written_whole,
     locked,
+    own_name,
     sha256_of_file,
     sha256_of_json,
     write_json,
@@ -123,6 +124,17 @@ def test_processes_of_equal_numbers_write_side_by_side(tmp_path: Path, monkeypat
         (my_box / "x").write_text("mine")
     assert names_in(tmp_path) == ["box", "one"]
     assert (tmp_path / "one").read_text() == (tmp_path / "box" / "x").read_text() == "mine"
+
+
+def test_a_folder_without_a_name_of_its_own_is_what_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert own_name(Path()) == own_name(tmp_path / "link") == own_name(Path("../real/.")).resolve() == tmp_path / "real"
+    assert own_name(Path("..")) == tmp_path
+    assert own_name(Path("~/pack")) == tmp_path / "pack"
+    assert own_name(Path("new")) == Path("new"), "as the user named it"
 
 
 def dead_pid() -> int:

@@ -16,6 +16,7 @@ from pcam_automl.data.split_groups import NO_SLIDES
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.data.synthetic import write_synthetic
 from pcam_automl.errors import DataError
+from pcam_automl.files import own_name
 
 
 def run_prepare(
@@ -30,7 +31,7 @@ def run_prepare(
     as_json: bool,
 ) -> None:
     """Pack a raw source, or with ``check`` compare an existing pack with it, patch by patch."""
-    out = out.resolve() if out.is_symlink() else out  # the pack takes the place of what the link names
+    out = own_name(out)  # the pack takes the place of what a link names
     source = open_source(raw, groups=groups, domains=domains, sample=sample)
     for note in source.notes:
         terminal.say(note)
@@ -105,6 +106,7 @@ def _print_store(store: PatchStore, as_json: bool) -> None:
 
 def run_synth(out: Path, *, n_patches: int, n_slides: int, seed: int) -> None:
     """Write a synthetic set in the Kaggle layout."""
+    out = own_name(out)
     with terminal.counting("drawing patches") as call:
         write_synthetic(out, n_patches=n_patches, n_slides=n_slides, seed=seed, progress=call)
     terminal.result(

@@ -10,6 +10,7 @@ from pcam_automl.commands.data import run_prepare, run_synth
 from pcam_automl.commands.models import finalize_study
 from pcam_automl.commands.score import run_score
 from pcam_automl.commands.search import run_search
+from pcam_automl.data.tables import read_ids
 from pcam_automl.errors import SearchFailed
 from pcam_automl.finalizing.result import FinalOptions
 from pcam_automl.search.study import Asked
@@ -33,8 +34,11 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
     """
     began = time.monotonic()
     raw, pack, url = out / "synthetic", out / "pack", f"sqlite:///{out / 'study.db'}"
-    _step(1, f"synth: {n_patches:,} H&E-like patches of {N_SLIDES} slides and two scanners")
-    if not (raw / "train_labels.csv").exists():
+    if (raw / "train_labels.csv").exists():
+        n_held = sum(len(read_ids(raw / name)) for name in ("train_labels.csv", "test_labels.csv"))
+        _step(1, f"synth: the {n_held:,} patches that an earlier run has drawn")
+    else:
+        _step(1, f"synth: {n_patches:,} H&E-like patches of {N_SLIDES} slides and two scanners")
         run_synth(raw, n_patches=n_patches, n_slides=N_SLIDES, seed=seed)
     _step(2, "prepare: check and pack them")
     run_prepare(raw, pack, groups=None, domains=None, sample=None, keep_outliers=False, check=False, as_json=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pcam_automl.data.images import IMAGE_SUFFIXES, MAX_SIDE_PX
-from pcam_automl.data.listing import bad_name_notes, list_images
+from pcam_automl.data.listing import list_images
 from pcam_automl.data.store import TEST, TRAIN, VALID
 from pcam_automl.errors import DataError, first_few
 
@@ -82,8 +82,8 @@ def _check_partners(
 
 def _list_folder(root: Path, at: str, notes: list[str]) -> dict[str, str]:
     """Images of a folder by id, or of its only sub-folder if it holds none itself."""
-    found, n_bad = list_images(root / at, f"{at}/", IMAGE_SUFFIXES)
-    if not found and not n_bad:
+    found = list_images(root / at, f"{at}/", IMAGE_SUFFIXES)
+    if not found.files and not found.n_bad:
         below = sorted(entry.name for entry in os.scandir(root / at) if entry.is_dir() and entry.name[0] != ".")
         if len(below) > 1:
             raise DataError(
@@ -91,9 +91,10 @@ def _list_folder(root: Path, at: str, notes: list[str]) -> dict[str, str]:
             )
         if below:
             at = f"{at}/{below[0]}"
-            found, n_bad = list_images(root / at, f"{at}/", IMAGE_SUFFIXES)
-    notes += bad_name_notes(n_bad, root / at)
-    return found
+            notes += found.notes
+            found = list_images(root / at, f"{at}/", IMAGE_SUFFIXES)
+    notes += found.notes
+    return found.files
 
 
 def check_sizes(root: Path, ids: Sequence[str], images: Sequence[str], masks: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ def read_patches(
             try:
                 if templates and (reader is None or reader.template is not templates[0]):
                     reader = _TemplateReader(folder_fd, templates[0])
-                if reader is None or not reader.read(name, rows[row]):
+                if reader is None or not reader.read(name, rows[row], out.shape[1:3]):
                     image = _decode_with_templates(file_bytes(Path(name), folder_fd), templates)
                     check_shape(image, out.shape[1:3])
                     out[row] = image
@@ -143,9 +143,9 @@ class _TemplateReader:
         self._head, self._tail = bytearray(len(template.head)), bytearray(len(template.tail) + 1)
         self._n_bytes = len(template.head) + template.n_pixel_bytes + len(template.tail)
 
-    def read(self, name: str, row: memoryview) -> bool:
-        """One system call scatters header, pixels and tail; False if the file is not of the template."""
-        if self.template.n_pixel_bytes != len(row):
+    def read(self, name: str, row: memoryview, shape: tuple[int, ...]) -> bool:
+        """One system call scatters header, pixels and tail; False if the file is not of the template, or that not (H, W) = ``shape``."""
+        if self.template.shape[:2] != shape:
             return False
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._folder_fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,35 @@ MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff"})
 """Lossless ones: JPEG would blur a mask's two values."""
 
 
-def list_images(folder: Path, prefix: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[dict[str, str], int]:
-    """Image files of one folder as id -> ``prefix`` + name, and how many names cannot be ids; one scan, no stat."""
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one folder.
+
+    Attributes:
+        files: id to path.
+        notes: what was left out: names that cannot be ids, and files of other kinds.
+        n_bad: how many names cannot be ids.
+    """
+
+    files: dict[str, str]
+    notes: list[str]
+    n_bad: int = 0
+
+
+def list_images(folder: Path, prefix: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Listing:
+    """Image files of one folder as id -> ``prefix`` + name; one scan, no stat. Hidden files are passed over without a word."""
     found: dict[str, str] = {}
     n_bad = 0
     twice: list[str] = []
+    others: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             stem, dot, suffix = entry.name.rpartition(".")
-            if (dot + suffix).lower() not in suffixes or stem.startswith(".") or not entry.is_file():
+            if entry.name.startswith(".") or not entry.is_file():
                 continue
-            if stem in found:
+            if (dot + suffix).lower() not in suffixes:
+                others.append(entry.name)
+            elif stem in found:
                 twice.append(stem)
             else:
                 found[stem] = prefix + entry.name
@@ -39,12 +58,12 @@ def list_images(folder: Path, prefix: str, suffixes: frozenset[str] = IMAGE_SUFF
         raise DataError(
             f"{folder} holds {len(twice)} ids in more than one file ({first_few(sorted(twice))}); keep one of each"
         )
-    return found, n_bad
-
-
-def bad_name_notes(n_bad: int, folder: Path) -> list[str]:
-    """A note on file names that cannot be ids, if there are any."""
-    return [f"{n_bad} files in {folder.name}/ have unprintable names and are left out"] if n_bad else []
+    notes = [f"{n_bad} files in {folder.name}/ have unprintable names and are left out"] if n_bad else []
+    if others:
+        kinds = "/".join(sorted({suffix.strip(".").upper().replace("TIFF", "TIF") for suffix in suffixes}))
+        examples = first_few([ascii(name)[1:-1] for name in sorted(others)])
+        notes.append(f"{len(others)} files in {folder.name}/ are no {kinds} and are left out: {examples}")
+    return Listing(found, notes, n_bad)
 
 
 def find_masks(root: Path, train: Sequence[str], test: Sequence[str]) -> tuple[Strings | None, list[str]]:
@@ -65,7 +84,7 @@ def find_masks(root: Path, train: Sequence[str], test: Sequence[str]) -> tuple[S
     found: list[dict[str, str]] = []
     for part in ("train", "test"):
         prefix = f"masks/{part}/" if split else "masks/"
-        found.append(list_images(root / prefix, prefix, MASK_SUFFIXES)[0] if (root / prefix).is_dir() else {})
+        found.append(list_images(root / prefix, prefix, MASK_SUFFIXES).files if (root / prefix).is_dir() else {})
     if absent := [name for name in train if name not in found[0]]:
         raise DataError(
             f"{root / 'masks'}: {len(absent)} training patches have no mask ({first_few(absent)}); "

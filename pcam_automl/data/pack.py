@@ -36,7 +36,7 @@ from pcam_automl.data.stamp import Stamp
 from pcam_automl.data.store import TEST, Flag, PatchStore, Progress, open_store
 from pcam_automl.data.template import Template
 from pcam_automl.errors import DataError, first_few
-from pcam_automl.files import folder_written_whole, write_faults
+from pcam_automl.files import check_replaceable, folder_written_whole, write_faults
 from pcam_automl.recipe import PATCH_PX
 
 _N_PROBED = 64
@@ -155,8 +155,8 @@ def names_by_row(code: NDArray[np.int32], names: Sequence[str]) -> NDArray[np.st
 def _changed_masks(store: PatchStore, source: PatchSource, h5: dict[int, tuple[Path, Path | None]]) -> list[str]:
     """One line if the pack's masks are not those of the source."""
     if store.masks is None:
-        return ["the source has masks, the pack has none"] if source.masks is not None else []
-    if source.masks is None and not h5:
+        return ["the source has masks, the pack has none"] if source.has_masks else []
+    if not source.has_masks:
         return ["the pack has masks, the source has none"]
     changed: list[str] = []
     shape = (store.masks.shape[1], store.masks.shape[2])
@@ -177,8 +177,7 @@ def _check_target(source: PatchSource, out: Path) -> None:
         raise DataError(f"the pack cannot be written to {out}: the raw data lie there; choose another --out")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; choose a folder for --out")
-    if out.is_mount():
-        raise DataError(f"{out} is a mount point, whose place nothing can take; name a folder inside it for --out")
+    check_replaceable(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "store.json").is_file():
         raise DataError(f"{out} holds other things than a pack; choose an empty or new folder for --out")
 
@@ -233,7 +232,7 @@ def _probe(
 def _prepare_files(folder: Path, source: PatchSource, shape: tuple[int, int], templates: tuple[Template, ...]) -> Job:
     """Write the ``.npy`` headers of the large arrays and give them their final size."""
     n = len(source)
-    with_masks = source.masks is not None or (bool(source.h5) and all(part.mask for part in source.h5.values()))
+    with_masks = source.has_masks
     _check_room(folder, n * shape[0] * shape[1] * (3 + with_masks))
     patches_at = _write_npy_header(folder / "patches.npy", (n, *shape, 3))
     masks_at = _write_npy_header(folder / "masks.npy", (n, *shape)) if with_masks else 0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pcam_automl.data.dense_sources import Pairs, find_pairs
 from pcam_automl.data.h5 import H5_PREFIX, PART_CODES, H5Part, find_h5_parts, read_h5_labels
-from pcam_automl.data.listing import bad_name_notes, find_masks, list_images
+from pcam_automl.data.listing import find_masks, list_images
 from pcam_automl.data.stamp import Stamp
 from pcam_automl.data.store import TEST, TRAIN, VALID
 from pcam_automl.data.tables import Strings, read_column, read_ids, read_labels, read_names, repeated
@@ -62,6 +62,11 @@ class PatchSource:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are packed: of HDF5 files where every part has them."""
+        return self.masks is not None or (bool(self.h5) and all(part.mask for part in self.h5.values()))
+
 
 def open_source(
     path: Path, *, groups: Path | None = None, domains: Path | None = None, sample: Path | None = None
@@ -85,8 +90,10 @@ def open_source(
         if (root / "train_labels.csv").is_file():
             source = _open_kaggle(root, sample)
         elif parts := find_h5_parts(root):
+            _check_no_sample(sample, "HDF5 files")
             source = _open_h5(root, parts)
         elif (pairs := find_pairs(root))[0]:
+            _check_no_sample(sample, "images and masks")
             source = _open_dense(root, *pairs)
         elif classes := _class_root(root):
             source = _open_classes(root, classes, sample)
@@ -141,8 +148,8 @@ def _open_kaggle(root: Path, sample: Path | None) -> PatchSource:
         remedy = GET_THE_DATA if archive is None else f"unpack {archive} into train/ (and test likewise)"
         raise DataError(f"{root} has train_labels.csv but no folder train/ with the images; {remedy}")
     ids, labels = read_labels(labels_csv)
-    images, n_bad = list_images(root / "train", "train/")
-    notes = bad_name_notes(n_bad, root / "train")
+    listed = list_images(root / "train", "train/")
+    images, notes = listed.files, listed.notes
     label_of = dict(zip(ids.tolist(), labels.tolist(), strict=True))
     if absent := [name for name in label_of if name not in images]:
         notes.append(
@@ -195,8 +202,13 @@ def _list_test(root: Path, sample: Path | None) -> tuple[list[str], list[str], t
     found: dict[str, str] = {}
     notes: list[str] = []
     if (root / "test").is_dir():
-        found, n_bad = list_images(root / "test", "test/")
-        notes += bad_name_notes(n_bad, root / "test")
+        listed = list_images(root / "test", "test/")
+        found = listed.files
+        notes += listed.notes
+        if not found:
+            below = sorted(entry.name for entry in os.scandir(root / "test") if entry.is_dir())
+            unseen = f"; its folders are not looked into ({first_few(below)})" if below else ""
+            notes.append(f"test/ holds no image: there is nothing to predict for a submission{unseen}")
     else:
         notes.append("no folder test/: there is nothing to predict for a submission")
     csv = sample or root / "sample_submission.csv"
@@ -248,7 +260,12 @@ def _open_classes(root: Path, prefix: str, sample: Path | None) -> PatchSource:
     missing: tuple[str, ...] = ()
     sample_csv: list[Path] = []
     if (root / "test" / "0").is_dir() or (root / "test" / "1").is_dir():
+        _check_no_sample(sample, "class folders in test/")
         test = _list_classes(root, "test/", notes)
+        if beside := list_images(root / "test", "test/").files:
+            notes.append(
+                f"{len(beside)} images lie in test/ beside its class folders and are left out: {first_few(sorted(beside))}"
+            )
     else:
         ids, files, missing, test_notes, sample_csv = _list_test(root, sample)
         test = _Rows(ids, files, [-1] * len(ids))
@@ -265,15 +282,28 @@ def _open_classes(root: Path, prefix: str, sample: Path | None) -> PatchSource:
     )
 
 
+def _check_no_sample(sample: Path | None, what: str) -> None:
+    if sample is not None:
+        raise DataError(
+            f"--sample {sample}: {what} name their own test part; a sample submission goes with unlabelled images in test/, so leave it out"
+        )
+
+
 def _list_classes(root: Path, prefix: str, notes: list[str]) -> _Rows:
     rows: list[tuple[str, str, int]] = []
     for label in (0, 1):
         folder = root / f"{prefix}{label}"
         if folder.is_dir():
-            found, n_bad = list_images(folder, f"{prefix}{label}/")
-            notes += bad_name_notes(n_bad, folder)
-            rows += [(name, file, label) for name, file in found.items()]
+            listed = list_images(folder, f"{prefix}{label}/")
+            notes += listed.notes
+            rows += [(name, file, label) for name, file in listed.files.items()]
     rows.sort()
+    with os.scandir(root / prefix) as entries:
+        others = sorted(
+            one.name for one in entries if one.name.isdigit() and one.name not in ("0", "1") and one.is_dir()
+        )
+    if others:
+        notes.append(f"the class folders {prefix}{first_few(others)} are left out: the classes are 0 and 1")
     if both := repeated([name for name, _, _ in rows]):
         raise DataError(
             f"{root}/{prefix}: {len(both)} ids lie in both 0/ and 1/ ({first_few(both)}); an id has one label"
@@ -320,10 +350,19 @@ def _with_names(source: PatchSource, column: Literal["group", "domain"], given: 
         return source
     names = dict(zip(*(array.tolist() for array in read_names(csv, column)), strict=True))
     values = np.array([names.get(name, "") for name in source.ids.tolist()], dtype=np.str_)
+    values[is_ambiguous(source.ids, source.part)] = ""
     train = source.part != TEST
     n_named = int(np.count_nonzero(values[train] != ""))
     if not n_named:
-        raise DataError(f"{csv}: none of its {len(names)} ids is a training patch of {source.root}")
+        known = np.isin(source.ids[train], list(names))
+        why = (
+            f"every {column} there is empty"
+            if known.any()
+            else f"it names {next(iter(names))}, the folder holds {source.ids[train][0]}"
+        )
+        raise DataError(
+            f"{csv}: none of its {len(names)} rows gives a training patch of {source.root} a {column} ({why})"
+        )
     distinct = len(np.unique(values[train & (values != "")]))
     notes = [
         f"{distinct} {column}s for {n_named} training patches from {csv.name}"
@@ -333,6 +372,12 @@ def _with_names(source: PatchSource, column: Literal["group", "domain"], given: 
         notes.append(f"{len(unnamed)} training patches have no {column} in {csv.name}: {first_few(unnamed)}")
     changed = {column: values, "tables": (*source.tables, csv)}
     return _noted(replace(source, **changed), *notes)  # type: ignore[arg-type]
+
+
+def is_ambiguous(ids: NDArray[Any], part: NDArray[Any]) -> NDArray[np.bool_]:
+    """(N,) whether a table's row of that id may be of another patch: a test patch that has a training patch's id."""
+    test = np.asarray(part) == TEST
+    return test & np.isin(ids, ids[~test])
 
 
 def _noted(source: PatchSource, *notes: str) -> PatchSource:

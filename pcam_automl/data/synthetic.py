@@ -17,7 +17,7 @@ from PIL import Image
 from pcam_automl.data.store import Progress
 from pcam_automl.data.synthetic_drawing import PLAIN, TUMOUR_CENTRE, TUMOUR_OUTSIDE, Bytes, SlideLook, draw_patches
 from pcam_automl.errors import DataError
-from pcam_automl.files import folder_written_whole
+from pcam_automl.files import check_replaceable, folder_written_whole
 from pcam_automl.recipe import PATCH_PX
 
 MIN_SLIDES = 8
@@ -126,6 +126,7 @@ def _check(out: Path, n_patches: int, n_slides: int, seed: int) -> None:
         raise DataError(f"seed must be 0 or more, got {seed}")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; name a folder for the synthetic set")
+    check_replaceable(out)
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out} is not empty; name a new folder for the synthetic set or empty this one")
 

@@ -117,7 +117,7 @@ def _as_strings(values: list[str]) -> Strings:
 def _read_columns(path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> dict[str, list[str]]:
     """The named columns as lists of text; nothing is taken for a number or for missing, a short row ends in ``""``.
 
-    A column that is not there is looked for under its alias.
+    A column that is not there is looked for under its alias. Spaces around ids are no part of them.
     """
     first, rows = _read_rows(path)
     known = [name.strip() for name in first]
@@ -136,7 +136,10 @@ def _read_columns(path: Path, names: Sequence[str], aliases: Mapping[str, str] |
     if not rows:
         raise DataError(f"{path}: no rows below the first line")
     places = {name: known.index(name) for name in names}
-    return {name: [row[at] if at < len(row) else "" for row in rows] for name, at in places.items()}
+    found = {name: [row[at] if at < len(row) else "" for row in rows] for name, at in places.items()}
+    if "id" in found:  # "label, id" has a space before each
+        found["id"] = [text.strip() for text in found["id"]]
+    return found
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[list[str]]]:

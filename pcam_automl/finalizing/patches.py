@@ -111,8 +111,6 @@ def finish_patches(
         judge, networks = open_judge(out, device, averaging=averaging)  # with its temperature
         end = replace(end, judge=judge, networks=networks)
     figures, scores, steps = _on_held(end, trial, decision, rows, compare)
-    if (scores is not None or decision.one_view) and len(networks[0].views) < bundle.recipe.n_test_views:
-        figures = {**figures, "auc_on": f"{figures['auc_on']}, in one view each"}
     figures |= _more_figures(opened, scores or decision.oof)
     operating = _operating(decision, scores)
     _write_tables(out, operating)
@@ -208,7 +206,8 @@ def _on_held(
     if not len(held):
         (end.out / SCORES).unlink(missing_ok=True)  # of an earlier network, on slides that this one has seen
         if decision.oof is not None and decision.oof_auc is not None:
-            on = decision.oof.on + _chosen_there(decision) + _shorter(decision, end.networks[0])
+            on = decision.oof.on + (_fewer_views(end) if decision.one_view else "")
+            on += _chosen_there(decision) + _shorter(decision, end.networks[0])
             return {"auc": decision.oof_auc, "auc_on": on, "auc_95": decision.oof_auc_95}, None, ()
         value = trial_auc(trial, end.opened.settings.goal)
         on = f"validation fold, trial {trial.number}"
@@ -217,7 +216,7 @@ def _on_held(
     label, group = np.asarray(store.label)[held].astype(np.int64), np.asarray(store.group)[held].astype(np.int64)
     logits = end.logits(held, rows.name)
     on = f"{_kept_back(held, group)} from its training" if rows.kept_back else f"holdout of {len(held):,} patches"
-    on += slides_caveat(group)
+    on += _fewer_views(end) + slides_caveat(group)
     probs = probs_at(logits, end.judge.temperature)
     scores = Scores(held, label, probs, on)
     write_scores(end.out / SCORES, scores, store.ids)
@@ -237,6 +236,12 @@ def _calibrated(end: _Ending, decision: Decision, rows: FinalRows) -> Decision:
     fitted = calibrate(end.logits(rows.held, rows.name), label, on)
     write_calibration(member_folder(end.out, 0), fitted)
     return replace(decision, calibrations=(fitted,), calibration=fitted)
+
+
+def _fewer_views(end: _Ending) -> str:
+    """What must be said of a figure whose patches were seen once, since a budget left no time for the recipe's views; empty else."""
+    network = end.networks[0]
+    return ", in one view each" if len(network.views) < network.bundle.recipe.n_test_views else ""
 
 
 def _chosen_there(decision: Decision) -> str:

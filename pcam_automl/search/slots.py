@@ -279,9 +279,10 @@ class Slots:
         """Lineages that are being trained, or that an open slot waits for somebody to go on with."""
         return {slot.lineage for slot in self._select(_C.state != "done") if slot.lineage is not None}
 
-    def interrupted(self) -> set[str]:
-        """Lineages that an open slot waits for somebody to go on with."""
-        return {slot.lineage for slot in self._select(_C.state == "open") if slot.lineage is not None}
+    def interrupted(self, n_total: int) -> set[str]:
+        """Lineages that an open slot of the total waits for somebody to go on with."""
+        slots = self._select(_C.state == "open", _C.slot < n_total)
+        return {slot.lineage for slot in slots if slot.lineage is not None}
 
     def claimed(self) -> list[Slot]:
         """The claimed and the thawing slots, by number."""

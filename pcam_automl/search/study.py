@@ -14,6 +14,7 @@ from pcam_automl.configs_folder import Kind, find_config, list_configs
 from pcam_automl.data.domains import with_domains
 from pcam_automl.data.pack import names_by_row
 from pcam_automl.data.packs import PackCall, find_pack
+from pcam_automl.data.sources import is_ambiguous
 from pcam_automl.data.splits import Split, load_split, make_split, write_split
 from pcam_automl.data.store import PatchStore, is_pack, open_store
 from pcam_automl.data.tables import read_names
@@ -351,10 +352,11 @@ def _check_names(settings: StudySettings, asked: Asked) -> None:
             continue
         given = dict(zip(*(array.tolist() for array in read_names(csv, option[:-1])), strict=True))
         held = names_by_row(code, known).tolist()
+        unclear = is_ambiguous(store.ids, store.part).tolist()
         other = [
             f"{name}: {given.get(name) or 'none'!r} there, {own or 'none'!r} here"
-            for name, own in zip(store.ids.tolist(), held, strict=True)
-            if given.get(name, "") != own
+            for name, own, skipped in zip(store.ids.tolist(), held, unclear, strict=True)
+            if given.get(name, "") != own and not skipped
         ]
         if other:
             raise StudyError(

@@ -110,7 +110,7 @@ def next_turn(opened: OpenStudy, slots: Slots, trials: list[FrozenTrial], limits
         if slot is not None:
             return Turn(slot)
     else:
-        for one in by_promise(interrupted_of(lineages, slots.interrupted(), steps), sign=sign):
+        for one in by_promise(interrupted_of(lineages, slots.interrupted(n_trials), steps), sign=sign):
             if fits_in_time(one) and (slot := slots.go_on(one.lineage.name, owner)) is not None:
                 return Turn(slot)
     for one in by_promise(fitting, sign=sign):

@@ -187,6 +187,14 @@ def test_file_that_only_resembles_the_template_is_parsed(tmp_path: Path) -> None
         assert np.array_equal(out[2], tifffile.imread(tmp_path / "2.tif"))
 
 
+def test_files_of_as_many_pixels_in_another_shape_are_faults(tmp_path: Path) -> None:
+    for row in range(3):
+        (tmp_path / f"{row}.tif").write_bytes(tiff(np.zeros((72, 128, 3), np.uint8)))
+    out, templates = np.empty((3, 96, 96, 3), np.uint8), list[Template]()
+    faults = read_patches(tmp_path, ["0.tif", "1.tif", "2.tif"], out, templates)
+    assert {row: str(fault) for row, fault in faults.items()} == dict.fromkeys(range(3), "128x72 px, want 96x96")
+
+
 def test_pixels_that_hold_the_header_make_no_template(tmp_path: Path) -> None:
     """An offset that points into the pixels would make the parse depend on them."""
     raw = bytearray(bare_header(96, 96, n_bytes=96 * 96 * 3))

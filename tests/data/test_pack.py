@@ -355,6 +355,11 @@ def test_the_pack_never_takes_the_place_of_other_things(
         patched.setattr(Path, "is_mount", lambda self: self == kaggle / "volume")
         with pytest.raises(DataError, match="is a mount point"):
             pack(source, kaggle / "volume")
+    with monkeypatch.context() as patched:
+        (tmp_path / "here").mkdir()
+        patched.chdir(tmp_path / "here")
+        with pytest.raises(DataError, match="is the folder you are in"):
+            pack(source, Path.cwd())
     with pytest.raises(DataError, match="holds other things than a pack"):
         pack(source, kaggle / "train")
     assert len(list((kaggle / "train").iterdir())) == 8
@@ -400,6 +405,19 @@ def test_verifying_packed_h5_leaves_files_of_the_plain_name_alone(tmp_path: Path
     assert verify(store, open_source(raw)) == 5
     assert mine.read_bytes() == b"the user's own copy"
     assert names_in(tmp_path / "here") == [mine.name, "pack"]
+
+
+def test_verifying_h5_says_where_masks_came_or_went(tmp_path: Path) -> None:
+    raw = write_h5(tmp_path / "raw", {"train": 5}, masks=True)
+    mask = raw / "camelyonpatch_level_2_split_train_mask.h5"
+    with_masks = pack(open_source(raw), tmp_path / "with")
+    mask.rename(tmp_path / mask.name)
+    with pytest.raises(DataError, match="the pack has masks, the source has none"):
+        verify(with_masks, open_source(raw))
+    without = pack(open_source(raw), tmp_path / "without")
+    (tmp_path / mask.name).rename(mask)
+    with pytest.raises(DataError, match="the source has masks, the pack has none"):
+        verify(without, open_source(raw))
 
 
 @pytest.mark.parametrize("tumour", [1, 255])

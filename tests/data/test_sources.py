@@ -158,6 +158,65 @@ def test_class_folders_give_labels_and_no_paths_in_ids(tmp_path: Path, prefix: s
         open_source(tmp_path)
 
 
+def write_classes(root: Path, files: dict[str, int]) -> Path:
+    for number, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tissue(files[name] or number)).save(root / name)
+    return root
+
+
+def test_what_is_not_packed_is_said(tmp_path: Path) -> None:
+    names = ("0/a.png", "0/b.bmp", "0/c.webp", "1/d.png", "2/e.png", "10/f.png", "test/unknown/g.png")
+    root = write_classes(tmp_path, dict.fromkeys(names, 0))
+    (root / "0" / ".hidden").touch()
+    source = open_source(root)
+    assert source.ids.tolist() == ["a", "d"]
+    assert source.notes == (
+        "2 files in 0/ are no JPEG/JPG/PNG/TIF and are left out: b.bmp, c.webp",
+        "the class folders 10, 2 are left out: the classes are 0 and 1",
+        "test/ holds no image: there is nothing to predict for a submission; its folders are not looked into (unknown)",
+    )
+    write_classes(tmp_path, {"test/0/h.png": 0, "test/i.png": 0})
+    source = open_source(root)
+    assert source.ids.tolist() == ["a", "d", "h"]
+    assert source.notes[2:] == ("1 images lie in test/ beside its class folders and are left out: i",)
+
+
+def test_a_sample_is_refused_where_the_source_has_its_own_test_part(tmp_path: Path) -> None:
+    write_csv(tmp_path / "sample.csv", "id,label", [("a", 0)])
+    h5 = write_h5(tmp_path / "h5", {"train": 3, "test": 2})
+    classes = write_classes(tmp_path / "classes", dict.fromkeys(("0/a.png", "1/b.png", "test/0/c.png"), 0))
+    dense = write_classes(tmp_path / "dense", dict.fromkeys(("images/a.png", "masks/a.png"), 0))
+    for root in (h5, classes, dense):
+        open_source(root)
+        with pytest.raises(DataError, match=r"--sample .*sample.csv: .* name their own test part.*leave it out"):
+            open_source(root, sample=tmp_path / "sample.csv")
+
+
+def test_a_table_names_no_test_patch_that_shares_its_id_with_a_training_patch(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "set", dict.fromkeys(("0/a.png", "1/b.png", "test/0/a.png", "test/1/c.png"), 0))
+    write_csv(root / "train_groups.csv", "id,group", [("a", "s1"), ("b", "s2"), ("c", "s3")])
+    source = open_source(root)
+    assert list(zip(source.ids.tolist(), source.group.tolist(), strict=True)) == [
+        ("a", "s1"),
+        ("b", "s2"),
+        ("a", ""),
+        ("c", "s3"),
+    ]
+
+
+def test_names_that_reach_no_training_patch_say_why(kaggle: Path, tmp_path: Path) -> None:
+    table = tmp_path / "groups.csv"
+    write_csv(table, "id,group", [(f"{patch_id(0)}.tif", "s1")])
+    with pytest.raises(
+        DataError, match=rf"it names {patch_id(0)}\.tif, the folder holds {min(map(patch_id, range(8)))}"
+    ):
+        open_source(kaggle, groups=table)
+    write_csv(table, "id,group", [(patch_id(0), "")])
+    with pytest.raises(DataError, match="every group there is empty"):
+        open_source(kaggle, groups=table)
+
+
 @pytest.mark.parametrize(("prefix", "valid"), [("", "valid/"), ("train/", "valid/"), ("train/", "val/"), ("", "val/")])
 def test_a_validation_folder_is_kept_and_shares_no_id(tmp_path: Path, prefix: str, valid: str) -> None:
     for folder, numbers in ((f"{prefix}0", (0, 1)), (f"{prefix}1", (2, 3)), (f"{valid}0", (4,)), (f"{valid}1", (5,))):
@@ -298,6 +357,15 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
         read_ids(tmp_path / "t.csv")
     with pytest.raises(DataError, match="cannot be read"):
         read_ids(tmp_path)
+
+
+def test_spaces_around_an_id_are_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("label, id\n1, a\n0, b \n")
+    ids, labels = read_labels(tmp_path / "t.csv")
+    assert (ids.tolist(), labels.tolist()) == (["a", "b"], [1, 0])
+    (tmp_path / "t.csv").write_text("id,group\na,s1\na ,s2\n")
+    with pytest.raises(DataError, match=r"1 ids are given more than once \(a\)"):
+        read_names(tmp_path / "t.csv", "group")
 
 
 def test_names_may_be_empty_and_ids_not(tmp_path: Path) -> None:

@@ -92,6 +92,18 @@ def test_trials_that_are_not_complete_not_timed_or_of_another_device_do_not_coun
     assert found.front.tolist() == [0, 1]
 
 
+def test_latencies_of_two_models_of_cpu_do_not_compare() -> None:
+    cores = "x86_64 CPU, 2 threads"
+    trials = [
+        trial(0, 0.90, latency_ms=9.0, device=cores, cpu="slow model"),
+        trial(1, 0.95, latency_ms=2.0, device=cores, cpu="quick model"),
+        trial(2, 0.92, latency_ms=8.0, device=cores, cpu="slow model"),
+    ]
+    found = tradeoff_of(trials, AUC)
+    assert [t.number for t in found.trials] == [0, 2]
+    assert (found.device, found.n_left_out) == (f"{cores}, slow model", 1)
+
+
 def test_a_lineage_counts_once_with_its_last_row() -> None:
     trials = [
         trial(0, 0.99, latency_ms=1.0, lineage="0"),

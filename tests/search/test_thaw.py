@@ -201,8 +201,8 @@ def test_an_interrupted_trial_goes_on_where_its_next_rung_fits_though_no_whole_t
     cut.number = 4
     rows.append(cut)
 
-    def turn(left: float) -> Turn | str:
-        return next_turn(opened, slots, rows, Limits(99, clock=told(left)), "me")
+    def turn(left: float, n: int = 99) -> Turn | str:
+        return next_turn(opened, slots, rows, Limits(n, clock=told(left)), "me")
 
     assert turn(one_more - 0.2) == "budget"
     paused = turn(one_more)
@@ -211,6 +211,10 @@ def test_an_interrupted_trial_goes_on_where_its_next_rung_fits_though_no_whole_t
     slots.leave_paused(paused.slot)
     (opened.checkpoints / "4" / "0").mkdir(parents=True)
     (opened.checkpoints / "4" / "0" / "state.json").touch()
+    beyond = turn(one_more, 4)
+    assert isinstance(beyond, Turn)
+    assert beyond.thawed_from == 3, "the total has been lowered"
+    slots.leave_paused(beyond.slot)
     found = turn(one_more)
     assert isinstance(found, Turn)
     assert (found.slot.number, found.slot.lineage, found.slot.attempts, found.thawed_from) == (4, "4", 2, None)
