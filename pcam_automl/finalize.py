@@ -56,6 +56,7 @@ from pcam_automl.train import check_ranks, checkpoints_beside, train_to_bundle
 from pcam_automl.training.engine import Training
 from pcam_automl.training.pace import Pace
 from pcam_automl.training.ranks import from_first, part, ranks
+from pcam_automl.training.scoring import Averaging
 
 __all__ = ["FinalOptions", "FinalResult", "FinalWatch", "final_recipe", "finalize"]
 
@@ -171,7 +172,7 @@ def finalize(
         _train_member(opened, member, number, rows, out, decision, epochs, device, watch, pace, asked, used_up)
     if not part().is_first:
         raise Assisted
-    averaging = None
+    averaging: Averaging | None = None
     if options.seconds is not None and epochs is None and not dense:
         if decision.one_view:
             averaging = "none"

@@ -377,7 +377,7 @@ def _with_names(source: PatchSource, column: Literal["group", "domain"], given: 
 def is_ambiguous(ids: NDArray[Any], part: NDArray[Any]) -> NDArray[np.bool_]:
     """(N,) whether a table's row of that id may be of another patch: a test patch that has a training patch's id."""
     test = np.asarray(part) == TEST
-    return test & np.isin(ids, ids[~test])
+    return np.asarray(test & np.isin(ids, ids[~test]), bool)
 
 
 def _noted(source: PatchSource, *notes: str) -> PatchSource:
