@@ -22,6 +22,7 @@ from typing import Any
 
 from pcam_automl.errors import DataError, WriteError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 1 << 20
 _WRITING = ".writing"
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?:-[0-9a-f]+)*\.(?P<kind>partial|old)", re.DOTALL)
@@ -44,7 +45,7 @@ def _fsync(path: Path) -> None:
 
 def _explained(fault: OSError, target: Path) -> WriteError | None:
     """The one-line fault for the operating system's answers that a user can act on."""
-    if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if fault.errno in FULL_DISK:
         return WriteError(f"no space left to write {target} ({fault.strerror}); free some and repeat the same command")
     if fault.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return WriteError(f"{target} cannot be written ({fault.strerror}); choose another folder or change its rights")

@@ -140,7 +140,7 @@ def test_scoring_that_does_not_fit_takes_fewer_patches_at_once(gpu: torch.device
         return torch.zeros(len(images), 2**20, device=gpu).sum(dim=1)  # 4 MiB each
 
     patches, _ = patches_on(gpu)
-    assert outputs_of_rows(hungry, patches, np.arange(1024) % 90) is not None
+    assert outputs_of_rows(hungry, patches, np.arange(1024) % 90, px=64) is not None
     assert min(seen) < max(seen)
 
 

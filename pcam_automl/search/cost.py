@@ -32,10 +32,11 @@ class TrialSeconds:
 
     Attributes:
         images_per_s: backbone to training images a second at ``planned_px``.
-        planned_px: network side that the speeds hold at; the cost of an image goes with its pixels.
+        planned_px: network side that the speeds hold at.
         images: training images that a whole trial is worth, scoring and decay branches included.
         fields: the recipe fields that are not searched.
         cap_s: no trial takes more (slow networks see fewer views); None is no limit.
+        side_power: by which power of the side an image's cost grows; 2 is with its pixels.
     """
 
     images_per_s: Mapping[str, float]
@@ -43,6 +44,7 @@ class TrialSeconds:
     images: float
     fields: Mapping[str, Any]
     cap_s: float | None = None
+    side_power: float = 2.0
 
     def __call__(self, params: Mapping[str, Any]) -> float:
         """Seconds of a trial with these parameters."""
@@ -50,7 +52,7 @@ class TrialSeconds:
         px = fields.get("tile_size") or fields.get("input_size") or fields["crop_size"]
         if UPSCALE in fields:
             px = scaled_side(fields["crop_size"], fields[UPSCALE])
-        seconds = self.images / self.images_per_s[fields["backbone"]] * (px / self.planned_px) ** 2
+        seconds = self.images / self.images_per_s[fields["backbone"]] * (px / self.planned_px) ** self.side_power
         return float(seconds if self.cap_s is None else min(seconds, self.cap_s))
 
 

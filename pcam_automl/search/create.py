@@ -413,7 +413,8 @@ def _planned(
         trial_seconds(start, plan.rungs, plan.n_score, 1.0),
         {name: plan.images_per_s[name] for name in plan.left},
     )
-    share = share_of_views(TrialSeconds(rates, plan.planned_px, images, fields), cap_s, SLOWEST_SHARE, space)
+    seconds = TrialSeconds(rates, plan.planned_px, images, fields, side_power=plan.side_power)
+    share = share_of_views(seconds, cap_s, SLOWEST_SHARE, space)
     whole_s = min(images / rates[first_backbone(start, plan.left)], cap_s)
     return plan, budget.with_trial(whole_s, mean_s=mean_trial_s(share, space))
 

@@ -182,7 +182,13 @@ def features_of_rows(
         compute: precision and layout.
         stop: called once a batch; raises to end early.
     """
-    found = outputs_of_rows(lambda images: mean_over_views(network, images, views, compute), patches, rows, stop=stop)
+    found = outputs_of_rows(
+        lambda images: mean_over_views(network, images, views, compute),
+        patches,
+        rows,
+        px=views.recipe.network_px,
+        stop=stop,
+    )
     assert found is not None
     return found
 

@@ -17,6 +17,8 @@ from pcam_automl.training.compute import choose_device
 MOST_PER_DEVICE = 8
 CONTEXT_BYTES = 500_000_000
 """What CUDA itself takes of a device for each process, about."""
+LEAST_OWN_SHARE = 0.2
+"""Of a step, that is the device's own at least: a difference of two measurements may be nothing but their noise."""
 
 
 def worker_devices(
@@ -85,7 +87,7 @@ def n_for_gpu(
     resident = pack_bytes if pack_bytes <= RESIDENT_SHARE * free_bytes else 0
     once, each = (resident, 0) if shares else (0, resident)
     by_memory = int((free_bytes - once) // max(1, peak_bytes + CONTEXT_BYTES + each))
-    own_s = max(double_step_s - step_s, 1e-9)
+    own_s = max(double_step_s - step_s, LEAST_OWN_SHARE * step_s)
     by_time = round(step_s / own_s)
     return max(1, min(by_memory, by_time, n_cores, MOST_PER_DEVICE))
 

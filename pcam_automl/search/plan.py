@@ -44,6 +44,10 @@ SCORE_SHARE = 0.06
 """Share of a typical trial that the scoring of one rung may take."""
 
 
+PIXELS = 2.0
+"""The power of a side by which an input's pixels grow."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every trial of the study does.
@@ -56,6 +60,7 @@ class Plan:
         estimated: those of them whose speed was not measured but follows from a measured one and the networks' shapes.
         dropped: backbones left out, with the reason.
         planned_px: network side that the speeds were measured at.
+        side_power: by which power of the input's side a step's seconds grow.
     """
 
     rungs: tuple[Rung, ...]
@@ -65,6 +70,7 @@ class Plan:
     dropped: dict[str, str]
     planned_px: int
     estimated: tuple[str, ...] = ()
+    side_power: float = PIXELS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -188,7 +194,25 @@ def make_plan(
                     f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
                 )
             del dropped[max(rates, key=rates.__getitem__)]  # a budget is spent as well as it can be
-    return Plan(rungs, n_score, cap_s, rates, dropped, planned_px, estimated)
+    larger = planned_recipe(fields, first, 2 * planned_px)
+    power = side_power(recipes[first], larger, device, speed)
+    return Plan(rungs, n_score, cap_s, rates, dropped, planned_px, estimated, power)
+
+
+def side_power(recipe: Recipe, larger: Recipe, device: torch.device, speed: SpeedBook) -> float:
+    """By which power of its input's side a training step's seconds grow: with the pixels on a CPU. On a GPU it is measured, where a step of
+    small images is mostly launches: between 0 and that.
+
+    Args:
+        recipe: of a network.
+        larger: the same with a larger input.
+        device: where it trains.
+        speed: measures it.
+    """
+    if device.type == "cpu" or recipe.task == "dense":
+        return PIXELS
+    slower = speed.images_per_s(recipe, device) / speed.images_per_s(larger, device)
+    return round(min(PIXELS, max(0.0, math.log(slower) / math.log(larger.network_px / recipe.network_px))), 2)
 
 
 def _recipes_that_run(

@@ -133,9 +133,9 @@ def at_largest_crop(recipe: Recipe, space: SearchSpace, plan: Plan, least_share:
         if not space.is_whole(one):
             continue
         shown = _as_trial(space, recipe, one)
-        pixels = (shown.network_px / plan.planned_px) ** 2
+        cost = (shown.network_px / plan.planned_px) ** plan.side_power
         too_large = one is shrunk and shown.network_px > MOST_SHRUNK * own.network_px
-        too_slow = views_share(recipe, recipe.backbone, plan, pixels=pixels) < least_share
+        too_slow = views_share(recipe, recipe.backbone, plan, cost=cost) < least_share
         if not too_large and not too_slow and shown not in seen:
             taken.append((one, shown.network_px))
             seen.append(shown)
@@ -171,20 +171,20 @@ def on_another(backbone: str, found: str) -> str:
     return "" if found in (backbone, backbone.partition(".")[0]) else f"on {found}"
 
 
-def views_share(recipe: Recipe, backbone: str, plan: Plan, *, pixels: float = 1.0) -> float:
+def views_share(recipe: Recipe, backbone: str, plan: Plan, *, cost: float = 1.0) -> float:
     """Share of the planned views that a trial of the backbone sees within the plan's seconds, in [0, 1]; 0 if dropped.
 
     Args:
         recipe: of the trial.
         backbone: its network.
         plan: the speeds, at ``planned_px``.
-        pixels: of the trial's input, in those of the planned one.
+        cost: of an image of the trial's input, in those of the planned one.
     """
     if backbone in plan.dropped or backbone not in plan.images_per_s:
         return 0.0
     if plan.cap_s is None:
         return 1.0
-    rate = plan.images_per_s[backbone] / pixels
+    rate = plan.images_per_s[backbone] / cost
     return min(1.0, plan.cap_s / trial_seconds(recipe, plan.rungs, plan.n_score, rate))
 
 

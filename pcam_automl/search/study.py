@@ -28,7 +28,7 @@ from pcam_automl.search.cost import TrialSeconds, ViewsShare, share_of_views
 from pcam_automl.search.dimension import checked_value
 from pcam_automl.search.domains import DOMAINS, ESTIMATE, kept_domains
 from pcam_automl.search.mirror import Mirror, find_mirror
-from pcam_automl.search.plan import SLOWEST_SHARE, trial_seconds
+from pcam_automl.search.plan import PIXELS, SLOWEST_SHARE, trial_seconds
 from pcam_automl.search.reading import load_study
 from pcam_automl.search.space import SearchSpace, parse_space
 from pcam_automl.search.storage_url import safe_url
@@ -146,6 +146,7 @@ class OpenStudy:
             images=trial_seconds(self.start, self.rungs, settings.n_score, images_per_s=1.0),
             fields=merge_fields(settings.start, self.space.base),
             cap_s=settings.cap_s,
+            side_power=plan.get("side_power", PIXELS),  # an earlier release's plan goes with the pixels
         )
 
     def views_share(self) -> ViewsShare | None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pcam_automl.cpu import cpu_model
-from pcam_automl.errors import InputError, did_you_mean
+from pcam_automl.errors import InputError, PcamError, did_you_mean
+from pcam_automl.files import FULL_DISK
 from pcam_automl.heap import keep_freed_memory
 from pcam_automl.models.convolution import set_routed
 
@@ -331,9 +332,14 @@ def measure_fitting(
 
 def measure_compiled(
     build: Callable[[], nn.Module], px: int, batch_size: int, compute: Compute
-) -> tuple[float, float] | str:
+) -> tuple[float, float] | str | None:
     """Seconds that ``torch.compile`` takes for a training step of this variant, and seconds of a compiled step; or, as
-    text, why it cannot be compiled here (no C++ compiler, an operation that is not understood).
+    text, why it cannot be compiled here (no C++ compiler, an operation that is not understood); None where memory or the
+    disk was full just now, which says nothing of another time.
+
+    Raises:
+        Interrupted: a second signal came meanwhile, whatever the compiler made of it.
+        torch.AcceleratorError: the device failed.
     """
     compiled = replace(compute, compiled=True)
     began = time.perf_counter()
@@ -345,13 +351,27 @@ def measure_compiled(
             turns = range(THOROUGH.rounds)
             step_s = min(_step_seconds(compiled, network, px, batch_size, THOROUGH.turn_s) for _ in turns)
     except Exception as fault:  # noqa: BLE001 - a compiler of foreign graphs raises anything; the reason is recorded
+        for behind in _chain(fault):  # it wraps what others raise inside it
+            if isinstance(behind, PcamError) or has_lost_its_device(behind):
+                raise behind from None
+            if is_out_of_memory(behind) or (isinstance(behind, OSError) and behind.errno in FULL_DISK):
+                return None
         return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
     finally:
         torch.compiler.reset()
     return ready_s, step_s
 
 
+def _chain(fault: BaseException) -> Iterator[BaseException]:
+    """The fault and what it was raised from or over."""
+    at: BaseException | None = fault
+    while at is not None:
+        yield at
+        at = at.__cause__ or at.__context__
+
+
 _OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",  # on Linux; the next words are Windows'
     *("not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
     *("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED"),  # their handle found no room on a full card
     *("DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED"),  # cuDNN 9's names

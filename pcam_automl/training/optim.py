@@ -41,6 +41,19 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
     """``torch.optim.AdamW``, likewise."""
 
 
+class FusedSGD(torch.optim.SGD):
+    """``torch.optim.SGD``, fused, whose momentum begins as zeros, which is the same where nothing is dampened.
+
+    torch's own begins with the first gradient, which its fused kernel does not know for parameters that thaw after others.
+    """
+
+    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> bool:
+        for param in group["params"]:
+            if param.grad is not None and group["momentum"] != 0 and self.state[param].get("momentum_buffer") is None:
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+        return bool(super()._init_group(group, params, grads, buffers))  # type: ignore[no-untyped-call]
+
+
 def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; matrices and kernels have weight decay, biases and norms have none, nor has what a network spares itself.
 
@@ -62,8 +75,10 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     if recipe.optimizer == "adam":
         return FusedAdam(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
     if recipe.optimizer == "sgd":
-        # foreach, not fused: fused SGD fails when parameters thaw after others have momentum ("expected Tensor as element 0")
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.beta1, nesterov=recipe.beta1 > 0, foreach=True)
+        # On a GPU fused: with float16 the others ask the device in every step whether the scale was too large.
+        on_gpu = any(param.is_cuda for param in network.parameters())
+        kind, how = (FusedSGD, {"fused": True}) if on_gpu else (torch.optim.SGD, {"foreach": True})
+        return kind(groups, lr=recipe.lr, momentum=recipe.beta1, nesterov=recipe.beta1 > 0, **how)
     return torch.optim.RMSprop(
         groups, lr=recipe.lr, alpha=recipe.beta2, momentum=recipe.beta1, eps=recipe.eps, foreach=True
     )

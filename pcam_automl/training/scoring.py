@@ -136,7 +136,7 @@ def outputs_of_rows(
     patches: Patches,
     rows: np.ndarray,
     *,
-    px: int = 64,
+    px: int,
     stop: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray | None:

@@ -25,10 +25,12 @@ from pcam_automl.training.compute import (
     device_name,
     fixed_variant,
     forward_seconds,
+    is_out_of_memory,
     measure_compiled,
     measure_fitting,
     peak_of_step,
 )
+from pcam_automl.training.scoring import EVAL_BATCH_ON_GPU, LEAST_BATCH
 from pcam_automl.versions import versions
 
 PROBE_BATCH_CPU = THOROUGH.largest_batch
@@ -72,8 +74,9 @@ class SpeedBook:
     Args:
         file: the JSON; made at the first measurement.
         deterministic: no measurement decides how a network runs (see :func:`~pcam_automl.training.compute.fixed_variant`).
-        quick: for trainings of seconds. A network is timed in few steps, and only where nothing is known of it at any
-            side: from another side's measurement its variant is taken, and its seconds by the number of pixels.
+        quick: for trainings of seconds. A network is timed in few steps; on a CPU only where nothing is known of it at any
+            side: from another side's measurement its variant is taken, and its seconds by the number of pixels. A GPU's
+            step is mostly launches where the input is small, and does not grow with the pixels.
     """
 
     def __init__(self, file: Path, *, deterministic: bool = False, quick: bool = False) -> None:
@@ -119,7 +122,8 @@ class SpeedBook:
         key, entry = self._key(recipe, device), self._entry(recipe, device)
         if "compiled" not in entry:
             batch = eager.micro_batch or self.probe_batch(recipe, device)
-            found = measure_compiled(_builder(recipe), recipe.network_px, batch, eager)
+            if (found := measure_compiled(_builder(recipe), recipe.network_px, batch, eager)) is None:
+                return eager
             scale = self.probe_batch(recipe, device) / batch
             note = {"fault": found} if isinstance(found, str) else {"ready_s": found[0], "step_s": found[1] * scale}
             self._note(key, {**self._known[key], "compiled": note})
@@ -163,6 +167,8 @@ class SpeedBook:
 
     def _at_another_side(self, recipe: Recipe, device: torch.device) -> dict[str, Any] | None:
         """What is known of the same network at the nearest other side, its step's seconds by the pixels."""
+        if device.type != "cpu":
+            return None
         px = recipe.network_px
         before, after = self._key(recipe, device).split(f"/{px}/", 1)
         sides = [
@@ -198,10 +204,11 @@ class SpeedBook:
         key, batch = self._key(recipe, device), compute.micro_batch or self.probe_batch(recipe, device)
         known = self._known.get(key, {})
         if "forward_s" not in known:
-            seconds = forward_seconds(_builder(recipe), recipe.network_px, batch, compute)
+            batch = batch if device.type == "cpu" else EVAL_BATCH_ON_GPU
+            each_s = _forward_s(recipe, batch, compute)
             if "step_s" not in known:  # deterministic, or by another side's measurement: nothing is kept of it
-                return batch / seconds
-            self._note(key, {**known, "forward_s": seconds / batch})
+                return 1.0 / each_s
+            self._note(key, {**known, "forward_s": each_s})
         return 1.0 / float(self._known[key]["forward_s"])
 
     def peak_bytes(self, recipe: Recipe, device: torch.device) -> int:
@@ -249,6 +256,17 @@ def _short_of_memory(micro_batch: int, device: torch.device) -> dict[str, int]:
     return {"micro_batch": micro_batch} | (
         {"available_bytes": available_bytes(device)} if device.type == "cuda" else {}
     )
+
+
+def _forward_s(recipe: Recipe, batch: int, compute: Compute) -> float:
+    """Seconds an image of a forward pass of so many, or of the largest halving that fits."""
+    while True:
+        try:
+            return forward_seconds(_builder(recipe), recipe.network_px, batch, compute) / batch
+        except (torch.OutOfMemoryError, RuntimeError) as fault:
+            if not is_out_of_memory(fault) or batch <= LEAST_BATCH:
+                raise
+        batch = max(LEAST_BATCH, batch // 2)
 
 
 def _was_short(entry: dict[str, Any], device: torch.device) -> bool:

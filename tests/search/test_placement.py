@@ -79,6 +79,9 @@ def test_a_cpu_is_shared_where_one_worker_cannot_use_all_its_cores(monkeypatch: 
 def test_a_gpu_takes_as_many_as_fit_and_find_it_idle() -> None:
     assert n_for_gpu(**GPU) == 4  # 2.5 ms of the 10 are its own
     assert n_for_gpu(**{**GPU, "double_step_s": 0.020}) == 1  # busy all the time
+    assert (
+        n_for_gpu(**{**GPU, "double_step_s": 0.0099, "free_bytes": 10**12, "n_cores": 64}) == 5
+    )  # noise is no idle GPU
     assert n_for_gpu(**{**GPU, "free_bytes": 14_000_000_000}) == 3  # the pack once, then 2.5 GB each
     assert n_for_gpu(**{**GPU, "free_bytes": 8_000_000_000}) == 3  # the pack is streamed there
     assert n_for_gpu(**{**GPU, "free_bytes": 1_000_000_000}) == 1

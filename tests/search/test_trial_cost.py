@@ -38,6 +38,8 @@ def test_seconds_follow_the_backbone_and_the_pixels() -> None:
     assert model({"crop_size": 32, "input_size": 128}) == 24.0
     assert model({"crop_size": 96, "upscale": 0.67}) == 6.0
     assert model({"crop_size": 32, "upscale": 0.67}) == 1.5, "no input is below 32 px"
+    launches = seconds_of(side_power=0.5)
+    assert launches({"crop_size": 32, "input_size": 256}) == pytest.approx(12.0)
 
 
 def test_no_trial_costs_more_than_the_cap() -> None:

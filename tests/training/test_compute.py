@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from pcam_automl.errors import InputError
+from pcam_automl.errors import InputError, Interrupted
 from pcam_automl.models.convolution import RoutedConv2d
 from pcam_automl.training import compute as compute_module
 from pcam_automl.training.compute import (
@@ -84,11 +85,18 @@ def test_a_variant_that_does_not_fit_leaves_the_batch_to_one_that_does(monkeypat
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "FIND was unable to find an engine to execute this computation",
         "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12",
     ],
 )
 def test_a_full_memory_is_known_by_the_words_of_torch_and_its_libraries(words: str) -> None:
     assert is_out_of_memory(RuntimeError(words))
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"))
+
+
+def test_a_full_memory_of_this_machine_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8)  # more than an address space holds
+    assert is_out_of_memory(caught.value)
 
 
 def test_other_errors_of_the_probe_are_not_taken_for_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +114,29 @@ def test_what_cannot_be_compiled_is_named_and_no_error(monkeypatch: pytest.Monke
 
     timed_by(seconds, monkeypatch)
     assert measure_compiled(small, 32, 8, Compute("cpu")) == "RuntimeError: no C++ compiler at all"
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        Interrupted("interrupted by SIGINT", 2),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_what_passes_is_not_noted_as_a_fault_of_the_compiler(
+    behind: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(variant: Compute, batch: int) -> float:
+        raise RuntimeError("backend='inductor' raised") from behind
+
+    timed_by(seconds, monkeypatch)
+    if isinstance(behind, Interrupted | torch.AcceleratorError):
+        with pytest.raises(type(behind)):
+            measure_compiled(small, 32, 8, Compute("cpu"))
+    else:
+        assert measure_compiled(small, 32, 8, Compute("cpu")) is None
 
 
 @pytest.mark.slow

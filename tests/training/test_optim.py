@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pcam_automl.models.factory import build_network
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe
-from pcam_automl.training.optim import FusedAdamW, WeightAverage, build_optimizer, set_rates
+from pcam_automl.training.optim import FusedAdamW, FusedSGD, WeightAverage, build_optimizer, set_rates
 from pcam_automl.training.schedule import Rates, decay_branch, one_cycle, rates_at, warm_up
 
 
@@ -177,6 +177,22 @@ def test_fused_and_foreach_steps_are_those_of_torchs_loop_over_single_tensors(
     others = {"beta1": 0.81, "weight_decay": 0.0} | ({} if name == "sgd" else {"beta2": 0.95, "eps": 1e-3})
     for field, value in others.items():
         assert apart(recipe.model_copy(update={field: value})) > 1e-4, field
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fused_sgd_begins_its_momentum_with_zeros_also_where_parameters_thaw(momentum: float) -> None:
+    ours, slow = (tiny() for _ in range(2))
+    plain = {"lr": 0.1, "momentum": momentum, "nesterov": momentum > 0, "weight_decay": 0.1}
+    optimizers = FusedSGD(ours.parameters(), fused=True, **plain), torch.optim.SGD(slow.parameters(), **plain)
+    for step in range(4):
+        images = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(step))
+        for network, optimizer in zip((ours, slow), optimizers, strict=True):
+            network[0].requires_grad_(step >= 2)
+            optimizer.zero_grad()
+            network(images).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.state_dict().values(), slow.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_gradient_in_another_layout_than_its_parameter_is_not_mixed_up() -> None:

@@ -40,8 +40,8 @@ def test_what_does_not_fit_is_judged_in_smaller_batches(patches: Patches, room: 
             raise torch.OutOfMemoryError("CUDA out of memory")
         return mean(images)
 
-    found = outputs_of_rows(hungry, patches, rows, progress=told.append)
-    whole = outputs_of_rows(mean, patches, rows)
+    found = outputs_of_rows(hungry, patches, rows, px=64, progress=told.append)
+    whole = outputs_of_rows(mean, patches, rows, px=64)
     assert found is not None
     assert whole is not None
     np.testing.assert_array_equal(found, whole)
@@ -63,7 +63,7 @@ def test_a_device_without_room_for_a_few_patches_and_other_faults_are_raised(pat
             raise fault
 
         with pytest.raises(type(fault), match=str(fault)):
-            outputs_of_rows(broken, patches, np.arange(600))
+            outputs_of_rows(broken, patches, np.arange(600), px=64)
 
 
 NORM = Normalisation((0.7, 0.5, 0.6), (0.2, 0.25, 0.3))

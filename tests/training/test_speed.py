@@ -75,6 +75,15 @@ def test_compiling_must_earn_its_time(
     assert not book.compute_for(RECIPE, CPU).compiled  # a search's trials are short
 
 
+def test_a_compiler_that_only_lacked_memory_is_asked_again(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter((None, (60.0, 0.3)))
+    monkeypatch.setattr(speed_module, "measure_compiled", lambda *_: next(answers))
+    book = SpeedBook(tmp_path / "speed.json")
+    assert [book.compute_for(RECIPE, CPU, views=400_000).compiled for _ in range(2)] == [False, True]
+
+
 def test_what_is_left_of_a_compiled_training_must_be_worth_compiling_again(calls: list[str], tmp_path: Path) -> None:
     book, compiled = SpeedBook(tmp_path / "speed.json"), Compute("cpu", "bf16", True, 0.32, compiled=True)
     assert book.for_the_rest(RECIPE, CPU, compiled, 370_000) == compiled
@@ -169,6 +178,37 @@ def test_a_quick_book_measures_a_network_at_one_side_only(calls: list[str], tmp_
     whole = RECIPE.model_copy(update={"batch_size": 64})
     assert book.compute_for(whole, CPU).step_s == 1.0, "measured with 32 images, told for 64"
     assert calls[1:] == ["measured 32 at 32"]
+
+
+def test_a_quick_book_measures_a_gpu_at_every_side(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed_module, "device_name", lambda device: "a GPU")
+    book, gpu = SpeedBook(tmp_path / "speed.json", quick=True), torch.device("cuda:0")
+    book.compute_for(RECIPE, gpu)
+    larger = RECIPE.model_copy(update={"crop_size": 64})
+    assert not book.knows(larger, gpu)
+    assert book.compute_for(larger, gpu).step_s == 0.5, "measured: a step that is mostly launches does not grow"
+    assert book.knows(larger, gpu)
+    assert len(calls) == 2
+
+
+def test_a_gpu_judges_as_many_at_once_as_a_prediction_does(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def seconds(build: object, px: int, batch: int, compute: Compute) -> float:
+        batches.append(batch)
+        if batch > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch / 400.0
+
+    monkeypatch.setattr(speed_module, "forward_seconds", seconds)
+    monkeypatch.setattr(speed_module, "device_name", lambda device: "a GPU")
+    book = SpeedBook(tmp_path / "speed.json")
+    assert book.judged_per_s(RECIPE, torch.device("cuda:0")) == pytest.approx(400.0)
+    assert batches == [1024, 512, 256]
 
 
 def test_a_thorough_book_measures_what_was_measured_quickly(calls: list[str], tmp_path: Path) -> None:
