@@ -377,7 +377,7 @@ def _train_member(
                 shutil.rmtree(checkpoints_beside(folder), ignore_errors=True)
             raise StudyError(
                 f"the final training of trial {trial.number} diverged ({fault}): at this length its learning rate of {recipe.lr:.3g} is too "
-                "large; finalize another with --trial N (`pcam-automl status` lists the best), or train fewer --epochs"
+                "large; finalize another with --trial N (`status` of the study lists the best), or train fewer --epochs"
             ) from fault
         if keeps and ranks().is_first:
             write_bundle(out / RAW, replace(trained.bundle, state=last))

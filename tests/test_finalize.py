@@ -56,6 +56,7 @@ from pcam_automl.search.objective import Objective
 from pcam_automl.search.storage import engine_of
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.turns import Limits
+from pcam_automl.search.whose_folder import ID_KEY
 from pcam_automl.search.worker import run_worker
 from pcam_automl.train import TrainWatch, checkpoints_beside, epoch_rungs, stage_ends
 from pcam_automl.training.engine import RungResult
@@ -494,20 +495,25 @@ def test_an_older_network_s_figures_are_not_said_of_a_newer_one(
     opened: OpenStudy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = finalize(opened, epochs=1.0, device=CPU, options=ONE)
-    found = final_of(opened.folder)
+    own = opened.study.user_attrs[ID_KEY]
+    found = final_of(opened.folder, own, "")
     assert found is not None
     assert found["auc"] == pytest.approx(made.auc)
+    assert final_of(opened.folder, "of the study that took its name", "") is None
+    assert "is of a deleted study of this name" in capsys.readouterr().err
     card = json.loads((made.out / "submission.json").read_text())
     (made.out / "submission.json").write_text(json.dumps({**card, "train_s": card["train_s"] + 1.0}))
-    found = final_of(opened.folder)
+    found = final_of(opened.folder, own, " --study tiny")
     assert found == {
         "model": str(opened.folder / "final" / "model"),
         "trial": 0,
+        "trials": [0],
         "auc": None,
         "auc_on": None,
         "auc_95": None,
     }
-    assert "is of an older network" in capsys.readouterr().err
+    assert "is of an older network" in (said := capsys.readouterr().err.replace("\n", " "))
+    assert "repeat `pcam-automl finalize --study tiny --epochs 1" in said
 
 
 def test_a_cut_off_final_training_goes_on_and_no_other_trial_is_confirmed_meanwhile(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pcam_automl.cli import app
 from pcam_automl.commands import queue
-from pcam_automl.errors import DeviceFailed, InputError, StudyError
+from pcam_automl.errors import DeviceFailed, InputError, SearchFailed, StudyError
 from pcam_automl.search.overview import StudyLine, overview
 from pcam_automl.search.reading import load_study, n_finished_of
 from pcam_automl.search.storage import open_storage
@@ -103,10 +103,20 @@ def test_a_study_whose_data_are_gone_does_not_hold_up_the_others(easy_pack: Path
     submit(url, moved, "lost", 1, "--priority", "1")
     submit(url, easy_pack, "fine", 1)
     moved.rename(tmp_path / "elsewhere")
-    out = call("worker", "--storage", url, "--device", "cpu", "--until-idle")
+    ended = CliRunner().invoke(app, ["worker", "--storage", url, "--device", "cpu", "--until-idle"])
+    out = " ".join(ended.output.split())
     assert out.count("study lost: data: ") == queue.FAULTS_OF_A_STUDY
     assert "left to other workers" in out
     assert "study fine: 1 trials finished here" in out
+    assert isinstance(ended.exception, SearchFailed)
+    assert "failed at 1 studies that have work left (lost; why is said above)" in str(ended.exception)
+
+
+def test_a_worker_whose_time_is_up_says_so(easy_pack: Path, url: str) -> None:
+    submit(url, easy_pack, "one", 1)
+    out = call("worker", "--storage", url, "--device", "cpu", "--timeout", "0.001s")
+    assert "time is up: 0 trials finished here" in out
+    assert n_finished_of(load_study("one", url)[0]) == 0
 
 
 def test_a_worker_whose_gpu_failed_ends_whatever_the_study(

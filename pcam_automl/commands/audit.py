@@ -43,12 +43,12 @@ def run_audit(name: str, url: str | None, *, as_json: bool) -> None:
         terminal.result(str(probe))
 
 
-def audit_warning(audit: Audit) -> Iterator[str]:
-    """A line for each rung that misleads; none where the others are to be seen with `audit` only."""
+def audit_warning(audit: Audit, options: str) -> Iterator[str]:
+    """A line for each rung that misleads; none where the others are to be seen with `audit` only. ``options`` name the study."""
     for rung in audit.misleading:
         yield (
             f"warning: scores after {rung.step:,} views say little about those after {rung.next_step:,} ({rung.why}); "
-            "`pcam-automl audit` shows more"
+            f"`pcam-automl audit{options}` shows more"
         )
 
 
@@ -58,14 +58,14 @@ def ranking_lines(ranking: Ranking) -> Iterator[str]:
     if best is not None:
         low, high = best.interval
         if math.isnan(low):
-            of = f"the {ranking.n_patches:,} validation patches"
+            of = f"the {ranking.n_patches:,} validation {ranking.what}"
             lone = f"all {of[4:]}" if ranking.n_clusters < 2 else f"all of a label among {of}"
-            yield f"trial {best.number}: no interval, since {lone} are of one slide"
+            yield f"trial {best.number}: no interval, since {lone} are of one {ranking.over.removesuffix('s')}"
         else:
             alone = ranking.n_clusters == ranking.n_patches  # no slide is known, or each has one patch
-            drawn = ", each drawn by itself" if alone else f" drawn by {ranking.n_clusters:,} slides"
+            drawn = ", each drawn by itself" if alone else f" drawn by {ranking.n_clusters:,} {ranking.over}"
             yield (
-                f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} ({ranking.n_patches:,} validation patches{drawn})"
+                f"trial {best.number}: AUC {best.auc:.4f}, 95 % {low:.4f} to {high:.4f} ({ranking.n_patches:,} validation {ranking.what}{drawn})"
             )
             unbeaten = first_few([str(number) for number in ranking.unbeaten], 10)
             compared = f"{len(ranking.trials)} of {ranking.n_complete} complete trials compared"

@@ -110,5 +110,5 @@ def run_synth(out: Path, *, n_patches: int, n_slides: int, seed: int) -> None:
     with terminal.counting("drawing patches") as call:
         write_synthetic(out, n_patches=n_patches, n_slides=n_slides, seed=seed, progress=call)
     terminal.result(
-        f"{out}: {n_patches:,} patches of {n_slides} slides; next: pcam-automl search --data {out} --trials 12"
+        f"{out}: {n_patches:,} patches of {n_slides} slides; next: pcam-automl search --data {shlex.quote(str(out))} --trials 12"
     )

@@ -25,7 +25,9 @@ def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise DataError(f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` writes it anew") from None
+        raise DataError(
+            f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` of its study writes it anew"
+        ) from None
     same = isinstance(card, dict) and card.get("recipe") == bundle.recipe.model_dump(mode="json")
     same = same and all(card.get(name) == bundle.provenance.get(name) for name in OF_ONE_TRAINING)
     return card if same else {}  # a finalize that was cut off leaves an older network's beside the new model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pcam_automl import terminal
@@ -28,11 +29,17 @@ def say_decision(decision: Decision, goal: Goal) -> None:
         return
     for one in decision.confirmed:
         search = "none" if one.search is None else f"{one.search:.4f}"
-        drop = "" if one.drop is None else f", a drop of {one.drop:.4f}"
-        terminal.say(f"  trial {one.trial}: {goal.short} {search} in the search, {one.mean:.4f} confirmed{drop}")
+        drop = "" if one.drop is None or math.isnan(one.drop) else f", a drop of {one.drop:.4f}"
+        confirmed = "diverged with a fresh seed" if math.isnan(one.mean) else f"{one.mean:.4f} confirmed"
+        terminal.say(f"  trial {one.trial}: {goal.short} {search} in the search, {confirmed}{drop}")
     best = decision.confirmed[0]
-    drop = "" if decision.drop is None else f"; the mean drop is {decision.drop:.4f}"
-    terminal.say(f"confirmed best: trial {best.trial}, {goal.short} {best.mean:.4f}{drop}")
+    drop = "" if decision.drop is None or math.isnan(decision.drop) else f"; the mean drop is {decision.drop:.4f}"
+    if math.isnan(best.mean):
+        terminal.say(
+            f"no confirmation came to an end: trial {decision.members[0].trial.number} is taken by the search's word"
+        )
+    else:
+        terminal.say(f"confirmed best: trial {best.trial}, {goal.short} {best.mean:.4f}{drop}")
     if decision.tie is not None:
         terminal.say(f"trial {decision.members[0].trial.number} is taken: {decision.tie}")
     if decision.blend is not None:
@@ -57,6 +64,10 @@ def print_final(final: FinalResult, as_json: bool) -> None:
     terminal.say(
         f"AUC {final.auc:.4f}{interval} on the {final.auc_on}; finalize took {terminal.duration(final.seconds)}"
     )
+    if dense := final.dense:
+        terminal.say(
+            f"  Dice {dense['dice']:.4f}, pixel accuracy {dense['accuracy']:.4f} (always negative: {dense['always_negative_accuracy']:.4f})"
+        )
     if final.log_loss is not None:
         by_domain = ", ".join(f"{name} {value:.4f}" for name, value in final.domain_aucs.items())
         worst = f"; AUC by domain, the worst first: {by_domain}" if by_domain else ""
@@ -76,7 +87,9 @@ def print_final(final: FinalResult, as_json: bool) -> None:
             [_step_cells(s) for s in final.steps],
         )
     made = final.submission or final.maps
-    terminal.result(str(made) if made else f"{final.out / 'model'} (no test patches are predicted, so no submission)")
+    several = final.decision is not None and len(final.decision.members) > 1
+    network = final.out if several else final.out / "model"  # `predict` takes all of an ensemble by its folder
+    terminal.result(str(made) if made else f"{network} (no test patches are predicted, so no submission)")
 
 
 def _as_json(final: FinalResult) -> dict[str, Any]:
@@ -90,6 +103,7 @@ def _as_json(final: FinalResult) -> dict[str, Any]:
         "auc_95": final.auc_95,
         "log_loss": final.log_loss,
         "domain_aucs": dict(final.domain_aucs),
+        "dense": final.dense or None,
         "test": final.on_test or None,
         "seconds": round(final.seconds, 1),
         **({} if final.decision is None else final.decision.to_json()),

@@ -10,8 +10,9 @@ from pathlib import Path
 import optuna
 
 from pcam_automl import terminal
+from pcam_automl.commands.advised import command_options
 from pcam_automl.commands.queue import run_service_worker
-from pcam_automl.commands.search import GO_ON, Work, command_options, work_on
+from pcam_automl.commands.search import GO_ON, Work, work_on
 from pcam_automl.commands.workers import devices_for
 from pcam_automl.config import storage_url
 from pcam_automl.errors import StudyError

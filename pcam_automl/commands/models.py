@@ -17,9 +17,9 @@ from pcam_automl import terminal
 from pcam_automl.bundle import CARD, check_bundle_target
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.account import say_account
+from pcam_automl.commands.advised import command_options
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
 from pcam_automl.commands.report import after_work, report_of_study, report_of_training
-from pcam_automl.commands.search import command_options
 from pcam_automl.commands.setup import DataOptions, set_up
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
@@ -40,6 +40,9 @@ from pcam_automl.training.compute import Compute, use_device
 from pcam_automl.training.engine import RungResult, Training
 from pcam_automl.training.pace import N_PARTS
 from pcam_automl.training.ranks import first_before_others, from_first, joined, ranks
+
+DENSE_FIGURES = ("auc_on", "dice", "accuracy", "always_negative_accuracy")
+"""Of a bundle's metrics, those that a patch task's do not have."""
 
 
 @contextmanager
@@ -316,6 +319,7 @@ def run_train(
             {
                 "auc": metrics["auc"],
                 "auc_95": metrics["auc_95"],
+                **{name: metrics[name] for name in DENSE_FIGURES if name in metrics},
                 "images_per_s": metrics["images_per_s"],
                 "wall_s": round(wall_s, 2),
                 "out": str(out),

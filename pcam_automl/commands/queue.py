@@ -11,8 +11,9 @@ import optuna
 import sqlalchemy as sa
 
 from pcam_automl import terminal
+from pcam_automl.commands.advised import command_options
 from pcam_automl.config import StudySettings, storage_url, studies_folder
-from pcam_automl.errors import DeviceFailed, Interrupted, PcamError, StudyError, first_few
+from pcam_automl.errors import DeviceFailed, Interrupted, PcamError, SearchFailed, StudyError, first_few
 from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.overview import StudyLine, next_study, others, overview, submit
 from pcam_automl.search.patience import patient
@@ -36,7 +37,7 @@ WATCH_S = 10.0
 
 def run_submit(name: str, url: str | None, asked: Asked, *, n_trials: int | None, priority: int) -> None:
     """Create the study, or change its place in the queue; no trial runs here."""
-    from pcam_automl.commands.search import command_options, give_budget, print_plan
+    from pcam_automl.commands.search import give_budget, print_plan
     from pcam_automl.search.create import create_or_open_study
 
     at, url = command_options(None, url), storage_url(url)
@@ -63,8 +64,16 @@ def run_service_worker(url: str | None, asked: Asked, devices: Sequence[str], wo
         server = Server(url, engine, asked, devices, work, stop)
         watch = QueueWatch(url, engine, work.max_retries)
         with patient(), Patrol(watch, watch.end):
-            server.serve(until_idle=until_idle)
-    terminal.result(f"no study of {safe_url(url)} has work left: {server.n_finished} trials finished here")
+            in_time = server.serve(until_idle=until_idle)
+    done = f"{server.n_finished} trials finished here"
+    if not in_time:
+        terminal.result(f"time is up: {done}")
+    elif server.left:
+        raise SearchFailed(
+            f"{done}; this worker failed at {len(server.left)} studies that have work left ({first_few(server.left)}; why is said above)"
+        )
+    else:
+        terminal.result(f"no study of {safe_url(url)} has work left: {done}")
 
 
 @dataclass
@@ -78,6 +87,7 @@ class Server:
         devices: one a worker process.
         work: limits; ``timeout_s`` is of the whole service.
         stop: of this process.
+        left: studies with work left that it failed at, once it has ended for want of others.
     """
 
     url: str
@@ -87,24 +97,27 @@ class Server:
     work: Work
     stop: StopSignal
     n_finished: int = 0
+    left: tuple[str, ...] = ()
     _faults: dict[str, list[float]] = field(default_factory=dict)
 
-    def serve(self, *, until_idle: bool) -> None:
-        """Until nothing is left, the time is up or a signal comes."""
+    def serve(self, *, until_idle: bool) -> bool:
+        """Until nothing is left, the time is up (False) or a signal comes."""
         began, idle = time.monotonic(), False
         while True:
             self.stop.check()
             left_s = None if self.work.timeout_s is None else self.work.timeout_s - (time.monotonic() - began)
             if left_s is not None and left_s <= 0:
-                return
+                return False
             lines = overview(self.engine)
             line = next_study(lines, without=self._given_up())
             if line is not None:
                 idle = False
                 self._serve_one(line, left_s)
                 continue
-            if until_idle and all(one.is_over or one.name in self._given_up() for one in lines):
-                return
+            left = tuple(one.name for one in lines if not one.is_over)
+            if until_idle and self._given_up().issuperset(left):
+                self.left = left
+                return True
             if not idle:
                 terminal.say("no study wants workers; waiting for one (Ctrl-C ends this worker)")
             idle = True

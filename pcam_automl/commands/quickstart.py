@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def run_quickstart(out: Path, *, n_patches: int, n_trials: int, seed: int, devic
         final.submission, raw / "test_labels.csv", groups=raw / "test_groups.csv", threshold=0.5, as_json=False
     )
     terminal.result(f"submission: {final.submission}")
-    terminal.result(f"dashboard:  pcam-automl dashboard --storage {url}")
+    terminal.result(f"dashboard:  pcam-automl dashboard --storage {shlex.quote(url)}")
     terminal.say(f"done in {terminal.duration(time.monotonic() - began)}")
     if score < LEAST_AUC:
         raise SearchFailed(

@@ -23,6 +23,7 @@ from pcam_automl.commands.final_card import (
     maps_on_test,
     out_of_fold_scores,
 )
+from pcam_automl.commands.status import is_of_another
 from pcam_automl.config import GRACE_S, StudySettings, find_data, storage_url, studies_folder
 from pcam_automl.data.packs import find_pack
 from pcam_automl.data.splits import Split
@@ -38,6 +39,7 @@ from pcam_automl.report.page import Written, write_report
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, read_scores
 from pcam_automl.search.budget import budget_of
+from pcam_automl.search.whose_folder import ID_KEY
 from pcam_automl.train import stage_folder, strip_file
 from pcam_automl.training.compute import use_device
 from pcam_automl.training.engine import RungResult
@@ -156,9 +158,12 @@ def report_of_study(
         opened = open_study(name, url, Asked(data=data), say=terminal.say, pack_call=call)
     folder = model or opened.folder / "final" / "model"
     bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
-    if bundle is not None and model is None and bundle.provenance.get("split_hash") != opened.split.hash:
-        terminal.say(f"{folder} is not of this study (another split, perhaps of a deleted study): left out")
-        bundle = None
+    if bundle is not None and model is None:
+        other_split = bundle.provenance.get("split_hash") != opened.split.hash
+        if other_split or is_of_another(bundle.provenance, opened.study.user_attrs.get(ID_KEY)):
+            why = "another split, perhaps of a deleted study" if other_split else "but of a deleted study of its name"
+            terminal.say(f"{folder} is not of this study ({why}): left out")
+            bundle = None
     trial = _trial_of(opened.study, bundle, opened.settings.goal)
     card = {} if bundle is None else final_card(folder, bundle)
     if scores is None:
@@ -214,7 +219,9 @@ def _trial_of(study: Any, bundle: ModelBundle | None, goal: Goal) -> Any:
     trials = study.get_trials(deepcopy=False)
     number = None if bundle is None else bundle.provenance.get("trial")
     if isinstance(number, int) and 0 <= number < len(trials) and bundle is not None:
-        return trials[number] if bundle.provenance.get("study") == study.study_name else best_of(trials, goal)
+        own = bundle.provenance.get("study") == study.study_name
+        own = own and not is_of_another(bundle.provenance, study.user_attrs.get(ID_KEY))
+        return trials[number] if own else best_of(trials, goal)
     return best_of(trials, goal)
 
 
@@ -230,7 +237,7 @@ def study_commands(
     """The two commands that repeat a study, from what it remembers: with the same budget, else with as many finished trials; at least one.
     ``final``: the options of `finalize`; ``total``: the trials that were asked for.
     """
-    from pcam_automl.commands.search import command_options
+    from pcam_automl.commands.advised import command_options
     from pcam_automl.search.reading import best_of, n_finished_in
 
     options = command_options(name, url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from optuna.trial import FrozenTrial
 from pcam_automl import terminal
 from pcam_automl.clock import process_age_s
 from pcam_automl.commands.account import account_json, arrows, clock_of, say_account, say_budget, so_far
+from pcam_automl.commands.advised import command_options
 from pcam_automl.commands.status import finished_line, judged, print_judged
 from pcam_automl.config import storage_url
 from pcam_automl.defaults import MAX_RETRIES
@@ -22,7 +22,6 @@ from pcam_automl.interrupt import StopSignal, stop_signal
 from pcam_automl.search.audit import audit_study
 from pcam_automl.search.ranking import rank_study
 from pcam_automl.search.reading import best_of, n_finished_in, n_finished_of
-from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import summarise
 
 if TYPE_CHECKING:  # these import torch and timm, which it can do without until it trains
@@ -317,7 +316,7 @@ def _print_end(
         terminal.result(
             f"best: trial {summary.best['number']}, {opened.settings.goal.label} {summary.best['value']:.4f} (this search took {terminal.duration(seconds)})"
         )
-        print_judged(ranking, audit)
+        print_judged(ranking, audit, options)
         terminal.say(
             f"next: pcam-automl dashboard{command_options(None, url)} to inspect, pcam-automl finalize{options} for the submission"
         )
@@ -342,9 +341,3 @@ def _print_spent(opened: OpenStudy, done: int, why: str) -> None:
         f"{terminal.duration(spent)} of {terminal.duration(total)} spent, {terminal.duration(max(0.0, total - spent))} left for finalize and its report"
     )
     say_account(opened, finalized=False)
-
-
-def command_options(name: str | None, url: str | None) -> str:
-    """``--study`` and ``--storage`` as a following command needs them; a password is left out of it."""
-    text = "" if name in (None, "pcam") else f" --study {shlex.quote(str(name))}"
-    return text + (f" --storage {shlex.quote(safe_url(url))}" if url else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from pcam_automl import terminal
+from pcam_automl.commands.advised import command_options
 from pcam_automl.commands.audit import audit_warning, ranking_lines
 from pcam_automl.config import storage_url, studies_folder
 from pcam_automl.goals import Goal
@@ -21,7 +23,7 @@ from pcam_automl.search.reading import ERROR, load_study_to_read
 from pcam_automl.search.storage_url import safe_url
 from pcam_automl.search.summary import READ_ATTRS, READ_OF_COMPLETE, Summary, summarise
 from pcam_automl.search.trial_rows import collector_paused
-from pcam_automl.search.whose_folder import foreign
+from pcam_automl.search.whose_folder import ID_KEY, foreign
 
 OF_ONE_TRAINING = ("data_key", "train_s")
 """Of a bundle's provenance: what `finalize` also writes beside it, and no other training has."""
@@ -39,13 +41,19 @@ def run_status(name: str, url: str | None, *, as_json: bool) -> None:
         folder = folder / "of another study"  # not there
     ranking = rank_study(study, settings, folder)
     audit = audit_study(study, settings)
-    final = final_of(folder)
+    final = final_of(folder, study.user_attrs.get(ID_KEY), command_options(name, url))
     if as_json:
         terminal.print_json({**summary.to_json(), **judged(ranking, audit), "final": final})
         return
-    _print_summary(summary, ranking, audit)
+    _print_summary(summary, ranking, audit, command_options(name, url))
     if final is not None:
-        terminal.result(f"final network: {final['model']}, of trial {final['trial']}{_scored(final)}")
+        several = len(final["trials"]) > 1
+        of = (
+            f"the ensemble of trials {', '.join(map(str, final['trials']))}"
+            if several
+            else f"of trial {final['trial']}"
+        )
+        terminal.result(f"final network: {final['model']}, {of}{_scored(final)}")
 
 
 def _scored(final: dict[str, Any]) -> str:
@@ -55,9 +63,14 @@ def _scored(final: dict[str, Any]) -> str:
     return f": AUC {final['auc']:.4f}{interval} on the {final['auc_on']}"
 
 
-def final_of(folder: Path) -> dict[str, Any] | None:
-    """What `finalize` wrote into the study's own folder: where the network lies, whose recipe it has, and the printed AUC; None where
-    there is none, or it lies elsewhere (``--out``).
+def final_of(folder: Path, study_id: Any, options: str) -> dict[str, Any] | None:
+    """What `finalize` wrote into the study's own folder: where the network lies (of an ensemble the folder of all), whose recipe it has,
+    and the printed AUC; None where there is none, it lies elsewhere (``--out``) or is of a deleted study of that name.
+
+    Args:
+        folder: the study's.
+        study_id: the study's own, None where it has none.
+        options: those that name it, for advice.
     """
     card_file, model = folder / "final" / "submission.json", folder / "final" / "model"
     if not (card_file.is_file() and model.is_dir()):
@@ -65,18 +78,35 @@ def final_of(folder: Path) -> dict[str, Any] | None:
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
         of_model = json.loads((model / "bundle.json").read_text(encoding="utf-8"))["provenance"]
+        if is_of_another(of_model, study_id):
+            terminal.say(f"{model} is of a deleted study of this name: not shown")
+            return None
         if any(card.get(name) != of_model.get(name) for name in OF_ONE_TRAINING):
+            asked = f" {words}" if (words := of_model.get("finalize")) else ""
             terminal.say(
-                f"warning: {card_file} is of an older network than {model}, whose finalize was cut off; repeat `pcam-automl finalize`"
+                f"warning: {card_file} is of an older network than {model}, whose finalize was cut off; repeat `pcam-automl finalize{options}{asked}`"
             )
-            return {"model": str(model), "trial": int(of_model["trial"]), "auc": None, "auc_on": None, "auc_95": None}
-        figures = {name: card.get(name) for name in ("auc", "auc_on", "auc_95")}
-        return {"model": str(model), "trial": int(card["trial"]), **figures}
+            trial = int(of_model["trial"])
+            found = {"model": str(model), "trial": trial, "trials": [trial]}
+            return {**found, "auc": None, "auc_on": None, "auc_95": None}
+        trials = [int(number) for number in card.get("members") or (card["trial"],)]
+        found = {
+            "model": str(model if len(trials) == 1 else model.parent),
+            "trial": int(card["trial"]),
+            "trials": trials,
+        }
+        return {**found, **{name: card.get(name) for name in ("auc", "auc_on", "auc_95")}}
     except (OSError, ValueError, KeyError, TypeError) as fault:
         terminal.say(
-            f"warning: {card_file}, or bundle.json beside it, cannot be read ({type(fault).__name__}: {fault}); `pcam-automl finalize` writes both anew"
+            f"warning: {card_file}, or bundle.json beside it, cannot be read ({type(fault).__name__}: {fault}); `pcam-automl finalize{options}` writes both anew"
         )
         return None
+
+
+def is_of_another(provenance: Mapping[str, Any], study_id: Any) -> bool:
+    """Whether a bundle says that it is of another study, be it of the same name; False where either does not say."""
+    own = provenance.get("study_id")
+    return own is not None and study_id is not None and own != study_id
 
 
 def judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:
@@ -84,13 +114,13 @@ def judged(ranking: Ranking, audit: Audit) -> dict[str, Any]:
     return {"ranking": ranking.to_json(), "audit": audit.to_json()}
 
 
-def print_judged(ranking: Ranking, audit: Audit) -> None:
-    """The lines under a best trial: how sure, and whether small rungs mislead."""
-    for line in (*ranking_lines(ranking), *audit_warning(audit)):
+def print_judged(ranking: Ranking, audit: Audit, options: str) -> None:
+    """The lines under a best trial: how sure, and whether small rungs mislead. ``options`` name the study, for advice."""
+    for line in (*ranking_lines(ranking), *audit_warning(audit, options)):
         terminal.result(line)
 
 
-def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
+def _print_summary(summary: Summary, ranking: Ranking, audit: Audit, options: str) -> None:
     n_stopped = summary.states.get("fail", 0) - len(summary.errors)
     shown = {**summary.states, "fail": len(summary.errors), "interrupted": n_stopped}
     states = ", ".join(f"{n} {state}" for state, n in shown.items() if n) or "no trials yet"
@@ -108,7 +138,7 @@ def _print_summary(summary: Summary, ranking: Ranking, audit: Audit) -> None:
         terminal.result(
             f"best: trial {best['number']}, {summary.settings.goal.label} {best['value']:.4f}, {terminal.duration(best['seconds'] or 0.0)} on {best['device']}"
         )
-        print_judged(ranking, audit)
+        print_judged(ranking, audit, options)
         recipe = best["recipe"] or {}
         always = ("backbone", "pretrained", "crop_size", "views")
         varied = [name for name in recipe if name in best["params"] or name in always]

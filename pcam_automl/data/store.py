@@ -10,6 +10,7 @@ import enum
 import hashlib
 import json
 import re
+import shlex
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +209,9 @@ def content_hash(
 def _read_header(root: Path) -> dict[str, Any]:
     path = root / "store.json"
     if not root.is_dir():
-        raise DataError(f"pack {root} does not exist; make it with `pcam-automl prepare RAW --out {root}`")
+        raise DataError(
+            f"pack {root} does not exist; make it with `pcam-automl prepare RAW --out {shlex.quote(str(root))}`"
+        )
     if not path.is_file():
         raise DataError(f"{root} is not a pack (no store.json); make one with `pcam-automl prepare RAW --out DIR`")
     try:

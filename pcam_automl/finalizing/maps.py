@@ -96,5 +96,7 @@ def finish_maps(
     }
     write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
     return FinalResult(
-        out, None, trial.number, pixel_auc, on, None, 0.0, tuple(notes), scores, maps, on_test, decision=decision
+        *(out, None, trial.number, pixel_auc, on, None, 0.0, tuple(notes), scores, maps, on_test),
+        dense=figures,
+        decision=decision,
     )

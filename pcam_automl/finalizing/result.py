@@ -158,6 +158,7 @@ class FinalResult:
         notes: test patches that could not be read.
         scores: of the holdout or the slides kept back, None where there are neither.
         maps: folder of the test images' probability maps, for a dense task.
+        dense: Dice, accuracy, accuracy of always-negative and loss on the pixels that the AUC is of; empty for patches, and where it is a trial's.
         on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
         decision: what was confirmed and chosen.
         operating: thresholds and reject curves out of fold, then on the slides that the network has not seen; those of them that there are.
@@ -177,6 +178,7 @@ class FinalResult:
     scores: Scores | None = None
     maps: Path | None = None
     on_test: dict[str, float | int | None] = field(default_factory=dict)
+    dense: dict[str, float] = field(default_factory=dict)
     decision: Decision | None = None
     operating: tuple[Operating, ...] = ()
     steps: tuple[Step, ...] = ()

@@ -84,11 +84,15 @@ def forest_figure(ranking: Ranking, names: Mapping[int, str]) -> Picture:
         "search_intervals.png",
         alt=f"AUC of {len(trials)} trials with 95 % intervals; trial {best.number} is best with {best.auc:.4f}, "
         f"{len(ranking.unbeaten)} others are not beaten by it",
-        caption=f"Intervals by Student's t over {ranking.n_clusters:,} slides drawn anew a thousand times (patches, where no slide is known){_rests_on(ranking)}. On the "
+        caption=f"Intervals by Student's t over {ranking.n_clusters:,} {_drawn(ranking)} drawn anew a thousand times{_rests_on(ranking)}. On the "
         "right every trial is compared with the best on the same draws: where the line crosses 0, the best does not beat it. The "
         "triangle marks the trial that finalize takes where it confirms none.",
     )
     return replace(drawn, wide=True)
+
+
+def _drawn(ranking: Ranking) -> str:
+    return f"{ranking.over} (patches, where no slide is known)" if ranking.what == "patches" else ranking.over
 
 
 def _rests_on(ranking: Ranking) -> str:

@@ -91,6 +91,8 @@ class Ranking:
         picked: the trial that ``finalize`` takes; None where ``trials`` is empty.
         why: the reason of that choice, for people.
         notes: what was left out and why.
+        what: ``patches``, or ``pixels`` of dense images; what ``n_patches`` counts.
+        over: ``slides``, or ``images`` where no slide of a dense set is known; what ``n_clusters`` counts.
     """
 
     trials: tuple[Ranked, ...]
@@ -101,6 +103,8 @@ class Ranking:
     picked: int | None = None
     why: str = ""
     notes: tuple[str, ...] = ()
+    what: str = "patches"
+    over: str = "slides"
 
     @property
     def best(self) -> Ranked | None:
@@ -349,7 +353,10 @@ def _ranking_of(complete: list[FrozenTrial], folder: Path, store: PatchStore, *,
         picked, why = choose_least_trained_tied(trials, views, start)
     else:
         picked, why = choose_cheapest_tied(trials)
-    return Ranking(trials, len(complete), len(cluster), n_clusters, n_of_label, picked, why, tuple(notes))
+    is_dense = len(np.unique(rows_here)) < len(rows_here)  # several pixels of one image
+    over = "images" if is_dense and n_unknown == len(rows_here) else "slides"
+    counts = (len(complete), len(cluster), n_clusters, n_of_label)
+    return Ranking(trials, *counts, picked, why, tuple(notes), "pixels" if is_dense else "patches", over)
 
 
 def _has_slides(store: PatchStore, rows: NDArray[np.int64]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -330,7 +331,7 @@ def _remembered_table(option: str, table: str | None, data: Path) -> Path | None
     """
     if table is not None and not Path(table).is_file():
         raise DataError(
-            f"the study was made with --{option} {table}, which is not here; make a pack with your copy of it (pcam-automl prepare {data} "
+            f"the study was made with --{option} {table}, which is not here; make a pack with your copy of it (pcam-automl prepare {shlex.quote(str(data))} "
             f"--out PACK --{option} CSV) and give PACK as --data"
         )
     return None if table is None else Path(table)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from pcam_automl.errors import RecipeError, StudyError
+from pcam_automl.recipe import Recipe
 from pcam_automl.search.cost import TrialSeconds, log_improvement_per_cost, mean_trial_s, share_of_views
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.objective import Objective
+from pcam_automl.search.plan import side_power
 from pcam_automl.search.sampler import build_sampler
 from pcam_automl.search.space import parse_space
 from pcam_automl.search.study import Asked, open_study
@@ -40,6 +43,17 @@ def test_seconds_follow_the_backbone_and_the_pixels() -> None:
     assert model({"crop_size": 32, "upscale": 0.67}) == 1.5, "no input is below 32 px"
     launches = seconds_of(side_power=0.5)
     assert launches({"crop_size": 32, "input_size": 256}) == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "slower", "power"), [("cpu", 4.0, 2.0), ("cuda:0", 4.0, 2.0), ("cuda:0", 2.0, 1.0), ("cuda:0", 0.9, 0.0)]
+)
+def test_on_a_gpu_it_is_measured_how_seconds_grow_with_the_side(device: str, slower: float, power: float) -> None:
+    recipe = Recipe(backbone="resnet10t", crop_size=64)
+    larger = recipe.model_copy(update={"input_size": 128})
+    rates = {64: 1000.0, 128: 1000.0 / slower}
+    book: Any = SimpleNamespace(images_per_s=lambda one, _: rates[one.network_px])
+    assert side_power(recipe, larger, torch.device(device), book) == power
 
 
 def test_no_trial_costs_more_than_the_cap() -> None:
