@@ -115,6 +115,7 @@ def test_the_whole_path(run: Any, easy_raw: Path, in_tmp: Path) -> None:
     assert json.loads((Path(final["out"]) / "submission.json").read_text())["trial"] == final["trial"]
     assert json.loads(run("status", "--json")[1])["final"] == {
         "model": str(Path(final["out"]) / "model"),
+        "trials": [final["trial"]],
         **{name: final[name] for name in ("trial", "auc", "auc_on", "auc_95")},
     }
     assert f"of trial {final['trial']}: AUC {final['auc']:.4f}" in run("status")[1]
@@ -757,9 +758,14 @@ def test_unreadable_files_are_named_and_left_out_of_a_prediction(
     (folder / "empty.tif").write_bytes(b"")
     (folder / "page.tif").write_text("<html>404</html>")
     (folder / "half.tif").write_bytes(good.read_bytes()[:9000])
+    latin = Path(os.fsdecode(bytes(folder) + b"/caf\xe9.tif"))
+    latin.write_bytes(good.read_bytes())
     code, _, err = run("predict", "--model", "m", "--input", folder, "--out", "p.csv")
     assert code == 0, err
     assert "left out 3 of 4 files" in err
+    assert "1 files have unprintable names and are left out (caf\\udce9.tif)" in err
+    fails_with(run("predict", "--model", "m", "--input", latin, "--out", "p.csv"), "unprintable names", "rename them")
+    latin.unlink()
     for name in ("empty.tif", "page.tif", "half.tif"):
         assert name in err
     assert pd.read_csv("p.csv", dtype={"id": str})["id"].tolist() == [good.stem]

@@ -12,7 +12,7 @@ from pcam_automl import terminal
 from pcam_automl.bundle import ModelBundle, load_bundle
 from pcam_automl.commands.report import bundle_folder
 from pcam_automl.data.images import PatchFault, read_patch
-from pcam_automl.data.tables import read_ids
+from pcam_automl.data.tables import is_id, read_ids
 from pcam_automl.ensemble import open_judge
 from pcam_automl.errors import DataError, InputError, first_few
 from pcam_automl.explain import explain_image
@@ -43,7 +43,7 @@ def run_predict(
     """
     check_threshold(threshold)
     bundle = load_bundle(bundle_folder(model))
-    given = files = list_images(inputs)
+    given = files = _with_ids(list_images(inputs))
     wanted = None if sample is None else read_ids(sample).tolist()
     if wanted is not None:
         if threshold is not None:
@@ -83,6 +83,21 @@ def run_predict(
     terminal.result(f"{out}: {len(wanted or ids):,} probabilities")
     if explain is not None:
         _explain(networks[0], [file for file in files if file.stem in known], known, explain)
+
+
+def _with_ids(files: list[Path]) -> list[Path]:
+    """Those whose names can be ids; the others, say of an archive from a machine with another encoding, are named and left out.
+
+    Raises:
+        InputError: none can.
+    """
+    named = [file for file in files if is_id(file.stem)]
+    if others := [ascii(file.name)[1:-1] for file in files if not is_id(file.stem)]:
+        text = f"{len(others)} files have unprintable names and are left out ({first_few(others)})"
+        if not named:
+            raise InputError(f"--input: {text}; rename them")
+        terminal.say(text)
+    return named
 
 
 def _images_of_sample(files: list[Path], wanted: list[str], sample: Path | None) -> list[Path]:

@@ -153,7 +153,7 @@ def work_on(opened: OpenStudy, asked: Asked, devices: Sequence[str], work: Work,
                 with stop.deferred():
                     end = run_worker(objective, limits, finished=show.finished)
     finally:
-        ledger.note()
+        ledger.close()
     if end.why in ("budget", "done") and work.budget_s is not None:
         opened.study.set_user_attr(SEARCHED_TRIALS_KEY, work.n_trials if end.why == "done" else None)
         opened.study.set_user_attr(SEARCHED_KEY, work.budget_s)

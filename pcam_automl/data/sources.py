@@ -103,6 +103,10 @@ def open_source(
         raise DataError(f"{fault.filename or root} cannot be read ({fault.strerror})") from None
     source = _with_names(source, "group", groups)
     source = _with_names(source, "domain", domains)
+    valid = source.label[source.part == VALID]
+    if source.kind != "dense" and len(valid) and len(np.unique(valid)) == 1:
+        held = f"warning: the validation part holds patches of label {valid[0]} only"
+        source = _noted(source, f"{held}: a search needs both there; complete it, or remove it, and pack again")
     known = source.label[source.part != TEST]
     if len(np.unique(known[known >= 0])) == 1:
         source = _noted(source, f"every training label is {known.max()}: a search needs both classes")

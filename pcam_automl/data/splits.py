@@ -114,7 +114,8 @@ def make_split(
     if official.any():
         fold[official] = 0
         if not by_load:
-            _check_labels(label[official], "the official validation part")
+            remedy = "complete it, or remove it from the raw data: folds of the training part are drawn then"
+            _check_labels(label[official], "the official validation part", remedy)
         if n_lost := int((~free & ~official).sum()):
             notes.append(f"{n_lost} training patches share a slide or pixels with the official validation part: unused")
     strata = coded(label, domain)

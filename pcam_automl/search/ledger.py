@@ -74,8 +74,13 @@ class Ledger:
             entry["confirm_s"] = round(self.confirm_s, 3)
         self.study.set_user_attr(self._key, json.dumps(entry))
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was written."""
+        return self._begun
+
     def close(self) -> None:
-        """Write how long it has lasted, if anything was written before: a command that was refused has spent nothing."""
+        """Write how long it has lasted, if anything was written before: a command that was refused, or found all done, has spent nothing."""
         if self._begun:
             self.note()
 

@@ -225,6 +225,13 @@ def test_a_validation_folder_is_kept_and_shares_no_id(tmp_path: Path, prefix: st
             Image.fromarray(tissue(number)).save(tmp_path / folder / f"p{number}.png")
     source = open_source(tmp_path)
     assert source.ids[source.part == VALID].tolist() == ["p4", "p5"]
+    assert not any("warning" in note for note in source.notes)
+    (tmp_path / f"{valid}1" / "p5.png").rename(tmp_path / "p5.png")
+    assert any(
+        note.startswith("warning: the validation part holds patches of label 0 only")
+        for note in open_source(tmp_path).notes
+    )
+    (tmp_path / "p5.png").rename(tmp_path / f"{valid}1" / "p5.png")
     shutil.copy(tmp_path / f"{prefix}0" / "p0.png", tmp_path / f"{valid}1" / "p0.png")
     with pytest.raises(DataError, match=r"1 ids are in the training and in the validation part \(p0\)"):
         open_source(tmp_path)
