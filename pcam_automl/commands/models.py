@@ -21,7 +21,7 @@ from pcam_automl.commands.advised import command_options
 from pcam_automl.commands.final_text import print_final, say_confirmed, say_decision
 from pcam_automl.commands.report import after_work, report_of_study, report_of_training
 from pcam_automl.commands.setup import DataOptions, set_up
-from pcam_automl.commands.status import is_whole
+from pcam_automl.commands.status import whole_final
 from pcam_automl.config import storage_url
 from pcam_automl.ensemble import member_folder
 from pcam_automl.errors import InputError, did_you_mean
@@ -155,7 +155,7 @@ def finalize_study(
             opened.study, FINALIZE, kept=budget_of(opened.study) is not None and within_budget and ranks().is_first
         )
         at_end.callback(ledger.close)  # however it ends: an interrupted one has spent, too
-        was_whole = is_whole(out or opened.folder / "final")
+        earlier = whole_final(out or opened.folder / "final")
         if options.seconds is None and epochs is None and within_budget:
             options = replace(options, seconds=from_first(lambda: _seconds_left(opened, with_report)))
         paced = options.seconds is not None and epochs is None
@@ -189,7 +189,7 @@ def finalize_study(
             )
         else:
             _say_old_report(final.out)
-        if ledger.begun or not was_whole:  # a repetition, which trains nothing, is free
+        if ledger.begun or earlier is None or earlier != whole_final(final.out):  # a mere repetition is free
             ledger.note()  # what is said next counts it
         if paced:
             _say_spent(opened)

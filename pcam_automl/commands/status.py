@@ -103,17 +103,18 @@ def final_of(folder: Path, study_id: Any, options: str) -> dict[str, Any] | None
         return None
 
 
-def is_whole(final: Path) -> bool:
-    """Whether a finalize has come to its end in that folder: what it wrote last is of the network that lies there."""
+def whole_final(final: Path) -> str | None:
+    """The options of a finalize that has come to its end in that folder: what it wrote last is of the network that lies there; else None."""
     card_file, bundle_file = final / "submission.json", final / "model" / "bundle.json"
     if not (card_file.is_file() and bundle_file.is_file()):
-        return False
+        return None
     try:
         card = json.loads(card_file.read_text(encoding="utf-8"))
         of_model = json.loads(bundle_file.read_text(encoding="utf-8"))["provenance"]
-        return all(card.get(name) == of_model.get(name) for name in OF_ONE_TRAINING)
+        same = all(card.get(name) == of_model.get(name) for name in OF_ONE_TRAINING)
+        return str(card.get("finalize", "")) if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another hand: `finalize` writes both anew
-        return False
+        return None
 
 
 def is_of_another(provenance: Mapping[str, Any], study_id: Any) -> bool:

@@ -46,6 +46,8 @@ SCORE_SHARE = 0.06
 
 PIXELS = 2.0
 """The power of a side by which an input's pixels grow."""
+LARGEST_PX = 192
+"""A whole patch at twice its side, the largest input that a search without a space of its own tries."""
 
 
 @dataclass(frozen=True)
@@ -194,23 +196,22 @@ def make_plan(
                     f"every backbone of the space is too slow here ({'; '.join(dropped.values())}); give --views to lift the limit"
                 )
             del dropped[max(rates, key=rates.__getitem__)]  # a budget is spent as well as it can be
-    larger = planned_recipe(fields, first, 2 * planned_px)
-    power = side_power(recipes[first], larger, device, speed)
+    power = side_power(recipes[first], device, speed)
     return Plan(rungs, n_score, cap_s, rates, dropped, planned_px, estimated, power)
 
 
-def side_power(recipe: Recipe, larger: Recipe, device: torch.device, speed: SpeedBook) -> float:
-    """By which power of its input's side a training step's seconds grow: with the pixels on a CPU. On a GPU it is measured, where a step of
-    small images is mostly launches: between 0 and that.
+def side_power(recipe: Recipe, device: torch.device, speed: SpeedBook) -> float:
+    """By which power of its input's side a training step's seconds grow: with the pixels on a CPU. On a GPU it is measured up to the
+    largest input that a search tries, where a step of small images is mostly launches: between 0 and that.
 
     Args:
         recipe: of a network.
-        larger: the same with a larger input.
         device: where it trains.
         speed: measures it.
     """
-    if device.type == "cpu" or recipe.task == "dense":
-        return PIXELS
+    if device.type == "cpu" or recipe.task == "dense" or 1.25 * recipe.network_px > LARGEST_PX:
+        return PIXELS  # between sides so close noise would decide
+    larger = recipe.model_copy(update={"input_size": LARGEST_PX})
     slower = speed.images_per_s(recipe, device) / speed.images_per_s(larger, device)
     return round(min(PIXELS, max(0.0, math.log(slower) / math.log(larger.network_px / recipe.network_px))), 2)
 

@@ -49,11 +49,12 @@ def test_seconds_follow_the_backbone_and_the_pixels() -> None:
     ("device", "slower", "power"), [("cpu", 4.0, 2.0), ("cuda:0", 4.0, 2.0), ("cuda:0", 2.0, 1.0), ("cuda:0", 0.9, 0.0)]
 )
 def test_on_a_gpu_it_is_measured_how_seconds_grow_with_the_side(device: str, slower: float, power: float) -> None:
-    recipe = Recipe(backbone="resnet10t", crop_size=64)
-    larger = recipe.model_copy(update={"input_size": 128})
-    rates = {64: 1000.0, 128: 1000.0 / slower}
+    recipe = Recipe(backbone="resnet10t", crop_size=96)
+    rates = {96: 1000.0, 192: 1000.0 / slower}
     book: Any = SimpleNamespace(images_per_s=lambda one, _: rates[one.network_px])
-    assert side_power(recipe, larger, torch.device(device), book) == power
+    assert side_power(recipe, torch.device(device), book) == power
+    fixed = recipe.model_copy(update={"input_size": 224})
+    assert side_power(fixed, torch.device(device), book) == 2.0, "nothing larger is tried"
 
 
 def test_no_trial_costs_more_than_the_cap() -> None:
