@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pcam_automl.bundle import ModelBundle
-from pcam_automl.commands.status import OF_ONE_TRAINING
+from pcam_automl.commands.status import of_one_training
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError
 from pcam_automl.finalizing.patches import OOF
@@ -29,8 +29,7 @@ def final_card(folder: Path, bundle: ModelBundle) -> dict[str, Any]:
             f"{file} cannot be read ({str(fault)[:120]}); `pcam-automl finalize` of its study writes it anew"
         ) from None
     same = isinstance(card, dict) and card.get("recipe") == bundle.recipe.model_dump(mode="json")
-    same = same and all(card.get(name) == bundle.provenance.get(name) for name in OF_ONE_TRAINING)
-    return card if same else {}  # a finalize that was cut off leaves an older network's beside the new model
+    return card if same and of_one_training(card, bundle.provenance) else {}
 
 
 def holdout_scores(folder: Path, card: dict[str, Any], store: PatchStore) -> Scores | None:

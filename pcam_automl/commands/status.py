@@ -76,12 +76,11 @@ def final_of(folder: Path, study_id: Any, options: str) -> dict[str, Any] | None
     if not (card_file.is_file() and model.is_dir()):
         return None
     try:
-        card = json.loads(card_file.read_text(encoding="utf-8"))
-        of_model = json.loads((model / "bundle.json").read_text(encoding="utf-8"))["provenance"]
+        card, of_model = _card_and_provenance(folder / "final")
         if is_of_another(of_model, study_id):
             terminal.say(f"{model} is of a deleted study of this name: not shown")
             return None
-        if any(card.get(name) != of_model.get(name) for name in OF_ONE_TRAINING):
+        if not of_one_training(card, of_model):
             asked = f" {words}" if (words := of_model.get("finalize")) else ""
             terminal.say(
                 f"warning: {card_file} is of an older network than {model}, whose finalize was cut off; repeat `pcam-automl finalize{options}{asked}`"
@@ -105,16 +104,28 @@ def final_of(folder: Path, study_id: Any, options: str) -> dict[str, Any] | None
 
 def whole_final(final: Path) -> str | None:
     """The options of a finalize that has come to its end in that folder: what it wrote last is of the network that lies there; else None."""
-    card_file, bundle_file = final / "submission.json", final / "model" / "bundle.json"
-    if not (card_file.is_file() and bundle_file.is_file()):
-        return None
     try:
-        card = json.loads(card_file.read_text(encoding="utf-8"))
-        of_model = json.loads(bundle_file.read_text(encoding="utf-8"))["provenance"]
-        same = all(card.get(name) == of_model.get(name) for name in OF_ONE_TRAINING)
-        return str(card.get("finalize", "")) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of another hand: `finalize` writes both anew
+        card, of_model = _card_and_provenance(final)
+        return str(card.get("finalize", "")) if of_one_training(card, of_model) else None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # absent, or of another hand: both are written anew
         return None
+
+
+def _card_and_provenance(final: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `finalize` wrote beside the network, and what the network's bundle says of itself; raises whatever is wrong with the files."""
+    card = json.loads((final / "submission.json").read_text(encoding="utf-8"))
+    return card, json.loads((final / "model" / "bundle.json").read_text(encoding="utf-8"))["provenance"]
+
+
+def of_one_training(card: Mapping[str, Any], provenance: Mapping[str, Any]) -> bool:
+    """Whether both are of one training: a finalize that was cut off leaves an older network's card beside the new bundle."""
+    return all(card.get(name) == provenance.get(name) for name in OF_ONE_TRAINING)
 
 
 def is_of_another(provenance: Mapping[str, Any], study_id: Any) -> bool:
