@@ -25,15 +25,24 @@ HOW_TO_GET_DATA = (
 
 
 def storage_url(given: str | None) -> str:
-    """``--storage``, else ``PCAM_AUTOML_STORAGE``, else the default SQLite file under ``studies/``."""
-    return given or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+    """``--storage``, else ``PCAM_AUTOML_STORAGE``, else the default SQLite file under ``studies/``; with the home folder for a ``~``, which
+    no shell replaces inside a URL.
+    """
+    url = given or os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+    return re.sub(r"^(sqlite(?:\+\w+)?:///)~(?=/)", lambda found: found[1] + Path.home().as_posix(), url)
 
 
 def studies_folder(url: str) -> Path:
     """Where studies of this storage keep their files: beside the SQLite file, else ``./studies``. Absolute."""
-    if url.startswith("sqlite:///"):
-        return Path(url.removeprefix("sqlite:///").partition("?")[0]).expanduser().resolve().parent
-    return Path("studies").resolve()
+    begin, _, file = url.partition(":///")
+    if not re.fullmatch(r"sqlite(\+\w+)?", begin):
+        return Path("studies").resolve()
+    file = file.partition("?")[0]
+    if "%" in file:  # which releases of SQLAlchemy read differently
+        import sqlalchemy as sa
+
+        file = sa.make_url(url).database or file
+    return Path(file).resolve().parent
 
 
 def check_study_name(name: str) -> str:

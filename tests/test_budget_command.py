@@ -431,6 +431,9 @@ def test_what_another_host_spent_during_our_start_up_counts_once(run: Any, easy_
     later, _ = _budget(opened, Work(None, 600.0, since=time.monotonic()))
     assert later is not None
     assert 600.0 - later.left_s() - later.reserve_s == pytest.approx(100.0, abs=2.0)
+    Ledger(opened.study, "search", since=time.monotonic() - 250.0).note()  # a long rung of another one is over
+    later.heed(opened.study)
+    assert 600.0 - later.left_s() - later.reserve_s == pytest.approx(250.0, abs=2.0)
 
 
 def test_what_the_report_will_take_is_not_the_final_training_s(

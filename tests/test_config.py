@@ -8,6 +8,7 @@ import pytest
 
 from pcam_automl.config import check_study_name, check_unchanged, find_data, parse_duration, storage_url, studies_folder
 from pcam_automl.errors import DataError, InputError, StudyError
+from pcam_automl.search.storage_url import sqlite_path
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,15 @@ def test_durations(text: str, seconds: float) -> None:
 def test_bad_durations_are_named(text: str) -> None:
     with pytest.raises(InputError, match="duration must be positive"):
         parse_duration(text)
+
+
+def test_the_home_folder_in_a_url_is_the_database_s_and_its_files_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    url = storage_url("sqlite:///~/studies/pcam.db")
+    assert (sqlite_path(url), studies_folder(url)) == (tmp_path / "studies" / "pcam.db", tmp_path / "studies")
+    assert storage_url("sqlite:///~x/pcam.db") == "sqlite:///~x/pcam.db"
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "-x", "a b", "x" * 101, "packs"])
@@ -55,6 +65,9 @@ def test_studies_lie_beside_their_sqlite_file(in_tmp: Path, monkeypatch: pytest.
     assert storage_url(None) == "sqlite:///studies/pcam.db"
     assert studies_folder(storage_url(None)) == in_tmp / "studies"
     assert studies_folder("sqlite:///x/y.db") == in_tmp / "x"
+    assert studies_folder("sqlite+pysqlite:///x/y.db?timeout=5") == in_tmp / "x"
+    percent = "sqlite:///my%20x/y.db"
+    assert studies_folder(percent) == (in_tmp / str(sqlite_path(percent))).parent, "whatever SQLAlchemy makes of it"
     assert studies_folder("postgresql://h/db") == in_tmp / "studies"
     monkeypatch.setenv("PCAM_AUTOML_STORAGE", "postgresql://h/db")
     assert storage_url(None) == "postgresql://h/db"

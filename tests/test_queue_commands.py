@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from pcam_automl.cli import app
 from pcam_automl.commands import queue
 from pcam_automl.errors import DeviceFailed, InputError, SearchFailed, StudyError
+from pcam_automl.search.create import SERVED_START_S
 from pcam_automl.search.overview import StudyLine, overview
 from pcam_automl.search.reading import load_study, n_finished_of
 from pcam_automl.search.storage import open_storage
+from pcam_automl.search.study import open_study
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PINS = ["backbone=test_resnet", "crop_size=32", "batch_size=16"]
@@ -148,7 +150,7 @@ def test_a_budget_counts_from_when_its_study_is_served(
     easy_pack: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker of the queue may be older than any budget."""
-    for module in ("search.ledger", "commands.search"):
+    for module in ("search.ledger", "search.create", "commands.search"):
         monkeypatch.setattr(f"pcam_automl.{module}.process_age_s", lambda: 7200.0)
     words = [
         "submit",
@@ -164,6 +166,8 @@ def test_a_budget_counts_from_when_its_study_is_served(
         url,
     ]
     call(*words, "--views", "96", "--device", "cpu", "--weights", "none", *(w for pin in PINS for w in ("--set", pin)))
+    planned = open_study("short", url).settings.plan["budget"]
+    assert planned["used_s"] == SERVED_START_S, "what packing took is not of the budget"
     out = call("worker", "--storage", url, "--device", "cpu", "--until-idle")
     assert "study short: 1 trials finished here" in out
     (line,) = json.loads(CliRunner().invoke(app, ["status", "--all", "--json", "--storage", url]).stdout)

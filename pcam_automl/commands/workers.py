@@ -193,13 +193,12 @@ class _WorkersShow:
     """One line a finished trial, above the table of the workers and the study's bar."""
 
     def __init__(self, board: Board, opened: OpenStudy, limits: Limits, noted: Callable[[], None]) -> None:
-        self.board, self.noted, self.goal = board, noted, opened.settings.goal
+        self.board, self.noted, self.goal, self.clock = board, noted, opened.settings.goal, limits.clock
         self.total = StudyBar(board, limits, n_finished_of(opened.study))
 
     def heard(self, said: Heard) -> None:
         from pcam_automl.commands.status import finished_line
 
-        self.total.tick()
         row, values = self.board.rows[said.worker], said.values
         if said.kind in ("begins", "rung", "finished"):
             self.noted()  # what a budget has spent until here, should this process be killed
@@ -213,6 +212,9 @@ class _WorkersShow:
             terminal.say(values[0])
         elif said.kind == "finished":
             trial, n_finished, best = values
+            if self.clock is not None:
+                self.clock.learn(best)  # as the workers do in their own processes
             self.total.set(n_finished)
             row.text = "between two trials"
             terminal.say(finished_line(trial, best, self.goal))
+        self.total.tick()

@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from pcam_automl.errors import OutOfTime
-from pcam_automl.search.ledger import Parts
+from pcam_automl.search.ledger import Parts, spent_with
 from pcam_automl.search.reading import n_finished_of
 
 TOTAL_KEY = "pcam_automl:budget_s"
@@ -354,6 +354,11 @@ class BudgetClock:
     def used_share(self) -> float:
         """Of the search's part, about 0 at its beginning and 1 at its end."""
         return 1.0 - self.left_s() / max(1e-9, self.total_s - self.reserve_s)
+
+    def heed(self, study: optuna.Study) -> None:
+        """What other commands have noted of the budget by now: one that trains beside this one notes its seconds at each rung."""
+        age_s = time.monotonic() - self.began
+        self.spent_s = max(self.spent_s, spent_with(study, age_s) - age_s)
 
     def learn(self, best: FrozenTrial | None) -> None:
         """Keep for the final training what the best trial's network needs, and no more than its share."""

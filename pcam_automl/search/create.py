@@ -91,6 +91,9 @@ from pcam_automl.training.speed import SpeedBook
 from pcam_automl.training.start import Rows, absent_ids, check_task, choose_rows, unseen_border, without_excluded
 from pcam_automl.versions import versions
 
+SERVED_START_S = 5.0
+"""What opening a study takes of its budget where another process serves it."""
+
 
 def create_or_open_study(
     name: str, url: str | None, asked: Asked, *, say: Say, pack_call: PackCall | None = None, spends: bool = False
@@ -112,8 +115,7 @@ def create_or_open_study(
     url = storage_url(url)
     check_study_name(name)
     check_options(asked)  # whatever is wrong is said before the hub is asked or the data packed
-    if asked.artifacts is not None:
-        open_mirror(asked.artifacts, name, studies_folder(url) / name)
+    mirror = None if asked.artifacts is None else open_mirror(asked.artifacts, name, studies_folder(url) / name)
     database = sqlite_path(normalised_url(url))
     if database is not None and not database.exists():  # a new study for certain: no fault shall leave a database
         _load_asked_space(asked)
@@ -125,6 +127,8 @@ def create_or_open_study(
     if name in optuna.get_all_study_names(storage):
         return open_study(name, url, asked, say=say, pack_call=pack_call)
     check_free(folder, url)
+    if mirror is not None:
+        mirror.check_empty()
     settings, split, domains = _decide(name, url, asked, folder, say, pack_call, spends)
     with signals_held():  # a study without its settings could never be opened
         is_new = _new_study(name, storage, settings, split, domains, folder, url)
@@ -192,7 +196,8 @@ def _decide(
     space = without_stage_fields(space, common, asked, say)
     _check_common(common, data, say)
     rows = choose_rows(data.store, common, *_search_rows(data.split))
-    plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say)
+    used_s = process_age_s() if spends else SERVED_START_S
+    plan, budget = _planned(space, start, common, data, rows, asked, folder, device, say, used_s)
     if (
         spends
         and budget is not None
@@ -364,8 +369,9 @@ def _planned(
     folder: Path,
     device: torch.device,
     say: Say,
+    used_s: float,
 ) -> tuple[Plan, BudgetPlan | None]:
-    """The rungs, by the speed of the device, and the parts of the budget if there is one."""
+    """The rungs, by the speed of the device, and the parts of the budget if there is one, of which ``used_s`` are over by now."""
     speed = SpeedBook(folder.parent / "speed.json", deterministic=asked.deterministic, quick=True)
     budget = None
     if asked.budget_s is not None:
@@ -383,7 +389,7 @@ def _planned(
             raise StudyError(why)
         budget = plan_budget(
             asked.budget_s,
-            used_s=process_age_s(),
+            used_s=used_s,
             images_per_s=rate,
             n_final=n_final,
             may_be_short=not _wants_search(asked),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pcam_automl.errors import InputError, WriteError
+from pcam_automl.errors import InputError, StudyError, WriteError
 from pcam_automl.files import folder_written_whole, written_whole
 
 LISTED_S = 30.0
@@ -57,6 +57,29 @@ class Mirror:
     folder: Path
     say: Say = lambda text: None
     _listed: list[tuple[float, frozenset[str]]] = field(default_factory=list)
+
+    def check_empty(self) -> None:
+        """For a study that is about to be made: whether nothing lies where it will keep its files. Scores of another one's trials,
+        which go by their numbers, would be taken for its own.
+
+        Raises:
+            StudyError: something does; it is not removed, since it may be that of a study in another database.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=f"{self.root}/", MaxKeys=1).get(
+                "KeyCount", 0
+            )
+        except (BotoCoreError, ClientError) as fault:
+            raise InputError(
+                f"--artifacts: s3://{self.bucket}/{self.root} cannot be listed ({str(fault)[:160]}); give the credentials the right to list the bucket"
+            ) from None
+        if found:
+            raise StudyError(
+                f"s3://{self.bucket}/{self.root}/ holds files of another study; take another --study name or --artifacts prefix, or, if that study "
+                "is gone, remove them"
+            )
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -89,10 +89,10 @@ def _give_back(study: optuna.Study, slots: Slots, slot: Slot, max_retries: int) 
         return False
     given_up = n_lost(study, slot.lineage) > max_retries
     if given_up and counts_in(rows, slot.lineage):  # it had been thawed, and stays paused where it was
-        slots.finish(slot)
+        changed = slots.finish(slot)
     else:
-        slots.reopen(slot, keep_lineage=not given_up)
-    return given_up
+        changed = slots.reopen(slot, keep_lineage=not given_up)
+    return given_up and changed  # else its worker, or another process, was quicker: the lineage is theirs
 
 
 def _end_orphans(study: optuna.Study, slots: Slots, trials: list[FrozenTrial]) -> list[int]:

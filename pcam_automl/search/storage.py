@@ -20,9 +20,9 @@ from pcam_automl.search.retrying_storage import RetryingStorage
 from pcam_automl.search.sqlite_place import check_local
 from pcam_automl.search.storage_url import (
     check_file,
+    driver_remedy,
     no_studies,
     normalised_url,
-    requirement_of,
     safe_url,
     scrubbed,
     sqlite_path,
@@ -168,9 +168,7 @@ def storage_fault(url: str, fault: Exception) -> StudyError:
     text = scrubbed(getattr(root, "orig", None) or root, url)
     shown = safe_url(url)
     if isinstance(root, ModuleNotFoundError | ImportError | sa.exc.NoSuchModuleError):
-        return StudyError(
-            f"storage {shown} needs a driver that is not installed; run: pip install '{requirement_of(url)}'"
-        )
+        return StudyError(f"storage {shown} needs a driver that is not installed; {driver_remedy(url)}")
     if shown.startswith("sqlite"):
         remedy = {
             "not a database": "it is another kind of file; name another one",

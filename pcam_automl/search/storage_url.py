@@ -14,10 +14,10 @@ from pcam_automl.errors import NoStudyError, StudyError, did_you_mean
 if TYPE_CHECKING:  # imported where it is used: `status` on an SQLite file does without these 0.5 s
     import sqlalchemy as sa
 
-# What to install for the first of the drivers, and the drivers in order of preference, with the scheme that Optuna's own SQL knows.
-_SERVERS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "postgresql": ("psycopg[binary]", (("psycopg", "psycopg"), ("psycopg2", "psycopg2"))),
-    "mysql": ("pymysql", (("pymysql", "pymysql"), ("mysqldb", "MySQLdb"))),
+# The drivers in order of preference: as a URL names them, their module, and what to install.
+_SERVERS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "postgresql": (("psycopg", "psycopg", "psycopg[binary]"), ("psycopg2", "psycopg2", "psycopg2-binary")),
+    "mysql": (("pymysql", "pymysql", "pymysql"), ("mysqldb", "MySQLdb", "mysqlclient")),
 }
 _ALIASES = {"postgres": "postgresql", "mariadb": "mysql"}
 CONNECT_TIMEOUT_S, BUSY_TIMEOUT_S = 10, 60
@@ -143,6 +143,8 @@ def normalised_url(url: str) -> str:
     scheme, plus, driver = parsed.drivername.partition("+")
     backend = _ALIASES.get(scheme, scheme)
     if backend == "sqlite":
+        if driver not in ("", "pysqlite"):
+            raise StudyError(f"storage sqlite takes no driver {driver!r}; write sqlite:///FILE")
         return _checked_sqlite(parsed, url)
     if not parsed.database:
         raise StudyError(f"storage URL {safe_url(url)!r} names no database; add /NAME at its end")
@@ -162,11 +164,11 @@ def _checked_sqlite(parsed: sa.URL, url: str) -> str:
 
 
 def _installed_driver(backend: str) -> str:
-    requirement, drivers = _SERVERS[backend]
-    for driver, module in drivers:
+    for driver, module, _ in _SERVERS[backend]:
         if importlib.util.find_spec(module) is not None:
             return driver
-    raise StudyError(f"storage {backend} needs the package {drivers[0][1]}; run: pip install '{requirement}'")
+    _, module, requirement = _SERVERS[backend][0]
+    raise StudyError(f"storage {backend} needs the package {module}; run: pip install '{requirement}'")
 
 
 def driver_module(scheme: str) -> str | None:
@@ -175,8 +177,8 @@ def driver_module(scheme: str) -> str | None:
     None for SQLite, for what is no database of ours, and where none is installed.
     """
     name, plus, driver = scheme.partition("+")
-    _, drivers = _SERVERS.get(_ALIASES.get(name, name), ("", ()))
-    wanted = [module for own, module in drivers if not plus or own == driver]
+    drivers = _SERVERS.get(_ALIASES.get(name, name), ())
+    wanted = [module for own, module, _ in drivers if not plus or own == driver]
     return next((module for module in wanted if importlib.util.find_spec(module) is not None), None)
 
 
@@ -197,8 +199,11 @@ def plain_sqlite_path(url: str) -> Path | None:
     return None if odd else Path(file)
 
 
-def requirement_of(url: str) -> str:
-    """What to install for the driver of the URL's database."""
-    import sqlalchemy as sa
-
-    return _SERVERS[sa.make_url(url).get_backend_name()][0]
+def driver_remedy(url: str) -> str:
+    """What to do where the driver that a server's URL names is not installed."""
+    scheme, _, driver = url.partition("://")[0].partition("+")
+    drivers = _SERVERS[_ALIASES.get(scheme, scheme)]
+    for own, _, requirement in drivers:
+        if own == driver:
+            return f"run: pip install '{requirement}'"
+    return f"write {scheme}://... without it, and run: pip install '{drivers[0][2]}'"

@@ -141,10 +141,13 @@ def _run_trials(
             return SearchEnd(n_finished, "timeout")
         if limits.yields is not None and limits.yields():
             return SearchEnd(n_finished, "yielded")
-        settle_lost(
+        settled = settle_lost(
             study, slots, trials, checkpoints=opened.checkpoints, max_retries=limits.max_retries, mirror=opened.mirror
         )
+        if settled.ended:
+            trials = study.get_trials(deepcopy=False)  # in the list at hand those rows run for ever
         if limits.clock is not None:
+            limits.clock.heed(study)
             _plan_anew(objective, limits.clock, best_of(trials, opened.settings.goal))
         _heed_audit(objective, study, trials)
         turn = next_turn(opened, slots, trials, limits, owner)
@@ -169,7 +172,7 @@ def _run_trials(
         sampler.budget_left = min(1.0, max(0.0, 1.0 - spent))
         sampler.prescribed = {**prescribed(opened, turn.slot), **({} if entry is None else entry.params)}
         trial = _one_trial(study, objective)
-        n_finished += _settle_slot(claim, turn.slot, trial, objective)
+        n_finished += _settle_slot(claim, turn.slot, trial, trials, objective)
         keep_on_disk(slots.engine)
         trials = study.get_trials(deepcopy=False)
         keep_within(  # on this machine's disk: what a bucket holds can go on here or elsewhere
@@ -328,8 +331,10 @@ def _flush(objective: Objective) -> None:
         objective.writer.flush()
 
 
-def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: Objective) -> int:
-    """Close or give back the slot; 1 if the trial counts."""
+def _settle_slot(
+    claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, earlier: list[FrozenTrial], objective: Objective
+) -> int:
+    """Close or give back the slot; 1 if the trial counts, as the first finished one of its lineage (``earlier`` were there before it)."""
     slots, folder = claim.slots, objective.opened.checkpoints
     if trial.state not in FINISHED:
         rows = objective.opened.study.get_trials(deepcopy=False)
@@ -352,7 +357,7 @@ def _settle_slot(claim: SlotOfTrial, slot: Slot, trial: FrozenTrial, objective: 
     else:
         objective.writer.flush()  # it removes older ones itself
         trim(folder, lineage)
-    return 0 if objective.thawed_from is not None else 1
+    return 0 if slot.lineage is not None and counts_in(earlier, slot.lineage) else 1
 
 
 def failed_by_itself(trial: FrozenTrial) -> bool:

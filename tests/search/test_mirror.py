@@ -17,7 +17,7 @@ import torch
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.trial import TrialState
 
-from pcam_automl.errors import InputError, Interrupted
+from pcam_automl.errors import InputError, Interrupted, StudyError
 from pcam_automl.search import pictures as pictures_module
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.mirror import Mirror, open_mirror, parse_s3
@@ -139,6 +139,17 @@ def test_a_wrong_url_is_named(url: str, words: str) -> None:
 def test_a_bucket_that_is_not_there_is_refused_before_anything_is_trained(client: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bucket 'absent' cannot be reached .*AWS_ENDPOINT_URL and the credentials"):
         open_mirror("s3://absent/x", "study", tmp_path)
+
+
+def test_a_new_study_does_not_take_another_one_s_files(client: Any, easy_pack: Path, tmp_path: Path) -> None:
+    client.put_object(Bucket=BUCKET, Key="team/far-off/trials/5/scores.npz", Body=b"0")
+    open_mirror(f"s3://{BUCKET}/team", "far", tmp_path).check_empty()  # another name that begins alike
+    client.put_object(Bucket=BUCKET, Key="team/far/trials/5/scores.npz", Body=b"0")
+    asked = Asked(data=easy_pack, weights="none", views=64, device="cpu", artifacts=f"s3://{BUCKET}/team")
+    url = f"sqlite:///{tmp_path / 'studies' / 's.db'}"
+    with pytest.raises(StudyError, match=r"patches/team/far/ holds files of another study; take another --study"):
+        create_or_open_study("far", url, asked, say=lambda text: None)
+    assert keys(client) != []
 
 
 def test_a_bucket_that_goes_away_costs_a_note(client: Any, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pcam_automl.search.connections import keep_on_disk
 from pcam_automl.search.patience import is_transient, retry_transient
 from pcam_automl.search.retrying_storage import end_with, set_user_attrs
 from pcam_automl.search.storage import engine_of, open_storage, quiet_experimental, storage_fault
-from pcam_automl.search.storage_url import normalised_url, safe_url
+from pcam_automl.search.storage_url import driver_remedy, normalised_url, safe_url
 
 SECRET = "s3cr:t/p@ss w%rd"
 ENCODED = "s3cr%3At%2Fp%40ss%20w%25rd"
@@ -193,8 +193,12 @@ def test_who_only_looks_makes_no_tables_in_a_database_of_others(tmp_path: Path, 
         ("+psycopg://h/db", "is not valid"),
         ("postgresql:user:secret@host/db?proxy=http://x", "is not valid"),
         ("postgresql://u@h", "names no database"),
-        ("postgresql+nodriver://u@h/db", r"run: pip install 'psycopg\[binary\]'"),
-        ("mysql+mysqlconnector://u@h/db", r"run: pip install 'pymysql'"),
+        (
+            "postgresql+nodriver://u@h/db",
+            r"write postgresql://\.\.\. without it, and run: pip install 'psycopg\[binary\]'",
+        ),
+        ("mysql+mysqlconnector://u@h/db", r"write mysql://\.\.\. without it, and run: pip install 'pymysql'"),
+        ("sqlite+aiosqlite:///studies/x.db", "sqlite takes no driver 'aiosqlite'; write sqlite:///FILE"),
     ],
 )
 def test_wrong_url_is_refused_in_one_line(url: str, message: str) -> None:
@@ -294,6 +298,19 @@ def test_missing_driver_names_the_install_command(monkeypatch: pytest.MonkeyPatc
         normalised_url("postgresql://u@h/db")
     with pytest.raises(StudyError, match=r"needs the package pymysql; run: pip install 'pymysql'"):
         normalised_url("mysql://u@h/db")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql+psycopg2://u@h/db", "run: pip install 'psycopg2-binary'"),
+        ("postgresql+psycopg://u@h/db", "run: pip install 'psycopg[binary]'"),
+        ("mariadb+mysqldb://u@h/db", "run: pip install 'mysqlclient'"),
+        ("mariadb+other://u@h/db", "write mariadb://... without it, and run: pip install 'pymysql'"),
+    ],
+)
+def test_a_driver_that_is_named_gets_its_own_remedy(url: str, words: str) -> None:
+    assert driver_remedy(url) == words
 
 
 @pytest.mark.parametrize(

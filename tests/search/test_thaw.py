@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pcam_automl.config import parse_bytes
 from pcam_automl.errors import InputError, OutOfTime, StudyError, TrainingDiverged
 from pcam_automl.finalize import finalize
+from pcam_automl.search import settling
 from pcam_automl.search import worker as worker_module
 from pcam_automl.search.budget import BudgetClock, ShortSearch
 from pcam_automl.search.create import create_or_open_study
@@ -450,6 +451,61 @@ def test_past_its_end_a_search_begins_nothing_beside_the_trial_that_it_waits_for
     running = optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"})  # another worker's
     assert next_turn(opened, slots, [running], Limits(9, clock=clock), "me") == "budget"
     assert isinstance(next_turn(opened, slots, [], Limits(9, clock=clock), "me"), Turn)
+
+
+def test_a_first_trial_whose_worker_was_killed_is_gone_on_with_past_the_search_s_end(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = opened_in(tmp_path, asked)
+    slots = Slots(engine_of(opened.study), opened.name)
+    held = slots.claim(9, "gone")
+    assert held is not None
+    opened.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"}))
+    slots.started(held, 0, "0")
+    monkeypatch.setattr("pcam_automl.search.settling.owner_alive", lambda owner: owner != "gone")
+    assert run(opened, 9, told(left=-1.0))[0] == SearchEnd(1, "budget"), "its row does not run any more"
+
+
+def test_a_lost_lineage_that_its_worker_gave_back_itself_keeps_its_checkpoints(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = opened_in(tmp_path, asked)
+    slots = Slots(engine_of(opened.study), opened.name)
+    held = slots.claim(9, "gone")
+    assert held is not None
+    opened.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"}))
+    slots.started(held, 0, "0")
+    (opened.checkpoints / "0" / "0").mkdir(parents=True)
+    monkeypatch.setattr("pcam_automl.search.settling.owner_alive", lambda owner: False)
+    whole = settling._give_back
+
+    def late(study: optuna.Study, slots: Slots, slot: Slot, max_retries: int) -> bool:
+        assert slots.reopen(slot, keep_lineage=True)  # the worker, which lives, was quicker
+        return whole(study, slots, slot, max_retries)
+
+    monkeypatch.setattr(settling, "_give_back", late)
+    trials = opened.study.get_trials()
+    found = settle_lost(opened.study, slots, trials, checkpoints=opened.checkpoints, max_retries=0)
+    assert (found.ended, found.given_up) == ((0,), ())
+    assert (opened.checkpoints / "0" / "0").exists()
+    assert slots.all()[0].lineage == "0"
+
+
+def test_a_trial_that_went_on_twice_is_one_that_was_finished_here(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, whole, cut = opened_in(tmp_path, asked), Objective._train, list[int]()
+
+    def cut_off(self: Objective, trial: optuna.Trial, lineage: str) -> float:
+        if self.thawed_from is not None and not cut:
+            cut.append(trial.number)
+            raise OutOfTime("time is up")  # before a rung of this row: its lineage goes on in its slot
+        return whole(self, trial, lineage)
+
+    monkeypatch.setattr(Objective, "_train", cut_off)
+    assert run(opened, 3, told())[0] == SearchEnd(3, "done")
+    assert len(cut) == 1
+    assert n_finished_of(opened.study) == 3
 
 
 def test_a_short_search_begins_its_second_trial_also_where_the_first_was_slower_than_planned(
