@@ -256,16 +256,17 @@ def with_centre_box(patch: Pixels) -> Pixels:
 
 
 def explain_patches(
-    predictor: Predictor, patches: Pixels, *, probs: NDArray[np.float64] | None = None
+    predictor: Predictor, patches: Pixels, *, probs: NDArray[np.float64] | None = None, threshold: float = 0.5
 ) -> list[Explanation]:
     """Grad-CAM and a sentence for patches (B, S, S, 3) uint8.
 
-    Below a probability of 0.5 the map is that of "no tumour", and the sentence says so.
+    Below the threshold the map is that of "no tumour", and the sentence says so.
 
     Args:
         predictor: whose network is shown.
         patches: (B, S, S, 3) uint8.
         probs: (B,) in [0, 1] to explain, where they are not the predictor's own; None asks it, its views averaged.
+        threshold: probability from which a patch is called tumour.
 
     Raises:
         InputError: the recipe is of dense maps, or the network has no spatial layer.
@@ -277,19 +278,19 @@ def explain_patches(
         probs = image_probs(predictor, patches)
     batch = torch.from_numpy(patches).to(predictor.compute.device).permute(0, 3, 1, 2)
     view = centre_view(batch, recipe.crop_size, recipe.network_px, norm.mean, norm.std, dtype=torch.float32)
-    toward = torch.from_numpy(np.where(probs >= 0.5, 1.0, -1.0).astype(np.float32))
+    toward = torch.from_numpy(np.where(probs >= threshold, 1.0, -1.0).astype(np.float32))
     least_map = max(LEAST_MAP, math.ceil(2 * recipe.crop_size / CENTRE_PX))  # a cell is at most half the centre's side
     maps = attention(predictor.network, predictor.compute.layout(view), toward=toward, least_map=least_map).numpy()
     shares = centre_share(maps, recipe.crop_size)
     return [
-        Explanation(float(p), float(s), overlay(patch, m, recipe.crop_size), sentence(float(p), float(s)))
+        Explanation(float(p), float(s), overlay(patch, m, recipe.crop_size), sentence(float(p), float(s), threshold))
         for p, s, patch, m in zip(probs, shares, patches, maps, strict=True)
     ]
 
 
-def sentence(prob: float, share: float) -> str:
+def sentence(prob: float, share: float, threshold: float = 0.5) -> str:
     """What a probability of tumour and a centre share (NaN: an empty map) mean, in plain words."""
-    called = prob >= 0.5
+    called = prob >= threshold
     start = f"Probability {prob:.2f} of tumour" + ("" if called else ", so the map shows what speaks against tumour")
     if math.isnan(share):
         return f"{start}: no region of the patch stands out."

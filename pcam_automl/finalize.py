@@ -163,8 +163,6 @@ def finalize(
         options = replace(options, confirm=0)
     decision = from_first(lambda: _decided(opened, trial, which, epochs, rows, out, device, options, watch, began))
     watch.decided(decision)
-    if ranks().is_first:
-        (out / ENSEMBLE).unlink(missing_ok=True)  # it is of the members before
     for number, member in enumerate(decision.members):
         pace = None
         if options.seconds is not None and epochs is None:
@@ -381,7 +379,8 @@ def _train_member(
             ) from fault
         if keeps and ranks().is_first:
             write_bundle(out / RAW, replace(trained.bundle, state=last))
-    if ranks().is_first:
+    fitted_last = rows.kept_back and decision.calibration is None  # to the slides kept back, once they are predicted
+    if ranks().is_first and not fitted_last:
         _calibrate(folder, decision.calibrations[number])
 
 
@@ -408,5 +407,9 @@ def _settle_members(out: Path, decision: Decision) -> None:
         number = folder.name.removeprefix("model-")
         if number.isdigit() and int(number) > n and (folder / CARD).is_file():
             shutil.rmtree(folder)
-    if n > 1:
+    if n == 1:
+        (out / ENSEMBLE).unlink(
+            missing_ok=True
+        )  # not earlier: where a training is refused or cut off the networks before it stay what they were
+    else:
         write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})

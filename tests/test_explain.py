@@ -150,4 +150,7 @@ def test_given_probabilities_decide_what_is_explained() -> None:
     found = [explain_patches(predictor, patches, probs=np.array([p]))[0] for p in probs]  # type: ignore[arg-type]
     assert [e.prob for e in found] == probs
     assert ["against tumour" in e.sentence for e in found] == [False, True]
+    (below,) = explain_patches(predictor, patches, probs=np.array([0.1]), threshold=0.05)  # type: ignore[arg-type]
+    assert "against tumour" not in below.sentence
+    assert np.array_equal(below.overlay, found[0].overlay), "the map is of its call"
     assert not np.array_equal(found[0].overlay, found[1].overlay)

@@ -297,4 +297,5 @@ def test_test_images_with_masks_are_scored_and_those_without_are_not(red: MapPre
     assert figures["accuracy"] == pytest.approx((decided == (truth > 0)).mean())
     _, notes = figures_on_test(red, packed_pairs(tmp_path / "empty", truth=np.zeros_like(truth)))
     assert "not scored" in notes[0]
-    assert "no tumour" in notes[0]
+    assert "the masks of the 1 images hold no tumour" in notes[0]
+    assert "--fold" not in notes[0], "no other one would change the test part"

@@ -71,7 +71,8 @@ def print_final(final: FinalResult, as_json: bool) -> None:
     if final.log_loss is not None:
         by_domain = ", ".join(f"{name} {value:.4f}" for name, value in final.domain_aucs.items())
         worst = f"; AUC by domain, the worst first: {by_domain}" if by_domain else ""
-        terminal.say(f"  log-loss {final.log_loss:.4f}{worst}")
+        fitted = " (its temperature was fitted to these patches)" if final.log_loss_fitted else ""  # a single parameter
+        terminal.say(f"  log-loss {final.log_loss:.4f}{fitted}{worst}")
     if test := final.on_test:
         terminal.say(
             f"{test['n']:,} test images with masks: Dice {test['dice']:.4f}, pixel accuracy {test['accuracy']:.4f} (always "
@@ -102,6 +103,7 @@ def _as_json(final: FinalResult) -> dict[str, Any]:
         "auc_on": final.auc_on,
         "auc_95": final.auc_95,
         "log_loss": final.log_loss,
+        "log_loss_fitted": final.log_loss_fitted,
         "domain_aucs": dict(final.domain_aucs),
         "dense": final.dense or None,
         "test": final.on_test or None,

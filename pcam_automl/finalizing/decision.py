@@ -140,7 +140,7 @@ def decide(
         calibration=calibration,
         oof=oof,
         oof_auc=auc(label, blend.logits),
-        oof_auc_95=auc_interval(label, blend.logits, group),
+        oof_auc_95=auc_interval(label, blend.logits, clusters_of_rows(store, rows)),
         tie=tie if single in chosen else None,
         one_view=one_view,
     )

@@ -18,10 +18,11 @@ from pcam_automl.files import write_json
 from pcam_automl.finalizing.decision import Decision
 from pcam_automl.finalizing.kept_back import FinalRows
 from pcam_automl.finalizing.result import FinalResult, FinalWatch
+from pcam_automl.metrics import auc_interval
 from pcam_automl.predict import compute_of
 from pcam_automl.predict_dense import build_map_predictor, figures_on_test, score_maps, write_row_maps
 from pcam_automl.scores import FILE as SCORES
-from pcam_automl.scores import write_scores
+from pcam_automl.scores import clusters_of_rows, write_scores
 from pcam_automl.search.reading import auc_of
 from pcam_automl.search.study import OpenStudy
 from pcam_automl.training.dense import always_negative_accuracy
@@ -47,6 +48,7 @@ def finish_maps(
     test = store.test_rows()
     pixel_auc, on, scores = auc_of(trial, opened.settings.goal), f"validation pixels of trial {trial.number}", None
     figures: dict[str, Any] = {}
+    interval: tuple[float, float] | None = None
     (out / SCORES).unlink(missing_ok=True)  # of an earlier network
     maps: Path | None = None
     notes: list[str] = []
@@ -79,6 +81,7 @@ def finish_maps(
             pixel_auc, on = score.auc, f"pixels of {what}"
             scores = replace(scores, on=f"{len(scores.rows):,} px of {what}")
             write_scores(out / SCORES, scores, store.ids)
+            interval = auc_interval(scores.label, scores.prob, clusters_of_rows(store, scores.rows))
             figures = {"dice": score.dice, "accuracy": score.accuracy, "loss": score.loss}
             figures["always_negative_accuracy"] = always_negative_accuracy(store, held)
     provenance = {
@@ -88,6 +91,7 @@ def finish_maps(
         **decision.to_json(),
         "auc": pixel_auc,
         "auc_on": on,
+        "auc_95": interval,
         "threshold": threshold,
         "n_test": len(test),
         "n_held": 0 if scores is None else len(held),
@@ -96,7 +100,7 @@ def finish_maps(
     }
     write_json(out / "submission.json", {**provenance, "recipe": bundle.recipe.model_dump(mode="json"), "notes": notes})
     return FinalResult(
-        *(out, None, trial.number, pixel_auc, on, None, 0.0, tuple(notes), scores, maps, on_test),
+        *(out, None, trial.number, pixel_auc, on, interval, 0.0, tuple(notes), scores, maps, on_test),
         dense=figures,
         decision=decision,
     )

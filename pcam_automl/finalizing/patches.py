@@ -168,6 +168,7 @@ def finish_patches(
         operating=operating,
         steps=steps,
         log_loss=figures["log_loss"],
+        log_loss_fitted=decision.calibration is not None and (decision.oof is None or scores is None),
         domain_aucs=figures["domain_aucs"],
     )
 

@@ -121,14 +121,20 @@ def words_of(
     plain = FinalOptions()
     words = ["--trial", which] if which != "best" else []
     words += ["--pick", pick] if pick != "best" else []
-    words += ["--threshold", f"{threshold:g}"] if threshold is not None else []
-    words += ["--epochs", f"{epochs:g}"] if epochs is not None else []
+    words += ["--threshold", typed(threshold)] if threshold is not None else []
+    words += ["--epochs", typed(epochs)] if epochs is not None else []
     words += ["--no-budget"] if budget_s is not None and options.seconds is None and epochs is None else []
     for name in ("confirm", "confirm_folds", "ensemble", "keep_back"):
         if (value := getattr(options, name)) != getattr(plain, name):
             words += [f"--{name.replace('_', '-')}", f"{value:g}"]
     words += ["--compare"] if options.compare else []
     return words + ([] if options.submission else ["--no-submission"])
+
+
+def typed(value: float) -> str:
+    """A number as one would type it: no digit more than it takes to be the same one."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 @dataclass
@@ -164,6 +170,7 @@ class FinalResult:
         operating: thresholds and reject curves out of fold, then on the slides that the network has not seen; those of them that there are.
         steps: what each ingredient was worth on the holdout; empty unless asked for.
         log_loss: of the patches that the AUC is of, with the temperature; None where it is a trial's, and for a dense task.
+        log_loss_fitted: whether the temperature was fitted to those very patches.
         domain_aucs: of the same patches by domain, the worst first; empty where fewer than two can be scored.
     """
 
@@ -183,4 +190,5 @@ class FinalResult:
     operating: tuple[Operating, ...] = ()
     steps: tuple[Step, ...] = ()
     log_loss: float | None = None
+    log_loss_fitted: bool = False
     domain_aucs: Mapping[str, float] = field(default_factory=dict)

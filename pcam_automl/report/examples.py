@@ -51,12 +51,14 @@ def example_section(content: ReportContent, predictor: Predictor | None, progres
     if predictor is None or recipe is None:
         blocks.append(left_out("Grad-CAM, since no trained network was given to this report."))
     else:
-        explain = _explainer(predictor, store)
+        explain = _explainer(predictor, store, content.threshold)
         try:
             for name, heading, _, places in sheets:
                 progress(f"report: {heading.lower()}")
                 maps[name] = explain(scores.rows[places], scores.prob[places])
-            blocks.append(Text(_how_to_read(recipe) + (_TRAINED_SINCE if content.scores_before else "")))
+            blocks.append(
+                Text(_how_to_read(recipe, content.threshold) + (_TRAINED_SINCE if content.scores_before else ""))
+            )
         except InputError as fault:  # a network without a map of positions: the patches are worth a look all the same
             maps.clear()
             blocks.append(left_out(f"{fault}."))
@@ -91,17 +93,19 @@ def chosen(scores: Scores, threshold: float) -> list[tuple[str, str, str, Ints]]
     ]
 
 
-def _explainer(predictor: Predictor, store: PatchStore) -> Callable[[Ints, Floats], list[Explanation]]:
+def _explainer(
+    predictor: Predictor, store: PatchStore, threshold: float
+) -> Callable[[Ints, Floats], list[Explanation]]:
     """Maps for or against tumour as the scores' probabilities call it, which need not be this network's."""
 
     def explain(rows: Ints, probs: Floats) -> list[Explanation]:
         patches = np.stack([patch_of(store, row) for row in rows.tolist()])
-        return explain_patches(predictor, patches, probs=np.asarray(probs, np.float64))
+        return explain_patches(predictor, patches, probs=np.asarray(probs, np.float64), threshold=threshold)
 
     return explain
 
 
-def _how_to_read(recipe: Recipe) -> str:
+def _how_to_read(recipe: Recipe, threshold: float) -> str:
     area = 100 * (CENTRE_PX / recipe.crop_size) ** 2
     crop = (
         f" Pale borders lie outside of the {recipe.crop_size}×{recipe.crop_size} px that it was shown."
@@ -110,7 +114,7 @@ def _how_to_read(recipe: Recipe) -> str:
     )
     return (
         "Left the patch, right the same with the network's attention (Grad-CAM): yellow is what speaks most for its call; below a "
-        f"probability of 0.5 that call is “no tumour”, so yellow speaks against tumour.{crop} The box is the centre 32×32 px that "
+        f"probability of {threshold:g} that call is “no tumour”, so yellow speaks against tumour.{crop} The box is the centre 32×32 px that "
         f"alone decides the label in PatchCamelyon; attention spread evenly would put {area:.0f} % of itself there. The maps are coarse: they name a "
         "region, not a cell."
     )

@@ -115,6 +115,7 @@ class Objective:
         self._latencies: dict[tuple[object, ...], float] = {}
         self._network: dict[str, float] = {}  # of the running trial, for its attributes
         self._runs_through = False  # whatever others reach, and beyond the search's end
+        self._holds = False  # what the last trial left, see _release
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
@@ -141,8 +142,12 @@ class Objective:
             set_user_attrs(trial, **notes)
         reason = "complete"
         try:
-            self._release()  # of a trial before that was pruned: until here its error's traceback held it
-            return self._written(trial, lineage)
+            if self._holds:  # a trial before that was pruned: until here its error's traceback held its network
+                self._release()
+            self._holds = True
+            value = self._written(trial, lineage)
+            self._holds = False
+            return value
         except optuna.TrialPruned as pruned:
             reason = str(pruned)
             raise
@@ -180,14 +185,18 @@ class Objective:
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
-            self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
+            if not self._holds:
+                self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
 
     def _written(self, trial: Trial, lineage: str) -> float:
-        """The training; where it is paused, its newest checkpoint is on the disk before its row's end frees the slot for others to thaw."""
+        """The training; where it is paused within a budget, its newest checkpoint is on the disk before its row's end frees the slot for
+        others to thaw. Without one nobody does, and the next trial begins while the checkpoint is written.
+        """
         try:
             return self._train(trial, lineage)
         except (optuna.TrialPruned, OutOfTime):
-            self.writer.flush()
+            if self.clock is not None:
+                self.writer.flush()
             raise
 
     def first_notes(self, number: int) -> dict[str, Any]:

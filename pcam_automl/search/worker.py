@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import optuna
 import sqlalchemy as sa
@@ -355,8 +356,7 @@ def _settle_slot(
         finally:
             forget(objective.opened.mirror, folder, lineage)  # it never goes on
     else:
-        objective.writer.flush()  # it removes older ones itself
-        trim(folder, lineage)
+        objective.writer.then(partial(trim, folder, lineage))  # behind its last one, which removes older ones itself
     return 0 if slot.lineage is not None and counts_in(earlier, slot.lineage) else 1
 
 

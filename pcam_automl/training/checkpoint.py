@@ -123,6 +123,17 @@ class CheckpointWriter:
         self.flush()
         self._pending = self._thread.submit(_beside_training(write))
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Do it once what was handed over is on the disk; waits for nothing. It is left undone where that could not be written."""
+        before = self._pending
+
+        def behind() -> None:
+            if before is not None:
+                before.result()  # done: there is one thread
+            call()
+
+        self._pending = self._thread.submit(behind)
+
     def check(self) -> None:
         """Raise what the last checkpoint ended in, if it has ended; waits for nothing.
 

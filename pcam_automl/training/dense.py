@@ -178,9 +178,10 @@ class DenseTask:
             self._sample = PixelSample(data.masks, data.score_rows, key_of(0, "scored pixels"))
             if (n_positive := int(self._sample.label.sum())) in (0, len(self._sample.label)):
                 what = "no tumour" if n_positive == 0 else "nothing but tumour"
+                trains = len(data.train_rows) > 0
                 raise DataError(
-                    f"the masks of the {len(data.score_rows)} validation images hold {what}, so a map cannot be scored; "
-                    "choose another --fold or --seed, or add images"
+                    f"the masks of the {len(data.score_rows)} {'validation ' * trains}images hold {what}, so a map cannot be scored"
+                    + "; choose another --fold or --seed, or add images" * trains
                 )
 
     def expect(self, rows: np.ndarray) -> None:

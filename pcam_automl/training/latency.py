@@ -11,7 +11,7 @@ from torch import nn
 
 from pcam_automl.training.compute import Compute
 
-LIMIT_S, MOST_TIMED, LEAST_TIMED = 0.2, 25, 3
+LIMIT_S, MOST_TIMED, LEAST_TIMED = 0.1, 15, 3
 """Forward passes are timed until so many seconds or so many passes are over, but so many at least."""
 _WARM_UP = 2  # the first pass allocates and picks kernels
 

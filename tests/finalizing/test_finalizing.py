@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from pcam_automl.batches import open_patches
 from pcam_automl.bundle import load_bundle
 from pcam_automl.calibration import calibrate, logits_of, probs_at
 from pcam_automl.ensemble import open_judge
-from pcam_automl.errors import InputError
+from pcam_automl.errors import InputError, Interrupted
 from pcam_automl.finalize import FinalOptions, FinalResult, FinalWatch, finalize
 from pcam_automl.finalizing import decision as decision_module
 from pcam_automl.finalizing.blending import Blend, choose_blend
 from pcam_automl.finalizing.decision import Decision, decide
-from pcam_automl.finalizing.result import check_options
+from pcam_automl.finalizing.result import check_options, typed
 from pcam_automl.goals import goal_of
 from pcam_automl.metrics import auc, log_loss, worst_domain_auc
 from pcam_automl.predict import build_predictor, row_probs
@@ -149,6 +150,20 @@ def test_a_later_single_network_leaves_no_ensemble_behind_and_is_not_trained_aga
 ) -> None:
     weights = blended.out / "model" / "model.safetensors"
     trained = weights.stat().st_mtime_ns
+
+    def stop() -> None:
+        raise Interrupted("enough", signal.SIGTERM)
+
+    with pytest.raises(Interrupted):  # in a training of another length
+        finalize(
+            opened,
+            which=str(blended.trial),
+            epochs=2.0,
+            device=CPU,
+            options=FinalOptions(confirm=0),
+            watch=FinalWatch(train=TrainWatch(stop=stop)),
+        )
+    assert len(open_judge(blended.out, CPU)[1]) == 2, "what was there is whole"
     again = finalize(
         opened, which=str(blended.trial), epochs=1.0, device=CPU, options=FinalOptions(confirm=1, compare=True)
     )
@@ -159,6 +174,14 @@ def test_a_later_single_network_leaves_no_ensemble_behind_and_is_not_trained_aga
     plain = finalize(opened, which=str(blended.trial), epochs=1.0, device=CPU, options=FinalOptions(confirm=0))
     assert load_bundle(plain.out / "model").calibration is None
     assert json.loads((plain.out / "submission.json").read_text())["confirmed"] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "0.5"), (12.0, "12"), (0.9999999, "0.9999999"), (123.4567, "123.4567"), (1e-9, "1e-09")]
+)
+def test_a_number_of_the_command_is_typed_with_all_of_its_digits(value: float, text: str) -> None:
+    assert typed(value) == text
+    assert float(text) == value
 
 
 @pytest.mark.parametrize(

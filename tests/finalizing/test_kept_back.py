@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import PatchStore
 from pcam_automl.errors import DataError, InputError, StudyError
+from pcam_automl.finalizing import patches as patches_module
 from pcam_automl.finalizing.kept_back import final_rows, kept_back
 from pcam_automl.finalizing.result import FinalOptions, check_options
 from pcam_automl.goals import AUC
@@ -140,7 +141,7 @@ def test_they_go_together() -> None:
 
 
 def test_the_printed_auc_is_of_the_final_network_on_slides_kept_back(
-    command_line: Any, in_tmp: Path, easy_pack: Path
+    command_line: Any, in_tmp: Path, easy_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (in_tmp / "tiny.yaml").write_text(
         "base: {batch_size: 16, crop_size: 32, backbone: test_resnet}\nparameters:\n  lr: {float: [1.0e-3, 1.0e-2], log: true}\n"
@@ -165,3 +166,14 @@ def test_the_printed_auc_is_of_the_final_network_on_slides_kept_back(
     assert code == 0, err
     assert {**json.loads(again), "seconds": 0} == {**said, "seconds": 0}, "what lies there is not trained again"
     assert "train loss" not in err
+    assert said["log_loss_fitted"]
+    text = command_line("finalize", "--keep-back", 0.2, "--epochs", 2, "--confirm", 0)[2]
+    assert "(its temperature was fitted to these patches)" in text
+
+    def cut_off(*_: Any, **__: Any) -> Any:
+        raise DataError("the disk is gone")
+
+    monkeypatch.setattr(patches_module, "_calibrated", cut_off)
+    code, _, err = command_line("finalize", "--keep-back", 0.2, "--epochs", 2, "--confirm", 0)
+    assert (code, "the disk is gone" in err) == (2, True)
+    assert json.loads((folder / "model" / "bundle.json").read_text())["calibration"] == said["calibration"]
