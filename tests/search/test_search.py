@@ -936,4 +936,8 @@ def test_a_dense_study_searches_and_finalizes(tmp_path: Path) -> None:
     test = opened.store.test_rows()
     assert len(list(final.maps.glob("*.png"))) == len(test)
     assert final.on_test == {}  # a Kaggle folder keeps the truth of its test patches to itself
-    assert json.loads((final.out / "submission.json").read_text())["dice"] >= 0.0
+    card = json.loads((final.out / "submission.json").read_text())
+    assert card["dice"] >= 0.0
+    assert final.auc_95 is not None
+    assert final.auc_95[0] <= final.auc <= final.auc_95[1], "over images, whose pixels are not independent"
+    assert card["auc_95"] == list(final.auc_95)
