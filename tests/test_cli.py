@@ -701,6 +701,7 @@ def test_the_original_benchmark_files_go_the_whole_path(run: Any, in_tmp: Path) 
     final = json.loads(out)
     assert len(pd.read_csv(final["submission"])) == 20
     found = json.loads((Path(final["out"]) / "submission.json").read_text())["labelled_test"]
+    assert final["test"] == found
     assert f"test AUC {found['auc']:.4f}" in err
     assert found["n"] == 20
     assert found["auc"] > 0.9

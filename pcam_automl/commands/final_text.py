@@ -106,7 +106,7 @@ def _as_json(final: FinalResult) -> dict[str, Any]:
         "log_loss_fitted": final.log_loss_fitted,
         "domain_aucs": dict(final.domain_aucs),
         "dense": final.dense or None,
-        "test": final.on_test or None,
+        "test": final.on_test or dict(final.labelled_test) or None,
         "seconds": round(final.seconds, 1),
         **({} if final.decision is None else final.decision.to_json()),
         "compare": [step.to_json() for step in final.steps],

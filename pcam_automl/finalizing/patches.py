@@ -167,6 +167,7 @@ def finish_patches(
         decision=decision,
         operating=operating,
         steps=steps,
+        labelled_test=provenance.get("labelled_test", {}),
         log_loss=figures["log_loss"],
         log_loss_fitted=decision.calibration is not None and (decision.oof is None or scores is None),
         domain_aucs=figures["domain_aucs"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -166,6 +167,7 @@ class FinalResult:
         maps: folder of the test images' probability maps, for a dense task.
         dense: Dice, accuracy, accuracy of always-negative and loss on the pixels that the AUC is of; empty for patches, and where it is a trial's.
         on_test: Dice, accuracy and more on the test images that came with masks; empty where none did.
+        labelled_test: n, auc, auc_95 and caveat of the test patches that came with labels; empty where none did, and for a dense task.
         decision: what was confirmed and chosen.
         operating: thresholds and reject curves out of fold, then on the slides that the network has not seen; those of them that there are.
         steps: what each ingredient was worth on the holdout; empty unless asked for.
@@ -186,6 +188,7 @@ class FinalResult:
     maps: Path | None = None
     on_test: dict[str, float | int | None] = field(default_factory=dict)
     dense: dict[str, float] = field(default_factory=dict)
+    labelled_test: Mapping[str, Any] = field(default_factory=dict)
     decision: Decision | None = None
     operating: tuple[Operating, ...] = ()
     steps: tuple[Step, ...] = ()

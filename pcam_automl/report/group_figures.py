@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pcam_automl.data.store import PatchStore
-from pcam_automl.metrics import auc, auc_interval, n_independent
+from pcam_automl.metrics import LEAST_OF_A_LABEL, auc, auc_interval, n_independent, scorable_domains
 from pcam_automl.report.blocks import Block, Picture, Table, Text, left_out
 from pcam_automl.report.content import PATCH, SLIDE, Noun, clusters_of, losses
 from pcam_automl.report.style import BLUE, GREY, add_axes, new_figure, picture, shortened
@@ -68,12 +68,17 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
     many, rows = of_store.many, np.asarray(scores.rows, np.int64)
     slide = np.asarray(store.group)[rows].astype(np.int64)
     domain = np.asarray(store.domain)[rows].astype(np.int64)
-    if domains := group_aucs(scores, domain, store.domain_names, clusters_of(store, scores)):
+    scored = np.where(
+        np.isin(domain, scorable_domains(scores.label, domain)), domain, -1
+    )  # as in every other figure by domain
+    if domains := group_aucs(scores, scored, store.domain_names, clusters_of(store, scores)):
         over = SLIDE if (slide >= 0).any() else of_store
         note = f"Bars are 95 % intervals drawn over {over.many}."
         yield forest_figure(domains, "auc_domains.png", "scanner or centre", note, of_store, over)
     else:
-        yield left_out(f"AUC by scanner or centre, since no known one has both labels and {LEAST_ROWS} scored {many}.")
+        yield left_out(
+            f"AUC by scanner or centre, since no known one has {LEAST_OF_A_LABEL} of either label and {LEAST_ROWS} scored {many}."
+        )
     if slides := group_aucs(scores, slide, store.group_names, rows):
         verb = "1 slide has" if len(slides) == 1 else f"{len(slides)} slides have"
         note = f"{verb} both labels and at least {LEAST_ROWS} {many}" + (

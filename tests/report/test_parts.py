@@ -22,7 +22,7 @@ from pcam_automl.report.blocks import Picture
 from pcam_automl.report.content import SLIDE, ReportContent, losses
 from pcam_automl.report.data_figures import batch_sheet, spread_rows
 from pcam_automl.report.examples import N_SHOWN, chosen
-from pcam_automl.report.group_figures import GroupAuc, forest_figure, group_aucs
+from pcam_automl.report.group_figures import GroupAuc, forest_figure, group_aucs, group_blocks
 from pcam_automl.report.network_table import MOST_ROWS, layer_rows
 from pcam_automl.report.score_figures import interval_text
 from pcam_automl.scores import Scores
@@ -72,6 +72,24 @@ def test_group_auc_is_that_of_its_patches_and_the_worst_stands_first() -> None:
         assert group.auc == auc(own.label[rows], own.prob[rows])
         assert group.interval is not None
         assert group.interval[0] <= group.auc <= group.interval[1]
+
+
+def test_a_domain_with_few_of_a_label_is_not_the_worst_one_by_luck() -> None:
+    own = scores(200)
+    n, positive = int(own.rows.max()) + 1, own.rows[own.label == 1]
+    domain = np.arange(n) // 2 % 2
+    domain[positive] = 0
+    domain[positive[:4]] = 1  # 4 with tumour beside some 50 without
+    store = SimpleNamespace(
+        group=np.arange(n) // 5, domain=domain, group_names=tuple(map(str, range(n))), domain_names=("A", "B")
+    )
+    like = cast("PatchStore", store)
+    picture = next(b for b in group_blocks(like, own) if isinstance(b, Picture) and b.name == "auc_domains.png")
+    assert "A 0." in picture.alt or "A 1." in picture.alt
+    assert "B " not in picture.alt
+    domain[positive[4]] = 1
+    picture = next(b for b in group_blocks(like, own) if isinstance(b, Picture) and b.name == "auc_domains.png")
+    assert "B " in picture.alt
 
 
 def test_groups_with_one_label_or_few_patches_have_no_auc() -> None:
