@@ -36,7 +36,7 @@ from pcam_automl.models.factory import n_parameters, smallest_input
 from pcam_automl.recipe import Recipe, build_recipe
 from pcam_automl.scores import FILE as SCORES
 from pcam_automl.scores import Scores, write_scores
-from pcam_automl.search.budget import ROW_S, BudgetClock
+from pcam_automl.search.budget import ROW_S, BudgetClock, budget_of
 from pcam_automl.search.lineages import FINISHED, LINEAGE, THAWED_FROM, has_diverged, lineage_of
 from pcam_automl.search.patience import PATIENCE, is_transient
 from pcam_automl.search.plan import SLOWEST_SHARE, scaled, trial_seconds
@@ -189,13 +189,13 @@ class Objective:
                 self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
 
     def _written(self, trial: Trial, lineage: str) -> float:
-        """The training; where it is paused within a budget, its newest checkpoint is on the disk before its row's end frees the slot for
+        """The training; where it is paused in a study with a budget, its newest checkpoint is on the disk before its row's end frees the slot for
         others to thaw. Without one nobody does, and the next trial begins while the checkpoint is written.
         """
         try:
             return self._train(trial, lineage)
         except (optuna.TrialPruned, OutOfTime):
-            if self.clock is not None:
+            if self.clock is not None or budget_of(self.opened.study) is not None:  # of another terminal
                 self.writer.flush()
             raise
 

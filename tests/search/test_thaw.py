@@ -20,7 +20,7 @@ from pcam_automl.errors import InputError, OutOfTime, StudyError, TrainingDiverg
 from pcam_automl.finalize import finalize
 from pcam_automl.search import settling
 from pcam_automl.search import worker as worker_module
-from pcam_automl.search.budget import BudgetClock, ShortSearch
+from pcam_automl.search.budget import BudgetClock, ShortSearch, set_budget
 from pcam_automl.search.create import create_or_open_study
 from pcam_automl.search.lineages import lineages_of
 from pcam_automl.search.objective import Objective
@@ -96,10 +96,11 @@ def test_paused_trials_go_on_until_the_time_is_over_and_nothing_is_trained_twice
     assert list(opened.checkpoints.iterdir()) == [], "a complete lineage never goes on"
 
 
+@pytest.mark.parametrize("budget", ["ours", "another's", "none"])
 def test_a_paused_trial_has_its_newest_checkpoint_on_the_disk_before_its_slot_is_free(
-    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, budget: str
 ) -> None:
-    """Else another worker thaws it at once, and trains the rung again or finds half a folder."""
+    """Else another worker thaws it at once, and trains the rung again or finds half a folder. Where none may, it is not waited for."""
     whole, ends, held = CheckpointWriter.submit, SlotOfTrial.ends, list[bool]()
 
     def slowly(self: CheckpointWriter, write: Any) -> None:
@@ -115,9 +116,15 @@ def test_a_paused_trial_has_its_newest_checkpoint_on_the_disk_before_its_slot_is
     monkeypatch.setattr(CheckpointWriter, "submit", slowly)
     monkeypatch.setattr(SlotOfTrial, "ends", noted)
     opened = opened_in(tmp_path, asked)
-    run(opened, 4, told())
+    if budget == "another's":  # a terminal that searches the same study by the clock
+        set_budget(opened.study, 600.0)
+    run(opened, n := 9, told() if budget == "ours" else None)
     assert len(held) >= 1
-    assert all(held)
+    assert all(held) == (budget != "none")
+    rows = opened.study.get_trials()
+    assert (
+        check_study(rows, Slots(engine_of(opened.study), opened.name).all(), opened.checkpoints, total=n).faults == ()
+    )
 
 
 def paused_study(tmp_path: Path, asked: Asked, values: list[float], **other: Any) -> tuple[OpenStudy, Slots, list[Any]]:
