@@ -11,7 +11,7 @@ Data = Annotated[
     Path | None,
     typer.Option(
         "--data",
-        help="Raw folder or prepared pack. Else PCAM_AUTOML_DATA, the study's own, ./data/pack or ./histopathologic-cancer-detection.",
+        help="Raw folder or prepared pack. Else an existing study's own pack, PCAM_AUTOML_DATA, ./data/pack or ./histopathologic-cancer-detection.",
         metavar="PATH",
     ),
 ]

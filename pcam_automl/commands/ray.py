@@ -47,7 +47,7 @@ def work_on_ray(
         str(work.max_retries),
     ]
     words += [] if work.quota_bytes is None else ["--checkpoint-quota", f"{work.quota_bytes}B"]
-    words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:g}s"]
+    words += [] if work.timeout_s is None else ["--timeout", f"{work.timeout_s:.15g}s"]
     before = n_finished_of(opened.study)
     with terminal.Bars() as bars, stop.deferred(), patient():
         show = StudyBar(bars, Limits(work.n_trials or NEVER_ENDS, clock=clock), before)

@@ -278,7 +278,7 @@ def search_options(settings: StudySettings) -> list[str]:
     words += ["--prior", settings.prior] if settings.prior else []
     words += ["--probe", mode] if (mode := settings.plan.get("probe_mode", "auto")) != "auto" else []
     words += ["--artifacts", settings.artifacts] if settings.artifacts else []
-    words += ["--grace", f"{settings.grace_s:g}s"] if settings.grace_s != GRACE_S else []
+    words += ["--grace", f"{settings.grace_s:.15g}s"] if settings.grace_s != GRACE_S else []
     words += ["--deterministic"] if settings.deterministic else []
     return words + (["--seed", str(settings.seed)] if settings.seed else [])
 
@@ -310,7 +310,7 @@ def run_report(
         else:
             folder = bundle_folder(model)
             bundle = load_bundle(folder)
-            packs = studies_folder(storage_url(None)) / "packs"
+            packs = studies_folder(storage_url(url)) / "packs"
             with terminal.counting("packing") as call:
                 store = find_pack(find_data(data), packs, groups=groups, domains=domains, say=terminal.say, call=call)
             if bundle.provenance.get("pack_hash") != store.content_hash:

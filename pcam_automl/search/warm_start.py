@@ -84,15 +84,15 @@ def _place(text: str, own_url: str | None, option: str) -> tuple[str, str]:
         return storage_url(own_url), text
     url, sign, name = text.rpartition("#")
     if sign:
-        return url, name
+        return storage_url(url), name
     try:
-        names = sorted(optuna.get_all_study_names(open_storage(text, create=False)))
+        names = sorted(optuna.get_all_study_names(open_storage(storage_url(text), create=False)))
     except StudyError as fault:
         raise StudyError(f"{option} {safe_url(text)}: {fault}") from None
     if len(names) != 1:
         held = f"holds {len(names)} studies ({first_few(names)})" if names else "holds no study"
         raise StudyError(f"{option} {safe_url(text)} {held}; name one: {safe_url(text)}#NAME")
-    return text, names[0]
+    return storage_url(text), names[0]
 
 
 def tried_in(study: optuna.Study) -> list[Tried]:

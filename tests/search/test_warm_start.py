@@ -32,6 +32,7 @@ from pcam_automl.search.priors import (
 )
 from pcam_automl.search.reading import n_finished_of
 from pcam_automl.search.space import SearchSpace, parse_space
+from pcam_automl.search.storage import open_storage
 from pcam_automl.search.study import Asked, OpenStudy, open_study
 from pcam_automl.search.turns import Limits
 from pcam_automl.search.warm_start import (
@@ -364,3 +365,14 @@ def test_every_shipped_prior_loads_and_fits_the_default_space(name: str) -> None
     assert made.command.startswith("pcam-automl search ")
     assert made.export.startswith("pcam-automl export-prior ")
     assert "/" not in made.data
+
+
+def test_the_home_folder_in_a_url_is_where_the_study_s_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    home = f"sqlite:///{tmp_path.as_posix()}/old/pcam.db"
+    assert warm_start._place("sqlite:///~/old/pcam.db#pcam", None, "--warm-start") == (home, "pcam")
+    (tmp_path / "old").mkdir()
+    optuna.create_study(storage=open_storage(home), study_name="only")
+    assert warm_start._place("sqlite:///~/old/pcam.db", None, "--warm-start") == (home, "only")
