@@ -89,7 +89,10 @@ def run_worker(objective: Objective, limits: Limits, *, finished: Finished = lam
         storage.owner, storage.begins_with, storage.claim = owner_of_this_process(), objective.notes_at_birth, claim
     try:
         with patient(), long_lived_left_alone(), _patrol(objective, slots, limits):
-            return _run_trials(objective, study, claim, sampler, limits, finished)
+            end = _run_trials(objective, study, claim, sampler, limits, finished)
+            objective.writer.flush()  # the last checkpoint may have been on its way when the quota was looked at
+            _within_quota(objective, slots, limits, study.get_trials(deepcopy=False))
+            return end
     finally:
         if isinstance(storage, RetryingStorage):
             # The study outlives the objective and its patches.
@@ -176,20 +179,26 @@ def _run_trials(
         n_finished += _settle_slot(claim, turn.slot, trial, trials, objective)
         keep_on_disk(slots.engine)
         trials = study.get_trials(deepcopy=False)
-        keep_within(  # on this machine's disk: what a bucket holds can go on here or elsewhere
-            opened.checkpoints,
-            trials,
-            [views for views, _ in opened.settings.rungs],
-            quota_bytes=limits.quota_bytes,
-            sign=sign_of(study),
-            settle=objective.writer.flush,
-            keep=slots.going_on,
-        )
+        _within_quota(objective, slots, limits, trials)
         finished(trial, trials)
         if objective.interrupted is not None:
             raise objective.interrupted
         in_a_row = [*in_a_row, trial] if failed_by_itself(trial) else []
         check_failures(trials, limits.n_trials, earlier, in_a_row)
+
+
+def _within_quota(objective: Objective, slots: Slots, limits: Limits, trials: list[FrozenTrial]) -> None:
+    """On this machine's disk: what a bucket holds can go on here or elsewhere."""
+    opened = objective.opened
+    keep_within(
+        opened.checkpoints,
+        trials,
+        [views for views, _ in opened.settings.rungs],
+        quota_bytes=limits.quota_bytes,
+        sign=sign_of(opened.study),
+        settle=objective.writer.flush,
+        keep=slots.going_on,
+    )
 
 
 def _waits_at(turn: Turn | str, limits: Limits) -> bool:

@@ -328,7 +328,8 @@ def test_the_quota_leaves_those_whose_slot_waits_for_somebody_to_go_on(tmp_path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_module, "keep_within", lambda *args, **options: asked_with.append(options) or [])
         run(opened, 1, None)
-    (options,) = asked_with
+    assert len(asked_with) == 2, "after the trial, and once its checkpoint is on the disk"
+    options = asked_with[0]
     slot = slots.claim(9, "me")
     assert slot is not None
     slots.started(slot, 1, "one")
