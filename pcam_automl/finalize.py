@@ -407,9 +407,7 @@ def _settle_members(out: Path, decision: Decision) -> None:
         number = folder.name.removeprefix("model-")
         if number.isdigit() and int(number) > n and (folder / CARD).is_file():
             shutil.rmtree(folder)
-    if n == 1:
-        (out / ENSEMBLE).unlink(
-            missing_ok=True
-        )  # not earlier: where a training is refused or cut off the networks before it stay what they were
+    if n == 1:  # not earlier: where a training is refused or cut off the networks before it stay what they were
+        (out / ENSEMBLE).unlink(missing_ok=True)
     else:
         write_ensemble(out, decision.weights, decision.calibration, {"chosen": decision.to_json()})

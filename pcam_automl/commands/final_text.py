@@ -71,7 +71,7 @@ def print_final(final: FinalResult, as_json: bool) -> None:
     if final.log_loss is not None:
         by_domain = ", ".join(f"{name} {value:.4f}" for name, value in final.domain_aucs.items())
         worst = f"; AUC by domain, the worst first: {by_domain}" if by_domain else ""
-        fitted = " (its temperature was fitted to these patches)" if final.log_loss_fitted else ""  # a single parameter
+        fitted = " (its temperature was fitted to these patches)" if final.log_loss_fitted else ""
         terminal.say(f"  log-loss {final.log_loss:.4f}{fitted}{worst}")
     if test := final.on_test:
         terminal.say(

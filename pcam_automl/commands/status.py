@@ -107,13 +107,8 @@ def whole_final(final: Path) -> str | None:
     try:
         card, of_model = _card_and_provenance(final)
         return str(card.get("finalize", "")) if of_one_training(card, of_model) else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # absent, or of another hand: both are written anew
+    # Absent, or of another hand: both are written anew.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

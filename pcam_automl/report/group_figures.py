@@ -68,10 +68,8 @@ def group_blocks(store: PatchStore | None, scores: Scores, of_store: Noun = PATC
     many, rows = of_store.many, np.asarray(scores.rows, np.int64)
     slide = np.asarray(store.group)[rows].astype(np.int64)
     domain = np.asarray(store.domain)[rows].astype(np.int64)
-    scored = np.where(
-        np.isin(domain, scorable_domains(scores.label, domain)), domain, -1
-    )  # as in every other figure by domain
-    if domains := group_aucs(scores, scored, store.domain_names, clusters_of(store, scores)):
+    is_scored = np.isin(domain, scorable_domains(scores.label, domain))  # as in every other figure by domain
+    if domains := group_aucs(scores, np.where(is_scored, domain, -1), store.domain_names, clusters_of(store, scores)):
         over = SLIDE if (slide >= 0).any() else of_store
         note = f"Bars are 95 % intervals drawn over {over.many}."
         yield forest_figure(domains, "auc_domains.png", "scanner or centre", note, of_store, over)

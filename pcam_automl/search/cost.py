@@ -172,7 +172,7 @@ class CostAwareTPE(QuickTPE):
             for i in range(len(score))
         ]
         if self._seconds_of is not None:
-            seconds = np.array([self._seconds_of(candidate) for candidate in candidates])
+            seconds = np.array([self._seconds_of({**self._known, **candidate}) for candidate in candidates])
             score = log_improvement_per_cost(score, seconds, self._alpha)
         if self._share_of is not None and any(map(self._share_of.depends_on, self._asked)):
             shares = np.array([self._share_of({**self._known, **candidate}) for candidate in candidates])

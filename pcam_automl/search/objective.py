@@ -115,7 +115,7 @@ class Objective:
         self._latencies: dict[tuple[object, ...], float] = {}
         self._network: dict[str, float] = {}  # of the running trial, for its attributes
         self._runs_through = False  # whatever others reach, and beyond the search's end
-        self._holds = False  # what the last trial left, see _release
+        self._unreleased = False  # whether the last trial's network may still be held by its error's traceback
         split = self.opened.split
         self._train_rows = split.train_order(VALIDATION_FOLD)
         self._score_rows = split.score_rows(VALIDATION_FOLD, self.opened.settings.n_score)
@@ -142,11 +142,11 @@ class Objective:
             set_user_attrs(trial, **notes)
         reason = "complete"
         try:
-            if self._holds:  # a trial before that was pruned: until here its error's traceback held its network
+            if self._unreleased:
                 self._release()
-            self._holds = True
+            self._unreleased = True
             value = self._written(trial, lineage)
-            self._holds = False
+            self._unreleased = False
             return value
         except optuna.TrialPruned as pruned:
             reason = str(pruned)
@@ -185,7 +185,7 @@ class Objective:
         finally:
             seconds, peak = round(time.perf_counter() - began, 3), peak_memory_bytes(self.device)
             end_with(trial, reason=reason, seconds=seconds, peak_memory_bytes=peak, **self._network)
-            if not self._holds:
+            if not self._unreleased:
                 self._release()  # last: a GPU that has failed may fail here, too, and the row shall have its reason
 
     def _written(self, trial: Trial, lineage: str) -> float:

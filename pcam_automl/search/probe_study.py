@@ -12,7 +12,7 @@ import torch
 
 from pcam_automl.batches import Patches, open_patches
 from pcam_automl.data.store import PatchStore
-from pcam_automl.errors import RecipeError
+from pcam_automl.errors import DataError, RecipeError
 from pcam_automl.models.factory import smallest_input
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import Recipe, build_recipe
@@ -236,7 +236,7 @@ class _Ranking:
             )
         except _OutOfTime:
             self._skip(recipe, "it ran into the limit")
-        except RecipeError as fault:
+        except (RecipeError, DataError) as fault:  # patches of one label, say: the search may do without a probe
             self._skip(recipe, str(fault))
         else:
             self._slower = result.seconds / expected

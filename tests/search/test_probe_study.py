@@ -15,7 +15,7 @@ from probe_weights import write_probe_weights
 from pcam_automl.config import Enqueued
 from pcam_automl.data.splits import make_split
 from pcam_automl.data.store import open_store
-from pcam_automl.errors import RecipeError, StudyError
+from pcam_automl.errors import DataError, RecipeError, StudyError
 from pcam_automl.models.weights import Weights
 from pcam_automl.recipe import build_recipe
 from pcam_automl.search import budget, create, plan
@@ -263,6 +263,19 @@ def test_the_limit_ends_a_running_cell(easy_pack: Path, folder: Path, monkeypatc
     assert record is not None
     assert record["results"] == []
     assert set(record["skipped"].values()) == {"it ran into the limit"}
+
+
+def test_data_that_cannot_be_probed_do_not_end_the_start_of_a_search(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_label(*_: Any, **__: Any) -> Any:
+        raise DataError("the first 2,000 patches are all of label 0")
+
+    monkeypatch.setattr(module, "probe_result", one_label)
+    opened = create_or_open_study("s", url_of(tmp_path), asked, say=lambda text: None)
+    record = opened.settings.plan["probe"]
+    assert set(record["skipped"].values()) == {"the first 2,000 patches are all of label 0"}
+    assert opened.settings.enqueued
 
 
 def test_modes() -> None:

@@ -461,15 +461,21 @@ def test_past_its_end_a_search_begins_nothing_beside_the_trial_that_it_waits_for
     assert isinstance(next_turn(opened, slots, [], Limits(9, clock=clock), "me"), Turn)
 
 
-def test_a_first_trial_whose_worker_was_killed_is_gone_on_with_past_the_search_s_end(
-    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def killed_first_trial(tmp_path: Path, asked: Asked) -> tuple[OpenStudy, Slots]:
+    """A study whose only row runs for ever, in the slot of a worker called ``gone``."""
     opened = opened_in(tmp_path, asked)
     slots = Slots(engine_of(opened.study), opened.name)
     held = slots.claim(9, "gone")
     assert held is not None
     opened.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"}))
     slots.started(held, 0, "0")
+    return opened, slots
+
+
+def test_a_first_trial_whose_worker_was_killed_is_gone_on_with_past_the_search_s_end(
+    tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, _ = killed_first_trial(tmp_path, asked)
     monkeypatch.setattr("pcam_automl.search.settling.owner_alive", lambda owner: owner != "gone")
     assert run(opened, 9, told(left=-1.0))[0] == SearchEnd(1, "budget"), "its row does not run any more"
 
@@ -477,12 +483,7 @@ def test_a_first_trial_whose_worker_was_killed_is_gone_on_with_past_the_search_s
 def test_a_lost_lineage_that_its_worker_gave_back_itself_keeps_its_checkpoints(
     tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = opened_in(tmp_path, asked)
-    slots = Slots(engine_of(opened.study), opened.name)
-    held = slots.claim(9, "gone")
-    assert held is not None
-    opened.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"lineage": "0"}))
-    slots.started(held, 0, "0")
+    opened, slots = killed_first_trial(tmp_path, asked)
     (opened.checkpoints / "0" / "0").mkdir(parents=True)
     monkeypatch.setattr("pcam_automl.search.settling.owner_alive", lambda owner: False)
     whole = settling._give_back
